@@ -1,0 +1,58 @@
+"""Every exception that elastic-moe raises on purpose, in one place.
+
+    ElasticMoEError
+    ├── RoutingError        a sub-network that the model cannot run       (also ValueError)
+    ├── CheckpointError     a checkpoint that is missing, broken or unsupported
+    ├── RequestError        a prompt or sampling setting that cannot be served (also ValueError)
+    │   └── ContextLengthError  prompt and new tokens exceed the model's positions
+    ├── EngineError         the engine is closed, or lacks the backend that was named
+    ├── CorpusError         text for training or evaluation is missing or unusable
+    └── TrainingError       a run cannot start, resume or go on
+
+The kernels, which stand alone, raise `elastic_moe_kernels.errors.KernelError`.
+A message says what was wrong, where, what was got, what is allowed, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class ElasticMoEError(Exception):
+    """Base class: `except ElasticMoEError` catches what this package raises on purpose."""
+
+
+class RoutingError(ElasticMoEError, ValueError):
+    """A routing configuration names a sub-network that the model does not have."""
+
+
+class CheckpointError(ElasticMoEError):
+    """A checkpoint folder is missing, damaged, or of a kind that is not supported."""
+
+
+class RequestError(ElasticMoEError, ValueError):
+    """A request cannot be served as written: empty prompt, bad sampling value, ..."""
+
+
+class ContextLengthError(RequestError):
+    """The prompt plus the tokens to generate exceed the model's positions."""
+
+    def __init__(self, prompt_tokens: int, max_tokens: int, limit_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.max_tokens = max_tokens
+        self.limit_tokens = limit_tokens
+        super().__init__(
+            f"prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}, together "
+            f"{prompt_tokens + max_tokens}, but the model has {limit_tokens} positions. "
+            f"Shorten the prompt or lower max_tokens."
+        )
+
+
+class EngineError(ElasticMoEError):
+    """The engine is closed, or was asked for something that it cannot do."""
+
+
+class CorpusError(ElasticMoEError):
+    """Text to train or evaluate on is missing, empty or not allowed."""
+
+
+class TrainingError(ElasticMoEError):
+    """A training run cannot start, resume or continue."""

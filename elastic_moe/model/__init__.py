@@ -1,0 +1,1 @@
+"""The reference model: configuration, layers, experts, transformer, tokenizer, checkpoints."""

@@ -1,0 +1,114 @@
+"""The parts of a decoder layer that are not experts: norm, rotary positions, attention.
+
+Shapes: B sequences, T tokens of each, D hidden size, H query heads, G key/value heads, d head size,
+S positions in the cache. The residual stream, norms, angles and softmax are float32 whatever the
+dtype of the matrix inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elastic_moe.model.cache import LayerCache
+from elastic_moe.model.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, in x's dtype."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class Linear(nn.Module):
+    """y = x W^T without bias; x is first rounded to `input_dtype`, products accumulate in float32.
+
+    Weights are stored in float32 (float64 in tests). Those of a bf16 model have bf16 values, so
+    rounding the inputs gives what a bf16 x bf16 -> float32 matrix unit gives, up to the order of
+    summation.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.input_dtype: torch.dtype | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(round_to(x, self.input_dtype), self.weight)
+
+
+def round_to(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """x with its values rounded to `dtype`, still stored in x's own dtype; None leaves it alone."""
+    return x if dtype is None or dtype == x.dtype else x.to(dtype).to(x.dtype)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles.
+
+    Args:
+        positions: (B, T) or (T,) integer.
+
+    Returns:
+        cos, sin: positions' shape + (d/2,), float32.
+    """
+    exponents = (
+        torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    )
+    angles = positions.unsqueeze(-1).float() * (1.0 / theta**exponents)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + d/2) of x (B, H, T, d) by angles (T, d/2)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with a norm on every query and key head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim = config.head_dim
+        self.q_proj = Linear(config.hidden_size, config.num_heads * config.head_dim)
+        self.k_proj = Linear(config.hidden_size, config.num_kv_heads * config.head_dim)
+        self.v_proj = Linear(config.hidden_size, config.num_kv_heads * config.head_dim)
+        self.o_proj = Linear(config.num_heads * config.head_dim, config.hidden_size)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.input_dtype: torch.dtype | None = None
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
+    ) -> Tensor:
+        """x (B, T, D) -> (B, T, D). With a cache, its positions come before x's."""
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, self.num_heads, self.head_dim))
+        k = self.k_norm(self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim))
+        v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        q = round_to(rotate(q.transpose(1, 2), cos, sin), self.input_dtype)  # (B, H, T, d)
+        k = round_to(rotate(k.transpose(1, 2), cos, sin), self.input_dtype)  # (B, G, T, d)
+        v = round_to(v, self.input_dtype)
+        mask = None
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, G, S, d)
+            if 1 < T < k.shape[2]:
+                mask = causal_mask(T, k.shape[2], x.device)
+        heads = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=True
+        )
+        out: Tensor = self.o_proj(heads.transpose(1, 2).reshape(B, T, -1))
+        return out
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """(queries, keys) bool: the last query sees every key, the one before all but the last."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)

@@ -1,0 +1,119 @@
+"""The experts of a training step: tokens sorted by expert, few large products, hand-made gradients.
+
+Computes what `model.moe.run_experts` computes, for a batch in which every row has the same width.
+Autograd over the readable loop keeps every expert's slices; this keeps four buffers per layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elastic_moe.errors import TrainingError
+from elastic_moe.model.moe import Experts
+
+
+class _GroupedExperts(torch.autograd.Function):
+    """Shapes: T tokens, K slots each, N = T*K rows sorted by expert, c channels, D hidden size."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor
+    ) -> Tensor:
+        T, K = ids.shape
+        E, c, D = gate.shape
+        # Dropped slots (-1) sort behind the last expert and take part in no product.
+        flat = torch.where(ids < 0, E, ids).flatten()
+        order = flat.argsort(stable=True)  # (N,)
+        ends = torch.bincount(flat, minlength=E + 1).cumsum(0).tolist()
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order))  # (N,) where each slot went
+        token = order.div(K, rounding_mode="floor")
+        rows = x.index_select(0, token)  # (N, D)
+        gate_up = torch.cat((gate, up), dim=1)  # (E, 2c, D)
+        hidden = x.new_empty(len(order), 2 * c)
+        start = 0
+        for e in range(E):
+            torch.mm(rows[start : ends[e]], gate_up[e].T, out=hidden[start : ends[e]])
+            start = ends[e]
+        hidden[start:] = 0
+        weight = weights.flatten().index_select(0, order).unsqueeze(1)  # (N, 1)
+        product = F.silu(hidden[:, :c]) * hidden[:, c:]  # (N, c)
+        weighted = product * weight
+        output = x.new_empty(len(order), D)
+        start = 0
+        for e in range(E):
+            torch.mm(weighted[start : ends[e]], down[e].T, out=output[start : ends[e]])
+            start = ends[e]
+        output[start:] = 0
+        ctx.save_for_backward(
+            rows, hidden, product, weighted, weight, gate_up, down, order, place, token
+        )
+        ctx.ends, ctx.K = ends, K
+        return output.index_select(0, place).view(T, K, D).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        rows, hidden, product, weighted, weight, gate_up, down, order, place, token = (
+            ctx.saved_tensors
+        )
+        (grad,) = grad_outputs
+        E, D, c = down.shape
+        N = len(order)
+        ends = ctx.ends
+        grad_rows = grad.index_select(0, token)  # (N, D), gradient of each slot's output
+        grad_weighted = grad.new_empty(N, c)
+        grad_weighted[ends[E - 1] :] = 0
+        grad_down = torch.empty(E, D, c, dtype=grad.dtype)
+        start = 0
+        for e in range(E):
+            s = slice(start, ends[e])
+            torch.mm(grad_rows[s], down[e], out=grad_weighted[s])
+            torch.mm(grad_rows[s].T, weighted[s], out=grad_down[e])
+            start = ends[e]
+        grad_weight = (grad_weighted * product).sum(1)  # (N,)
+        grad_product = grad_weighted.mul_(weight)
+        gates, ups = hidden[:, :c], hidden[:, c:]
+        sigmoid = torch.sigmoid(gates)
+        silu = gates * sigmoid
+        grad_hidden = torch.empty_like(hidden)
+        torch.mul(grad_product, silu, out=grad_hidden[:, c:])
+        torch.mul(grad_product * ups, sigmoid + silu - silu * sigmoid, out=grad_hidden[:, :c])
+        grad_in = grad.new_empty(N, D)
+        grad_in[ends[E - 1] :] = 0
+        grad_gate_up = torch.empty_like(gate_up)
+        start = 0
+        for e in range(E):
+            s = slice(start, ends[e])
+            torch.mm(grad_hidden[s], gate_up[e], out=grad_in[s])
+            torch.mm(grad_hidden[s].T, rows[s], out=grad_gate_up[e])
+            start = ends[e]
+        grad_x = grad_in.index_select(0, place).view(-1, ctx.K, D).sum(1)
+        grad_weights = grad_weight.index_select(0, place).view(-1, ctx.K)
+        return grad_x, None, grad_weights, grad_gate_up[:, :c], grad_gate_up[:, c:], grad_down
+
+
+def run_experts_grouped(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    channels: Tensor,
+    experts: Experts,
+    input_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """As `model.moe.run_experts`, if all rows have one number of channels and nothing rounds."""
+    if input_dtype is not None:
+        raise TrainingError(f"grouped experts round no inputs, got input_dtype={input_dtype}.")
+    c = int(channels[0])
+    if bool((channels != c).any()):
+        raise TrainingError("grouped experts need one width for the whole batch.")
+    gate: Tensor = experts.gate_proj
+    up: Tensor = experts.up_proj
+    down: Tensor = experts.down_proj
+    if c < gate.shape[1]:
+        gate, up, down = gate[:, :c], up[:, :c], down[:, :, :c]
+    out: Tensor = _GroupedExperts.apply(x, topk_ids, topk_weights, gate, up, down)  # type: ignore[no-untyped-call]
+    return out

@@ -1,0 +1,70 @@
+"""What a run did, told from its plan: draws per axis value, tokens, operations.
+
+Every draw is a function of (seed, step), so the ledger needs no log.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from elastic_moe.routing import ModelShape, Subnet
+from elastic_moe.train.plan import Stage, TrainingPlan
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Sums over the first steps of a plan.
+
+    Attributes:
+        flops: forward and backward (three times forward), attention at half a sequence.
+        full_steps: steps that ran the whole network, as far as it had grown.
+        draws: {axis: {value: steps}} in words, such as {'depth': {'24 of 48 (prefix)': 3}}.
+        trained: {axis: values} drawn once all layers were there; what the checkpoint may claim.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    full_steps: int = 0
+    draws: dict[str, Counter[str]] = field(default_factory=dict)
+    trained: dict[str, set[float]] = field(default_factory=dict)
+
+    def draws_to_json(self) -> dict[str, dict[str, int]]:
+        return {axis: dict(sorted(counts.items())) for axis, counts in self.draws.items()}
+
+    def trained_to_json(self) -> dict[str, tuple[float, ...]]:
+        return {axis: tuple(sorted(values)) for axis, values in self.trained.items()}
+
+
+def replay(plan: TrainingPlan, shape: ModelShape, steps: int) -> Ledger:
+    """The ledger of the first `steps` steps."""
+    ledger = Ledger()
+    for step in range(steps):
+        stage, subnet = plan.stage(step), plan.subnet(shape, step)
+        ledger.steps += 1
+        ledger.tokens += stage.step_tokens
+        ledger.flops += 3 * subnet.flops_per_token(stage.length // 2) * stage.step_tokens
+        ledger.full_steps += subnet == Subnet.full(shape).at_depth(stage.layers)
+        for axis, (value, words) in _values(subnet, stage).items():
+            ledger.draws.setdefault(axis, Counter())[words] += 1
+            if stage.layers == shape.num_layers and value is not None:
+                ledger.trained.setdefault(axis, set()).add(value)
+    return ledger
+
+
+def _values(subnet: Subnet, stage: Stage) -> dict[str, tuple[float | None, str]]:
+    """(value, words) of each axis; the value is None where a name could not ask for it."""
+    kind = "prefix" if subnet.is_prefix else "subset"
+    top_k, pool = subnet.uniform("top_k"), subnet.uniform("pool")
+    width, threshold = subnet.uniform("width"), subnet.uniform("threshold")
+    return {
+        "depth": (
+            subnet.depth if subnet.is_prefix else None,
+            f"{subnet.depth} of {stage.layers} ({kind})",
+        ),
+        "top_k": (top_k, "per layer" if top_k is None else str(top_k)),
+        "width": (width, str(width)),
+        "pool": (len(pool), str(len(pool))),
+        "threshold": (round(threshold, 2), f"{threshold:.2f}"),
+    }

@@ -1,0 +1,59 @@
+"""The `elastic-moe` command. Each subcommand is a module here, loaded when it is used."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from elastic_moe import __version__
+from elastic_moe.errors import ElasticMoEError, RequestError, RoutingError
+
+# Subcommand -> what the overview says of it.
+COMMANDS = {
+    "sweep": "measure quality against cost over a grid of sub-networks",
+    "generate": "stream text under a sub-network",
+    "info": "show a model's shape and axes, a sub-network's cost, and this install",
+}
+DONE, FAILED, BAD_ARGUMENTS = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 done, 1 failed, 2 bad arguments."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="elastic-moe",
+        description="Run one mixture-of-experts checkpoint at the cost you choose.",
+        epilog="elastic-moe COMMAND --help shows options and examples of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"elastic-moe {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    wanted = next((word for word in arguments if word in COMMANDS), None)
+    for name, summary in COMMANDS.items():
+        if name != wanted:
+            commands.add_parser(name, help=summary, add_help=False)
+            continue
+        module = importlib.import_module(f"elastic_moe.cli.{name}")
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=module.__doc__,
+            epilog=module.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    args = parser.parse_args(arguments)
+    try:
+        status: int = args.run(args)
+        return status
+    except (RoutingError, RequestError) as error:
+        print(f"elastic-moe {args.command}: {error}", file=sys.stderr)
+        return BAD_ARGUMENTS
+    except ElasticMoEError as error:
+        print(f"elastic-moe {args.command}: {error}", file=sys.stderr)
+        return FAILED
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        sys.stderr.close()
+        return FAILED

@@ -1,0 +1,77 @@
+"""Arguments that several subcommands share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elastic_moe.errors import RoutingError
+
+if TYPE_CHECKING:
+    from elastic_moe.config import Routing
+    from elastic_moe.engine import Engine
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """MODEL, and how it runs."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="elastic-mini",
+        metavar="MODEL",
+        help="a bundled model, or a Hugging Face folder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="what matrix inputs are rounded to; auto: as the file's weights",
+    )
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        choices=("auto", "reference", "cpu"),
+        help="reference: PyTorch alone; cpu: native kernels where there are",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+
+
+def add_routing(parser: argparse.ArgumentParser) -> None:
+    """--routing and --routing-config."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--routing", metavar="NAME", help="sub-network such as L36-k2-w6-t0.7-p8 (default: full)"
+    )
+    group.add_argument(
+        "--routing-config",
+        metavar="FILE",
+        type=Path,
+        help="JSON of an ElasticRoutingConfig, snake_case or camelCase; an absent key is full",
+    )
+
+
+def load_engine(args: argparse.Namespace) -> Engine:
+    """The engine that MODEL and its options ask for."""
+    from elastic_moe.engine import Engine  # deferred: loads torch
+
+    return Engine.from_pretrained(
+        args.model, dtype=args.dtype, backend=args.backend, device=args.device
+    )
+
+
+def read_routing(args: argparse.Namespace) -> Routing:
+    """What --routing or --routing-config says; None for the full network."""
+    if args.routing_config is None:
+        name: str | None = args.routing
+        return name
+    from elastic_moe.config import ElasticRoutingConfig  # deferred: loads pydantic
+
+    try:
+        data: Any = json.loads(args.routing_config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RoutingError(f"--routing-config {args.routing_config}: {error}.") from error
+    if not isinstance(data, dict):
+        raise RoutingError(f"--routing-config {args.routing_config} must hold a JSON object.")
+    return ElasticRoutingConfig.full(**data)

@@ -1,0 +1,205 @@
+"""Show a model's shape and elastic axes, a sub-network's cost, and what this install can run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from elastic_moe.cli.arguments import add_routing, read_routing
+
+EXAMPLES = """examples:
+  elastic-moe info                                   the bundled model and this install
+  elastic-moe info --routing L24-k2                  what half the depth and half the experts cost
+  elastic-moe info path/to/checkpoint --json         for a program
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of this command."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="elastic-mini",
+        metavar="MODEL",
+        help="a bundled model, or a Hugging Face folder (default: %(default)s)",
+    )
+    add_routing(parser)
+    parser.add_argument(
+        "--context",
+        type=int,
+        default=512,
+        metavar="TOKENS",
+        help="positions that a token attends to, for the cost (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it; returns the exit status."""
+    info = collect(args)
+    if args.json:
+        json.dump(info, sys.stdout, indent=1)
+        print()
+    else:
+        show(info)
+    return 0
+
+
+def collect(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is shown, from config.json alone: no weights are read."""
+    from elastic_moe_kernels import ops  # deferred: loads torch
+
+    from elastic_moe.config import resolve_routing
+    from elastic_moe.lab.record import describe_machine, describe_versions
+    from elastic_moe.model.checkpoint import find_checkpoint, load_config
+
+    folder = find_checkpoint(args.model)
+    config = load_config(folder)
+    shape = config.shape
+    subnet = resolve_routing(shape, read_routing(args))
+    full = resolve_routing(shape, None)
+    flops = subnet.flops_per_token(args.context)
+    return {
+        "model": {
+            "name": folder.name,
+            "path": str(folder),
+            "model_type": config.model_type,
+            "num_layers": shape.num_layers,
+            "hidden_size": shape.hidden_size,
+            "num_heads": shape.num_heads,
+            "num_kv_heads": shape.num_kv_heads,
+            "head_dim": shape.head_dim,
+            "vocab_size": shape.vocab_size,
+            "max_positions": config.max_positions,
+            "num_experts": shape.num_experts,
+            "max_top_k": shape.max_top_k,
+            "expert_hidden": shape.expert_hidden,
+            "width_granules": shape.width_granules,
+            "total_params": shape.total_params,
+            "elastic_moe": config.elastic.to_json() if config.elastic else None,
+        },
+        "subnet": {
+            "name": subnet.name,
+            "fingerprint": subnet.fingerprint,
+            "active_layers": list(subnet.active_layers),
+            "active_params": subnet.active_params,
+            "context": args.context,
+            "flops_per_token": flops,
+            "flops_of_full": flops / full.flops_per_token(args.context),
+            "weight_bytes_per_token": subnet.weight_bytes_per_token(2),
+            "kv_bytes_per_token": subnet.kv_bytes_per_token(2),
+        },
+        "backends": [
+            {"name": backend.name, "available": backend.available, "detail": backend.detail}
+            for backend in ops.backends()
+        ],
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+    }
+
+
+def show(info: dict[str, Any]) -> None:
+    """Print for a person."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from elastic_moe.lab.frontier import format_si
+
+    console = Console(highlight=False)
+    model, subnet = info["model"], info["subnet"]
+    trained = (model["elastic_moe"] or {}).get("trained", {})
+
+    most = model["max_top_k"]
+    cost, share = format_si(subnet["flops_per_token"], "FLOP"), subnet["flops_of_full"]
+
+    def table(title: str, rows: list[tuple[str, str]]) -> None:
+        grid = Table.grid(padding=(0, 2))
+        for left, right in rows:
+            grid.add_row(f"  {left}", right)
+        console.print(f"[bold]{title}[/bold]")
+        console.print(grid)
+
+    def axis(name: str, most: int) -> str:
+        values = trained.get(name)
+        drawn = f"; trained at {_ranges(values)}" if values else "; not trained elastically"
+        return f"1 to {most}{drawn}"
+
+    table(
+        f"model {model['name']}",
+        [
+            (
+                "architecture",
+                f"{model['model_type']}, {format_si(model['total_params'])} parameters",
+            ),
+            ("layers", f"{model['num_layers']}, hidden size {model['hidden_size']}"),
+            (
+                "attention",
+                f"{model['num_heads']} heads of {model['head_dim']}, {model['num_kv_heads']} KV",
+            ),
+            (
+                "experts",
+                f"{model['num_experts']} of {model['expert_hidden']} channels, {most} per token",
+            ),
+            ("text", f"{model['vocab_size']} tokens, {model['max_positions']} positions"),
+        ],
+    )
+    table(
+        "elastic axes",
+        [
+            ("L  depth", axis("depth", model["num_layers"])),
+            ("k  top_k", axis("top_k", most)),
+            ("w  expert_width", axis("width", model["width_granules"])),
+            ("t  sparsity", f"0 to 1{_drawn_thresholds(trained.get('threshold'))}"),
+            ("p  expert_pool", axis("pool", model["num_experts"])),
+        ],
+    )
+    table(
+        f"sub-network {subnet['name']}",
+        [
+            ("layers", f"{len(subnet['active_layers'])} of {model['num_layers']}"),
+            ("active parameters", format_si(subnet["active_params"])),
+            (
+                "cost",
+                f"{cost} per token at {subnet['context']} positions, {share:.1%} of full",
+            ),
+            (
+                "weights read",
+                f"{format_si(subnet['weight_bytes_per_token'], 'B')} per token in bf16",
+            ),
+            ("KV cache", f"{format_si(subnet['kv_bytes_per_token'], 'B')} per token in bf16"),
+        ],
+    )
+    machine, versions = info["machine"], info["versions"]
+    table(
+        "this install",
+        [
+            *(
+                (f"backend {b['name']}", ("yes, " if b["available"] else "no: ") + b["detail"])
+                for b in info["backends"]
+            ),
+            (
+                "machine",
+                f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads",
+            ),
+            ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ],
+    )
+
+
+def _ranges(values: list[float]) -> str:
+    """'8-47, 48' style: runs of consecutive integers joined."""
+    numbers = sorted(int(value) for value in values)
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _drawn_thresholds(values: list[float] | None) -> str:
+    positive = [value for value in values or [] if value > 0]
+    return f"; trained at {min(positive)}-{max(positive)}" if positive else "; not trained"

@@ -1,0 +1,207 @@
+"""Measure quality against cost over a grid of sub-networks of one checkpoint.
+
+Writes sweep.json, frontier.png and report.html. Without values for an axis: depth x top-k at
+quarters of the model's own values, and every other axis alone. With values: every combination of
+those given, the other axes full. An interrupted sweep is continued by the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elastic_moe.cli.arguments import add_model, load_engine
+
+if TYPE_CHECKING:
+    from elastic_moe.lab.sweep import Progress
+
+EXAMPLES = """examples:
+  elastic-moe sweep                                     the default grid on the bundled model
+  elastic-moe sweep --quick                             a first look, in about a minute
+  elastic-moe sweep --depth 12,24,36,48 --top-k 1,2,4   these combinations
+  elastic-moe sweep --text notes.txt --out notes-sweep  on a text of your own
+  elastic-moe sweep path/to/checkpoint --sparsity 0,0.5,0.65 --json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of this command."""
+    add_model(parser)
+    integers, numbers = _list_of(int), _list_of(float)
+    parser.add_argument("--depth", type=integers, metavar="N,N", help="layers 0..N-1 run")
+    parser.add_argument("--top-k", type=integers, metavar="N,N", help="experts per token")
+    parser.add_argument(
+        "--expert-width", type=integers, metavar="N,N", help="granules of each expert"
+    )
+    parser.add_argument("--sparsity", type=numbers, metavar="T,T", help="thresholds in [0, 1]")
+    parser.add_argument(
+        "--expert-pool", type=integers, metavar="N,N", help="experts to choose from"
+    )
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="UTF-8 text to score (default: the language reference of this Python)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="score at most this many tokens (default: 24064, with --quick 2304)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("sweep-out"),
+        metavar="DIR",
+        help="folder for the results (default: %(default)s)",
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer points and tokens")
+    parser.add_argument("--json", action="store_true", help="print sweep.json instead of the table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it; returns the exit status."""
+    from elastic_moe.lab.sweep import sweep  # deferred: loads torch
+
+    engine = load_engine(args)
+    try:
+        with _progress() as progress:
+            result = sweep(
+                engine,
+                depth=args.depth,
+                top_k=args.top_k,
+                expert_width=args.expert_width,
+                sparsity=args.sparsity,
+                expert_pool=args.expert_pool,
+                text=args.text,
+                tokens=args.tokens,
+                out=args.out,
+                quick=args.quick,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        print(
+            f"\nInterrupted. {args.out} holds the points that are done; "
+            f"the same command goes on from there.",
+            file=sys.stderr,
+        )
+        return 1
+    if args.json:
+        json.dump(result, sys.stdout, ensure_ascii=False)
+        print()
+    else:
+        show(result, args.out)
+    return 0
+
+
+def show(result: dict[str, Any], out: Path) -> None:
+    """Print the frontier: the sub-networks that no other beats in both cost and quality."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from elastic_moe.lab.frontier import format_si
+
+    full = next(point for point in result["points"] if point["name"] == "full")
+    points = [point for point in result["points"] if point["pareto"] or point is full]
+    points.sort(key=lambda point: -point["flops_per_token"])
+    corpus = result["corpus"]
+    table = Table(
+        title=f"Frontier of {result['model']['name']} on {corpus['name']} "
+        f"({corpus['scored_tokens']:,} tokens)",
+        title_justify="left",
+    )
+    table.add_column("sub-network", no_wrap=True)
+    for heading in (
+        "params",
+        "FLOP/token",
+        "% of full",
+        "bits/byte",
+        "+nats",
+        "± se",
+        "agrees",
+        "decode tok/s",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for point in points:
+        table.add_row(
+            point["name"] + ("" if point["trained"] else " *"),
+            format_si(point["active_params"]),
+            format_si(point["flops_per_token"]),
+            f"{point['flops_per_token'] / full['flops_per_token']:.0%}",
+            f"{point['bits_per_byte']:.3f}",
+            f"{point['delta_nats']:+.3f}",
+            f"{point['standard_error']:.3f}",
+            f"{point['top1_agreement']:.1%}",
+            f"{point['decode_tokens_per_second']:.1f}",
+        )
+    # A pipe has no width of its own; 100 columns hold the table whole.
+    console = (
+        Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=100)
+    )
+    console.print(table)
+    if any(not point["trained"] for point in points):
+        console.print("* a value that the checkpoint was not trained for")
+    for skipped in result["skipped"]:
+        console.print(f"skipped {skipped['name']}: {skipped['reason']}")
+    console.print(
+        f"{len(result['points'])} sub-networks in {result['seconds']:.0f} s: "
+        f"{out / 'report.html'}, {out / 'frontier.png'}, {out / 'sweep.json'}"
+    )
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar on a terminal; elsewhere a line at each tenth of a stage. On standard error."""
+    if not sys.stderr.isatty():
+        shown: set[tuple[str, int]] = set()
+
+        def line(stage: str, done: int, total: int) -> None:
+            tenth = done * 10 // total
+            if (stage, tenth) not in shown:
+                shown.add((stage, tenth))
+                print(f"{stage}: {done} of {total}", file=sys.stderr, flush=True)
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:>8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done)
+
+        yield update
+
+
+def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def parse(text: str) -> list[Any]:
+        try:
+            return [kind(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no list of numbers separated by commas, such as 1,2,4"
+            ) from None
+
+    return parse

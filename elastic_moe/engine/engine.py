@@ -1,0 +1,260 @@
+"""`Engine`: a loaded checkpoint that scores and generates, each call under its own sub-network.
+
+Calls may come from any thread or event loop. Sequences run one at a time: a call holds the model
+for one step, so concurrent calls interleave token by token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, overload
+
+import torch
+from elastic_moe_kernels import ops
+from elastic_moe_kernels.errors import KernelError
+from torch import Tensor
+
+from elastic_moe.config import Routing, resolve_routing
+from elastic_moe.engine.generation import Generation
+from elastic_moe.engine.request import Completion, Delta, SamplingParams
+from elastic_moe.errors import ContextLengthError, EngineError, RequestError
+from elastic_moe.model.checkpoint import (
+    WEIGHTS,
+    DTypeName,
+    file_sha256,
+    find_checkpoint,
+    load_model,
+)
+from elastic_moe.model.tokenizer import Tokenizer
+from elastic_moe.model.transformer import ElasticTransformer
+from elastic_moe.routing import Subnet
+
+Backend = Literal["auto", "reference", "cpu"]
+Prompt = str | Sequence[int]
+_DEFAULT = SamplingParams()
+
+
+class Engine:
+    """One checkpoint, any sub-network per call. Make it with `Engine.from_pretrained`.
+
+    Attributes:
+        backend: what runs: 'reference' (PyTorch alone) or 'cpu' (native kernels where there are).
+        dtype: what matrix inputs, keys and values are rounded to: 'bfloat16' or 'float32'.
+    """
+
+    def __init__(
+        self,
+        model: ElasticTransformer,
+        tokenizer: Tokenizer,
+        folder: Path,
+        backend: Backend = "auto",
+    ) -> None:
+        self.model, self.tokenizer, self.folder = model, tokenizer, folder
+        self.name = folder.name
+        self.backend = _choose_backend(backend, model)
+        model.set_implementation(self.backend)
+        self.dtype = "bfloat16" if model.input_dtype == torch.bfloat16 else "float32"
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._closed = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        backend: Backend = "auto",
+        dtype: DTypeName = "auto",
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Load a bundled model by name ('elastic-mini'), or a Hugging Face folder.
+
+        Raises:
+            CheckpointError: the checkpoint is missing, broken or not supported.
+            EngineError: the backend that was named cannot run here.
+        """
+        folder = find_checkpoint(model)
+        loaded = load_model(folder, dtype=dtype, device=device)
+        return cls(loaded, Tokenizer(folder), folder, backend)
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """SHA-256 of the file of weights, 64 hex digits."""
+        return file_sha256(self.folder / WEIGHTS)
+
+    # Text and sub-networks
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, beginning with BOS where the model has one."""
+        return self.tokenizer.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, without special tokens."""
+        return self.tokenizer.decode(ids)
+
+    def resolve(self, routing: Routing) -> Subnet:
+        """The sub-network that a configuration, a name or None means for this model."""
+        return resolve_routing(self.model.shape, routing)
+
+    # Running
+
+    def score(self, ids: Sequence[int], routing: Routing = None) -> Tensor:
+        """Logits (T, V) float32 of a sequence, teacher-forced: row i predicts token i + 1."""
+        subnet = self.resolve(routing)
+        tokens = self._tokens(ids, new_tokens=0)
+        with self._step(), torch.inference_mode():
+            logits: Tensor = self.model(tokens.unsqueeze(0), subnet)[0]
+            return logits
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # an empty list is a batch
+        self, prompt: Prompt, routing: Routing = ..., sampling: SamplingParams = ...
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[Prompt],
+        routing: Routing | Sequence[Routing] = ...,
+        sampling: SamplingParams | Sequence[SamplingParams] = ...,
+    ) -> list[Completion]: ...
+    def generate(self, prompt: Any, routing: Any = None, sampling: Any = _DEFAULT) -> Any:
+        """Complete a prompt (text or token ids), or a list of prompts.
+
+        With a list of prompts, routing and sampling may be lists of the same length, and a list of
+        completions comes back.
+
+        Raises:
+            RoutingError: the model has no such sub-network.
+            RequestError: the prompt is empty or has unknown ids, or the lists differ in length.
+            ContextLengthError: prompt and max_tokens exceed the model's positions.
+        """
+        if not _is_batch(prompt):
+            return self._finish(self.stream(prompt, routing, sampling))
+        requests = zip(
+            prompt,
+            _per_prompt("routing", routing, len(prompt)),
+            _per_prompt("sampling", sampling, len(prompt)),
+            strict=True,
+        )
+        # All requests are checked before the first one runs.
+        streams = [self.stream(*request) for request in requests]
+        return [self._finish(stream) for stream in streams]
+
+    def stream(
+        self, prompt: Prompt, routing: Routing = None, sampling: SamplingParams = _DEFAULT
+    ) -> Iterator[Delta]:
+        """Complete one prompt piece by piece; dropping the iterator ends the request.
+
+        Raises, at the call: as `generate`.
+        """
+        subnet = self.resolve(routing)
+        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+        tokens = self._tokens(ids, new_tokens=sampling.max_tokens)
+        generation = Generation(self.model, self.tokenizer, tokens, subnet, sampling)
+        return self._deltas(generation)
+
+    async def agenerate(self, prompt: Any, routing: Any = None, sampling: Any = _DEFAULT) -> Any:
+        """As `generate`, without blocking the event loop."""
+        return await asyncio.to_thread(self.generate, prompt, routing, sampling)
+
+    async def astream(
+        self, prompt: Prompt, routing: Routing = None, sampling: SamplingParams = _DEFAULT
+    ) -> AsyncIterator[Delta]:
+        """As `stream`, without blocking the event loop."""
+        deltas = self.stream(prompt, routing, sampling)
+        while (delta := await asyncio.to_thread(next, deltas, None)) is not None:
+            yield delta
+
+    # Lifetime
+
+    def close(self) -> None:
+        """End the engine; every later call raises `EngineError`."""
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _step(self) -> threading.Lock:
+        """The lock that one model step holds, after checking that the engine can run."""
+        if self._closed:
+            raise EngineError("the engine is closed. Make a new one with Engine.from_pretrained.")
+        if os.getpid() != self._pid:
+            raise EngineError(
+                "the engine was made in another process and cannot be used after a fork. "
+                "Make it in the process that uses it, or start processes with 'spawn'."
+            )
+        return self._lock
+
+    def _tokens(self, ids: Sequence[int], new_tokens: int) -> Tensor:
+        limit, vocab_size = self.model.config.max_positions, self.model.config.vocab_size
+        if not len(ids):
+            raise RequestError("the prompt has no tokens; at least 1 is needed.")
+        if len(ids) + new_tokens > limit:
+            raise ContextLengthError(len(ids), new_tokens, limit)
+        for position, token in enumerate(ids):
+            if not 0 <= token < vocab_size:
+                raise RequestError(
+                    f"token {position} of the prompt is {token}; ids must be in [0, {vocab_size})."
+                )
+        return torch.tensor(ids, device=self.model.embed_tokens.weight.device)
+
+    def _deltas(self, generation: Generation) -> Iterator[Delta]:
+        while True:
+            with self._step(), torch.inference_mode():
+                delta = generation.step()
+            yield delta
+            if delta.finish_reason is not None:
+                return
+
+    @staticmethod
+    def _finish(deltas: Iterator[Delta]) -> Completion:
+        completion = None
+        for delta in deltas:
+            completion = delta.completion
+        if completion is None:
+            raise EngineError("the generation ended without a completion.")
+        return completion
+
+
+def _choose_backend(backend: Backend, model: ElasticTransformer) -> Literal["reference", "cpu"]:
+    on_cpu = model.embed_tokens.weight.device.type == "cpu"
+    if backend == "cpu" and not on_cpu:
+        raise EngineError("backend 'cpu' needs the model on the CPU. Use device='cpu'.")
+    if backend == "cpu":
+        try:
+            ops.require("cpu")
+        except KernelError as error:
+            raise EngineError(str(error)) from error
+    if backend == "auto":
+        return "cpu" if on_cpu and ops.available("cpu") else "reference"
+    if backend not in ("reference", "cpu"):
+        raise EngineError(f"backend must be 'auto', 'reference' or 'cpu', got {backend!r}.")
+    return backend
+
+
+def _is_batch(prompt: object) -> bool:
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str):
+        return False
+    return not prompt or not isinstance(prompt[0], int)
+
+
+def _per_prompt(field: str, value: Any, count: int) -> list[Any]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return [value] * count
+    if len(value) != count:
+        raise RequestError(f"{field} lists {len(value)} values for {count} prompts.")
+    return list(value)

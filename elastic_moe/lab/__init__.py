@@ -1,0 +1,5 @@
+"""Measuring sub-networks: evaluation, sweeps, the frontier, the report."""
+
+from elastic_moe.lab.sweep import sweep
+
+__all__ = ["sweep"]

@@ -1,0 +1,265 @@
+"""The arithmetic behind the pictures of a sweep: the Pareto frontier, the curves, the numbers.
+
+A sweep is the content of `sweep.json`; a point is one entry of its `points`: one sub-network with
+its cost and quality. Everything here is pure and needs the standard library only.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Point = Mapping[str, Any]
+Sweep = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One elastic axis.
+
+    Attributes:
+        key: the point's field that holds the value.
+        title: the axis in words, for headings.
+        unit: what the value counts, for the axis of a plot.
+        model_key: the field of `sweep["model"]` that holds the full value; None: it is 0.
+        trained_key: the list of trained values in `sweep["model"]["elastic_moe"]["trained"]`.
+    """
+
+    key: str
+    title: str
+    unit: str
+    model_key: str | None
+    trained_key: str
+
+
+AXES = (
+    Axis("depth", "Depth", "layers that run", "num_layers", "depth"),
+    Axis("top_k", "Experts per token", "top-k", "max_top_k", "top_k"),
+    Axis("expert_width", "Expert width", "granules of each expert", "width_granules", "width"),
+    Axis("sparsity_threshold", "Threshold", "share of the best score", None, "threshold"),
+    Axis("expert_pool", "Expert pool", "experts to choose from", "num_experts", "pool"),
+)
+
+
+def full_values(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The value of each axis in the full network, by the point's field: `{"depth": 48, ...}`."""
+    return {a.key: 0.0 if a.model_key is None else model[a.model_key] for a in AXES}
+
+
+def full_point(points: Iterable[Point]) -> Point | None:
+    """The full network's point; None in a sweep that was stopped before it was measured."""
+    return next((p for p in points if p["name"] == "full"), None)
+
+
+def flops(point: Point) -> float | None:
+    """Floating-point operations per token: the cost that `pareto` means."""
+    return finite(point.get("flops_per_token"))
+
+
+def bits(point: Point) -> float | None:
+    """Bits per byte: the quality that `pareto` means. Lower is better."""
+    return finite(point.get("bits_per_byte"))
+
+
+def decode_speed(point: Point) -> float | None:
+    """Measured decode speed in tokens/s; None where it was not timed."""
+    speed = finite(point.get("decode_tokens_per_second"))
+    return speed if speed is not None and speed > 0 else None
+
+
+def decode_time(point: Point) -> float | None:
+    """Measured seconds per decoded token; None where it was not timed."""
+    speed = decode_speed(point)
+    return None if speed is None else 1 / speed
+
+
+def finite(value: object) -> float | None:
+    """`value` as a float; None for what is no number, NaN or infinite."""
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+def pareto_flags(
+    points: Sequence[Point], cost: Callable[[Point], float | None] = flops
+) -> list[bool]:
+    """Which points are on the frontier of `cost` (lower is better) against bits per byte.
+
+    A point is on it when no other is both at least as cheap and at least as good. Points equal in
+    both do not exclude each other: otherwise they would, and leave a hole. A point without a finite
+    cost or quality is never on it and excludes nobody.
+    """
+    pairs = {
+        i: (c, b)
+        for i, p in enumerate(points)
+        if (c := cost(p)) is not None and (b := bits(p)) is not None
+    }
+    flags = [False] * len(points)
+    last = (-math.inf, math.inf)
+    # Cheapest first, and among equally cheap the best first: whoever does not improve on the last
+    # point kept is excluded by it.
+    for index in sorted(pairs, key=lambda i: pairs[i]):
+        if pairs[index][1] < last[1] or pairs[index] == last:
+            flags[index] = True
+            last = pairs[index]
+    return flags
+
+
+def mark_pareto(points: Sequence[MutableMapping[str, Any]]) -> None:
+    """Set `pareto` in every point: FLOPs per token against bits per byte."""
+    for point, flag in zip(points, pareto_flags(points), strict=True):
+        point["pareto"] = flag
+
+
+def frontier(points: Sequence[Point], cost: Callable[[Point], float | None] = flops) -> list[Point]:
+    """The points on the frontier, cheapest first."""
+    on_it = [p for p, flag in zip(points, pareto_flags(points, cost), strict=True) if flag]
+    return sorted(on_it, key=lambda p: (cost(p) or 0.0, str(p["name"])))
+
+
+# Names say what the five values cannot: layers that are no prefix (Lx...), a floor under the
+# threshold (m2), values that differ from layer to layer (x...).
+_BEYOND_THE_AXES = re.compile(r"(^|-)(Lx|m\d|x)")
+
+
+_AXIS_KEYS = [axis.key for axis in AXES]
+
+
+def changed_axes(point: Point, full: Mapping[str, Any]) -> list[Axis]:
+    """The axes in which `point` differs from `full` (a point, or `full_values`)."""
+    return [axis for axis in AXES if point[axis.key] != full[axis.key]]
+
+
+def curves(points: Iterable[Point], full: Mapping[str, Any]) -> dict[str, list[Point]]:
+    """For each axis, the points in which only that axis differs from the full network.
+
+    Args:
+        points: any points, in any order.
+        full: the full network's point, or `full_values(model)` where it was not measured.
+
+    Returns:
+        For every axis' key, those points and the full one if it is there, by rising value.
+    """
+    result: dict[str, list[Point]] = {axis.key: [] for axis in AXES}
+    for point in points:
+        if _BEYOND_THE_AXES.search(str(point["name"])) or None in map(point.get, _AXIS_KEYS):
+            continue
+        changed = changed_axes(point, full)
+        if len(changed) <= 1:
+            for axis in changed or AXES:
+                result[axis.key].append(point)
+    for key, members in result.items():
+        members.sort(key=lambda p: float(p[key]))
+    return result
+
+
+def untrained_axes(point: Point, model: Mapping[str, Any]) -> set[str]:
+    """The keys of the axes whose value in `point` was not trained, as far as the model says."""
+    trained = (model.get("elastic_moe") or {}).get("trained") or {}
+    return {
+        axis.key
+        for axis in changed_axes(point, full_values(model))
+        if not any(_close(point[axis.key], value) for value in trained.get(axis.trained_key) or ())
+    }
+
+
+def _close(left: Any, right: Any) -> bool:
+    # Thresholds are float32 in a sub-network and decimals in a configuration.
+    return left is not None and right is not None and math.isclose(left, right, rel_tol=1e-6)
+
+
+def threshold_cost_is_measured(points: Sequence[Point], full: Point) -> bool | None:
+    """Whether FLOPs of points with a threshold count the experts that ran, or the upper bound.
+
+    None where the sweep has no point to tell from: a threshold alone that dropped an expert.
+    """
+    told = [p for p in points if [a.key for a in changed_axes(p, full)] == ["sparsity_threshold"]]
+    told = [p for p in told if float(p["mean_experts"]) < float(full["mean_experts"])]
+    if not told:
+        return None
+    return any(float(p["flops_per_token"]) < float(full["flops_per_token"]) for p in told)
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """The sub-network that the summary names: the cheapest one within `tolerance` of the full's
+    bits per byte. All figures but `tolerance` are ratios to the full network's."""
+
+    point: Point
+    tolerance: float
+    flops: float
+    bits: float
+    speed: float | None
+
+
+def pick(points: Sequence[Point], full: Point) -> Pick | None:
+    """The point to name first: the cheapest within 2 %, else 5, 10 or 25 %, of the full's quality.
+
+    A tolerance is passed over when its cheapest point saves less than a quarter of the FLOPs, and
+    the last answer is None. Untrained points are not named: nobody would run them on purpose.
+    """
+    full_flops, full_bits, full_speed = flops(full), bits(full), decode_speed(full)
+    if not full_flops or not full_bits:
+        return None
+    for tolerance in (0.02, 0.05, 0.10, 0.25):
+        near = [
+            (c / full_flops, b / full_bits, p)
+            for p in points
+            if p.get("trained", True)
+            and (c := flops(p)) is not None
+            and (b := bits(p)) is not None
+            and b <= full_bits * (1 + tolerance)
+        ]
+        if near:
+            cost, quality, point = min(near, key=lambda item: item[:2])
+            if cost <= 0.75:
+                speed = decode_speed(point)
+                ratio = speed / full_speed if speed and full_speed else None
+                return Pick(point, tolerance, cost, quality, ratio)
+    return None
+
+
+SI_PREFIXES = ((12, "T"), (9, "G"), (6, "M"), (3, "k"))
+
+
+def format_si(value: float | None, unit: str = "") -> str:
+    """Three significant digits and an SI prefix: 15.2e6, "FLOP" -> "15.2 MFLOP"; None -> "-"."""
+    if value is None:
+        return "-"
+    # 999,950 is 1.00 M: it would round to 1,000 k.
+    exponent, prefix = next((e for e in SI_PREFIXES if abs(value) >= 0.9995 * 10 ** e[0]), (0, ""))
+    return f"{_three_digits(value / 10**exponent)} {prefix}{unit}".rstrip()
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.{2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0}f}"
+
+
+def format_speed(value: float | None) -> str:
+    """Tokens per second: 1234.4 -> "1,234 tok/s", 42.17 -> "42.2 tok/s"; None -> "-"."""
+    return "-" if value is None else f"{_three_digits(value)} tok/s"
+
+
+def format_value(value: Any) -> str:
+    """A value of an axis, short: 0.7 rather than 0.699999988079071. None (no one value): "-"."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def format_percent(ratio: float | None, digits: int = 0) -> str:
+    """A ratio as a percentage: 0.614 -> "61 %"; None -> "-"."""
+    return "-" if ratio is None else f"{100 * ratio:.{digits}f} %"
+
+
+def clean(text: object, limit: int = 80) -> str:
+    """`text` as one printable line of at most `limit` characters.
+
+    Names come from files of unknown origin. Control characters, lone surrogates and direction
+    overrides are no part of valid XML or of an honest label; each becomes U+FFFD.
+    """
+    line = "".join(c if c.isprintable() else "�" for c in str(text))
+    return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -1,0 +1,171 @@
+"""How good a sub-network is: loss, distance to the full network, agreement with it.
+
+All sub-networks that differ only in how deep they go come from one pass over the deepest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from elastic_moe.lab.text import EvaluationSet
+from elastic_moe.model.transformer import ElasticTransformer, Trace
+from elastic_moe.routing import Subnet
+
+BATCH_WINDOWS = 8
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """What one sub-network does on an evaluation set of N scored tokens.
+
+    Attributes:
+        losses: (N,) nats per token.
+        kl_to_full: mean KL(full || this), nats per token.
+        top1_agreement: fraction of tokens whose most likely prediction is the full network's.
+        mean_experts: experts that ran, per token and active MoE layer.
+        expert_use: {layer: (E,) fraction of the choices that fell on each expert}.
+    """
+
+    losses: Floats
+    kl_to_full: float
+    top1_agreement: float
+    mean_experts: float
+    expert_use: dict[int, list[float]]
+
+    @property
+    def nats_per_token(self) -> float:
+        return float(self.losses.mean(dtype=np.float64))
+
+    def bits_per_byte(self, scored_bytes: int) -> float:
+        return float(self.losses.sum(dtype=np.float64)) / math.log(2) / scored_bytes
+
+
+def paired_difference(a: Quality, b: Quality, text: EvaluationSet) -> tuple[float, float]:
+    """Mean of a's loss minus b's, nats per token, and its standard error.
+
+    Tokens of one window are not independent, so the error is taken over windows: with sums s_w of
+    the differences and n_w scored tokens, sqrt(m/(m-1) sum (s_w - mean n_w)^2) / sum n_w.
+    """
+    difference = a.losses.astype(np.float64) - b.losses.astype(np.float64)
+    mean = float(difference.mean())
+    counts = np.array([window.scored for window in text.windows])
+    sums = np.add.reduceat(difference, np.concatenate(([0], counts.cumsum()[:-1])))
+    m = len(counts)
+    if m < 2:
+        return mean, float("nan")
+    spread = m / (m - 1) * float(((sums - mean * counts) ** 2).sum())
+    return mean, math.sqrt(spread) / float(counts.sum())
+
+
+class FullNetwork:
+    """Log-probabilities of the full network on the whole evaluation set, kept for comparison.
+
+    (N, V) float32 in a temporary file that the system may page out; it has no name and goes with
+    the process.
+    """
+
+    def __init__(self, scored_tokens: int, vocab_size: int) -> None:
+        import tempfile
+
+        self._file = tempfile.TemporaryFile(prefix="elastic-moe-")  # noqa: SIM115  (as long as this)
+        self._logprobs: NDArray[np.float32] = np.memmap(
+            self._file, dtype=np.float32, mode="w+", shape=(scored_tokens, vocab_size)
+        )
+
+    def store(self, start: int, logprobs: Tensor) -> None:
+        self._logprobs[start : start + len(logprobs)] = logprobs.cpu().numpy()
+
+    def read(self, start: int, count: int, device: torch.device) -> Tensor:
+        return torch.from_numpy(self._logprobs[start : start + count]).to(device)
+
+
+def measure_depths(
+    model: ElasticTransformer,
+    text: EvaluationSet,
+    deepest: Subnet,
+    depths: Sequence[int],
+    full: FullNetwork,
+    *,
+    is_full: bool = False,
+) -> Iterator[tuple[int, dict[int, Quality]]]:
+    """Measure prefix depths of one sub-network in a single pass.
+
+    Args:
+        deepest: a sub-network of depth max(depths), its layers a prefix of the model's.
+        depths: which of its prefixes to measure.
+        full: what to compare with; filled by this pass where `is_full`.
+        is_full: `deepest` is the full network, and max(depths) its depth.
+
+    Yields:
+        (windows done, {}) after each batch, and last (windows, {depth: quality}).
+    """
+    sums = {depth: _Sums(model.shape.num_experts) for depth in depths}
+    done = start = 0
+    for batch in text.batches(BATCH_WINDOWS):
+        device = model.embed_tokens.weight.device
+        inputs = torch.tensor([window.inputs for window in batch], device=device)
+        targets = torch.tensor([window.targets for window in batch], device=device)
+        firsts = torch.tensor([window.first_scored for window in batch], device=device)
+        scored = torch.arange(targets.shape[1], device=device) >= firsts.unsqueeze(1)  # (B, T)
+        wanted = targets[scored]  # (n,)
+        trace = Trace()
+        with torch.inference_mode():
+            logprobs = {
+                layers: torch.log_softmax(model.logits(x[scored]), dim=-1)  # (n, V)
+                for layers, x in model.states(inputs, deepest, trace=trace)
+                if layers in sums
+            }
+            if is_full:
+                full.store(start, logprobs[deepest.depth])
+            reference = full.read(start, len(wanted), device)
+            for depth, predicted in logprobs.items():
+                sums[depth].add(predicted, wanted, reference, trace, depth)
+        start += len(wanted)
+        done += len(batch)
+        yield done, {}
+    yield done, {depth: total.quality() for depth, total in sums.items()}
+
+
+class _Sums:
+    """Running sums of one sub-network's quality."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self.losses: list[Tensor] = []
+        self.kl = 0.0
+        self.agreed = 0
+        self.choices: dict[int, Tensor] = {}
+        self.rows: dict[int, int] = {}
+
+    def add(
+        self, predicted: Tensor, wanted: Tensor, full: Tensor, trace: Trace, depth: int
+    ) -> None:
+        """predicted, full (n, V) log-probabilities; wanted (n,) ids."""
+        self.losses.append(-predicted.gather(1, wanted.unsqueeze(1)).squeeze(1).cpu())
+        self.kl += float((full.exp() * (full - predicted)).sum(dim=1).double().sum())
+        self.agreed += int((predicted.argmax(1) == full.argmax(1)).sum())
+        for layer in trace.layers:
+            if layer.layer < depth:
+                ids = layer.topk_ids[layer.topk_ids >= 0].long()
+                counts = torch.bincount(ids, minlength=self.num_experts).cpu()
+                self.choices[layer.layer] = self.choices.get(layer.layer, 0) + counts
+                self.rows[layer.layer] = self.rows.get(layer.layer, 0) + len(layer.topk_ids)
+
+    def quality(self) -> Quality:
+        losses = torch.cat(self.losses).numpy()
+        ran, rows = sum(int(c.sum()) for c in self.choices.values()), sum(self.rows.values())
+        return Quality(
+            losses=losses,
+            kl_to_full=self.kl / len(losses),
+            top1_agreement=self.agreed / len(losses),
+            mean_experts=ran / rows if rows else 0.0,
+            expert_use={i: (c / c.sum()).tolist() for i, c in sorted(self.choices.items())},
+        )

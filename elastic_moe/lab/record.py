@@ -1,0 +1,109 @@
+"""The entries of `sweep.json`: points, and what they were measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from elastic_moe_kernels import ops
+
+from elastic_moe import __version__
+from elastic_moe.engine import Engine
+from elastic_moe.lab.grid import is_trained
+from elastic_moe.lab.quality import Quality, paired_difference
+from elastic_moe.lab.text import WINDOW, EvaluationSet
+from elastic_moe.routing import Subnet
+
+SCHEMA_VERSION = 1
+BYTES_PER_WEIGHT = {"bfloat16": 2, "float32": 4}
+
+
+def describe_point(
+    subnet: Subnet, quality: Quality, full: Quality, text: EvaluationSet, engine: Engine
+) -> dict[str, Any]:
+    """One entry of `points`, its speeds still unknown (None).
+
+    Cost is that of a token with a whole window (512) of context, with the number of experts that
+    really ran; `active_params_max` is the bound that holds whatever the threshold drops.
+    """
+    delta, error = paired_difference(quality, full, text)
+    pool = subnet.uniform("pool")
+    experts = quality.mean_experts
+    return {
+        "name": subnet.name,
+        "depth": subnet.depth,
+        "top_k": subnet.uniform("top_k"),
+        "expert_width": subnet.uniform("width"),
+        "sparsity_threshold": subnet.uniform("threshold"),
+        "expert_pool": len(pool) if pool else None,
+        "trained": is_trained(subnet, engine.model.config.elastic),
+        "active_params": round(subnet.active_params_at(experts)),
+        "active_params_max": subnet.active_params,
+        "flops_per_token": round(subnet.flops_per_token(WINDOW, experts)),
+        "flops_per_token_max": round(subnet.flops_per_token(WINDOW)),
+        "weight_bytes_per_token": round(
+            subnet.weight_bytes_per_token(BYTES_PER_WEIGHT[engine.dtype], experts)
+        ),
+        "mean_experts": round(experts, 4),
+        "bits_per_byte": quality.bits_per_byte(text.scored_bytes),
+        "nats_per_token": quality.nats_per_token,
+        "perplexity": float(torch.tensor(quality.nats_per_token, dtype=torch.float64).exp()),
+        "delta_nats": delta,
+        "standard_error": error,
+        "kl_to_full": max(0.0, quality.kl_to_full),
+        "top1_agreement": quality.top1_agreement,
+        "prefill_tokens_per_second": None,
+        "decode_tokens_per_second": None,
+        "backend": engine.backend,
+        "dtype": engine.dtype,
+        "pareto": False,
+    }
+
+
+def describe_model(engine: Engine) -> dict[str, Any]:
+    """The `model` entry: name and sizes, and what the checkpoint says of its training."""
+    config, shape = engine.model.config, engine.model.shape
+    return {
+        "name": engine.name,
+        "model_type": config.model_type,
+        "num_layers": shape.num_layers,
+        "num_experts": shape.num_experts,
+        "max_top_k": shape.max_top_k,
+        "width_granules": shape.width_granules,
+        "expert_hidden": shape.expert_hidden,
+        "hidden_size": shape.hidden_size,
+        "total_params": shape.total_params,
+        "elastic_moe": config.elastic.to_json() if config.elastic else None,
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """The `machine` entry."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": next((b.level for b in ops.backends() if b.level), "none"),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def describe_versions() -> dict[str, str]:
+    """The `versions` entry."""
+    return {
+        "elastic_moe": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

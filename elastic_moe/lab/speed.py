@@ -1,0 +1,75 @@
+"""How fast a sub-network runs: prefill and decode of one sequence, skipping work for real."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from elastic_moe.model.cache import KVCache
+from elastic_moe.model.transformer import ElasticTransformer
+from elastic_moe.routing import Subnet
+
+PREFILL_TOKENS = 512
+DECODE_CONTEXT_TOKENS = 64
+
+
+def measure_speed(
+    model: ElasticTransformer,
+    subnets: Sequence[Subnet],
+    ids: Sequence[int],
+    *,
+    rounds: int,
+    decode_tokens: int,
+) -> Iterator[tuple[int, list[tuple[float, float]]]]:
+    """Time every sub-network in turn, round after round, so that a machine's drift hits all alike.
+
+    Args:
+        ids: at least 512 tokens of real text.
+        rounds: the median over this many counts; one round before them warms up.
+        decode_tokens: tokens decoded per round, after a context of 64.
+
+    Yields:
+        (measurements done, []) after each, and last (all, [(prefill, decode) tokens per second]).
+    """
+    device = model.embed_tokens.weight.device
+    prompt = torch.tensor([list(ids[:PREFILL_TOKENS])], device=device)
+    seconds: list[list[tuple[float, float]]] = [[] for _ in subnets]
+    done = 0
+    for round_number in range(rounds + 1):
+        for subnet, kept in zip(subnets, seconds, strict=True):
+            with torch.inference_mode():
+                measured = _time_once(model, subnet, prompt, decode_tokens)
+            if round_number:
+                kept.append(measured)
+            done += 1
+            yield done, []
+    speeds = [
+        (
+            prompt.shape[1] / statistics.median(prefill for prefill, _ in kept),
+            decode_tokens / statistics.median(decode for _, decode in kept),
+        )
+        for kept in seconds
+    ]
+    yield done, speeds
+
+
+def _time_once(
+    model: ElasticTransformer, subnet: Subnet, prompt: torch.Tensor, decode_tokens: int
+) -> tuple[float, float]:
+    """Seconds of one prefill (last row's logits), and of decoding `decode_tokens` tokens."""
+    started = time.perf_counter()
+    x = model.last_state(prompt, subnet)
+    _ = model.logits(x[:, -1]).argmax().item()
+    prefill = time.perf_counter() - started
+
+    context = prompt[:, :DECODE_CONTEXT_TOKENS]
+    cache = KVCache(model.config.num_layers, context.shape[1] + decode_tokens, model.input_dtype)
+    token = model(context, subnet, cache=cache)[:, -1].argmax(-1, keepdim=True)  # (1, 1)
+    started = time.perf_counter()
+    for _ in range(decode_tokens):
+        token = model(token, subnet, cache=cache)[:, -1].argmax(-1, keepdim=True)
+    _ = token.item()
+    return prefill, time.perf_counter() - started

@@ -1,0 +1,212 @@
+"""The C++ kernels: loading them, choosing an instruction-set level, calling them.
+
+Levels, weakest first: "portable" (SSE2 on x86-64), "avx2" (AVX2, FMA), "avx512" (F, BW, DQ, VL,
+VNNI, BF16). The strongest that the install has and the machine runs is used, unless the environment
+variable ELASTIC_MOE_ISA names another; it is read once, at first use.
+
+The extension contains OpenMP code but names no OpenMP library: torch brings one, under a path and
+sometimes a name of its own, and a second in the same process would keep a second team of threads.
+So torch is imported first, and its library is made visible to the extension before it is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic_moe_kernels.errors import KernelError
+from elastic_moe_kernels.table import LayerTable
+
+ISA_VARIABLE = "ELASTIC_MOE_ISA"
+LEVELS = ("portable", "avx2", "avx512")
+
+# The kernel keeps the scores of a row on the stack.
+MAX_EXPERTS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class BuildInfo:
+    """What was compiled when this package was installed.
+
+    Attributes:
+        compiler: name and version, "" without one.
+        openmp: whether the kernels use more than one thread.
+        levels: instruction-set levels compiled, weakest first.
+        reason: why something is missing, "" if nothing is.
+    """
+
+    compiler: str
+    openmp: bool
+    levels: tuple[str, ...]
+    reason: str
+
+
+@cache
+def build_info() -> BuildInfo:
+    """What the install compiled; from a bare checkout, nothing."""
+    try:
+        info: Any = importlib.import_module("elastic_moe_kernels._build_info")
+    except ImportError:
+        return BuildInfo("", False, (), "this is a source checkout that was not installed")
+    return BuildInfo(info.COMPILER, info.OPENMP, tuple(info.LEVELS), info.REASON)
+
+
+@cache
+def missing() -> str:
+    """Why the C++ kernels cannot be used, "" if they can."""
+    try:
+        _native()
+    except KernelError as error:
+        return str(error)
+    return ""
+
+
+def levels() -> tuple[str, ...]:
+    """The levels that are compiled and run on this machine, weakest first; () without any."""
+    return () if missing() else tuple(_runnable())
+
+
+@cache
+def level() -> str:
+    """The level that calls use unless they name one.
+
+    Raises:
+        KernelError: the extension is missing, or ELASTIC_MOE_ISA names a level that is not there.
+    """
+    runnable = _runnable()
+    wanted = os.environ.get(ISA_VARIABLE, "")
+    if wanted and wanted not in runnable:
+        raise KernelError(
+            f"{ISA_VARIABLE} must be one of {', '.join(runnable)}: what this machine runs of the "
+            f"levels that this install has ({', '.join(build_info().levels)}); got {wanted!r}. "
+            f"Unset it to use {next(reversed(runnable))}."
+        )
+    return wanted or next(reversed(runnable))
+
+
+def route(
+    router_logits: Tensor,
+    table: LayerTable,
+    subnet_of_row: Tensor,
+    *,
+    renormalize: bool,
+    epsilon: float = 0.0,
+    correction_bias: Tensor | None = None,
+    level: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reference.route` on float32 CPU tensors whose dtypes and shapes `ops.route` has checked.
+
+    Args:
+        level: the instruction-set level to run; None for `level()`.
+
+    A row whose logits inside its pool hold NaN or +inf, or are all -inf, gets the lowest
+    min_experts experts of its pool with NaN weights, as in the reference. Scores below 1.2e-38 of
+    the best are 0. A row's bits depend on nothing but its logits, its entry of the table and K.
+
+    Raises:
+        KernelError: a row names no sub-network of the table, the bias is not finite, or the level
+            is not there.
+    """
+    native = _native()
+    rows, experts = router_logits.shape
+    topk_ids = torch.empty(rows, table.max_top_k, dtype=torch.int32)
+    topk_weights = torch.empty(rows, table.max_top_k, dtype=torch.float32)
+    refusal, where, value = native.route(
+        _level_index(level),
+        router_logits.data_ptr(),
+        subnet_of_row.data_ptr(),
+        subnet_of_row.element_size(),
+        rows,
+        experts,
+        table.max_top_k,
+        table.top_k.data_ptr(),
+        table.top_k.stride(0),
+        table.min_experts.data_ptr(),
+        table.min_experts.stride(0),
+        table.threshold.data_ptr(),
+        table.threshold.stride(0),
+        table.pool.data_ptr(),
+        table.pool.stride(0),
+        table.num_subnets,
+        0 if correction_bias is None else correction_bias.data_ptr(),
+        renormalize,
+        epsilon,
+        topk_ids.data_ptr(),
+        topk_weights.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if refusal:
+        raise KernelError(_REFUSALS[refusal].format(where, value, table.num_subnets - 1))
+    return topk_ids, topk_weights
+
+
+_REFUSALS = {
+    1: "subnet_of_row[{0}] must be in [0, {2}], got {1:.0f}.",
+    2: "row {0}: its sub-network has top_k {1:.0f} here, so nothing to route in this layer. "
+    "Route only the rows whose sub-network runs this layer.",
+    3: "correction_bias[{0}] must be finite, got {1}.",
+}
+
+
+@cache
+def _level_index(name: str | None) -> int:
+    runnable = _runnable()
+    name = level() if name is None else name
+    if name not in runnable:
+        raise KernelError(f"level must be one of {', '.join(runnable)}, got {name!r}.")
+    return runnable[name]
+
+
+@cache
+def _runnable() -> dict[str, int]:
+    """Position in the extension's list of each level that this machine runs."""
+    found = enumerate(_native().levels())
+    return {name: i for i, (name, runs, _, _) in found if runs}
+
+
+@cache
+def _native() -> ModuleType:
+    """The extension, with an OpenMP library for it to find."""
+    info = build_info()
+    if not info.levels:
+        raise KernelError(
+            f"the C++ kernels are not installed: {info.reason}. With a C++17 compiler (Debian: "
+            f"apt-get install g++), install elastic-moe again: `pip install .` in its source, "
+            f"or `pip install --force-reinstall --no-deps --no-binary :all: elastic-moe`."
+        )
+    try:
+        if info.openmp:
+            _expose_openmp()
+        return importlib.import_module("elastic_moe_kernels._native")
+    except (ImportError, OSError) as error:
+        raise KernelError(
+            f"the C++ kernels are installed but do not load: {error}. Install elastic-moe again "
+            f"with this Python and this torch."
+        ) from error
+
+
+def _expose_openmp() -> None:
+    """Make GOMP_parallel resolvable, from the OpenMP library that torch has loaded if any has."""
+    if hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+        return
+    # Loaded, but privately: opening a loaded library again only widens its visibility.
+    mapped = {
+        line.split(maxsplit=5)[-1]
+        for line in Path("/proc/self/maps").read_text().split("\n")
+        if "/" in line
+    }
+    for path in sorted(mapped):
+        if Path(path).name.startswith(("libgomp", "libomp", "libiomp")):
+            library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+            if hasattr(library, "GOMP_parallel"):
+                return
+    ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)

@@ -1,0 +1,241 @@
+"""The face of the kernels: arguments are checked here, then the named implementation runs.
+
+Implementations: "reference" (PyTorch, any device, differentiable), "cpu" (C++), and "auto", which
+is "cpu" where that can run and "reference" elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from elastic_moe_kernels import cpu, reference
+from elastic_moe_kernels.errors import KernelError
+from elastic_moe_kernels.table import LayerTable
+
+Implementation = Literal["auto", "reference", "cpu"]
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One implementation of the ops, and what this install and machine have of it.
+
+    Attributes:
+        level: the instruction-set level in use, None where there are none.
+        levels: all levels that are compiled and run here, weakest first.
+        detail: how it was built, or why it (or a part of it) is missing.
+    """
+
+    name: str
+    available: bool
+    level: str | None
+    levels: tuple[str, ...]
+    detail: str
+
+
+def backends() -> list[Backend]:
+    """Every implementation that exists, whether or not this install has it."""
+    reference_backend = Backend("reference", True, None, (), f"torch {torch.__version__}")
+    why_not = cpu.missing()
+    if why_not:
+        return [reference_backend, Backend("cpu", False, None, (), why_not)]
+    info = cpu.build_info()
+    detail = f"{info.compiler}, {'OpenMP' if info.openmp else 'one thread'}"
+    idle = [name for name in info.levels if name not in cpu.levels()]
+    if idle:
+        detail += f"; compiled, but this machine lacks it: {', '.join(idle)}"
+    if info.reason:
+        detail += f"; {info.reason}"
+    return [reference_backend, Backend("cpu", True, cpu.level(), cpu.levels(), detail)]
+
+
+def available(name: str) -> bool:
+    """Whether the implementation `name` can run in this install."""
+    return name == "reference" or (name == "cpu" and not cpu.missing())
+
+
+def require(name: str) -> None:
+    """Raise `KernelError` with the reason and the remedy unless `name` can run here."""
+    if name not in ("reference", "cpu"):
+        raise KernelError(f"implementation must be 'reference' or 'cpu', got {name!r}.")
+    if name == "cpu" and cpu.missing():
+        raise KernelError(cpu.missing())
+
+
+def route(
+    router_logits: Tensor,
+    table: LayerTable,
+    subnet_of_row: Tensor,
+    *,
+    renormalize: bool,
+    epsilon: float = 0.0,
+    correction_bias: Tensor | None = None,
+    implementation: Implementation = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Choose the experts that run for every token, and their weights.
+
+    Args:
+        router_logits: (T, E) float32 before the softmax, contiguous; float64 on the reference.
+        table: k, min_experts, threshold and pool of this layer for each of S sub-networks.
+        subnet_of_row: (T,) int32 or int64 in [0, S), contiguous: the sub-network of every token.
+        renormalize: divide each row of weights by max(its sum, epsilon).
+        epsilon: the architecture's guard of that division, finite and >= 0.
+        correction_bias: (E,) like router_logits, added to the scores for the selection only.
+        implementation: "auto", "reference" or "cpu".
+
+    Returns:
+        topk_ids: (T, K) int32, K = table.max_top_k; kept experts first, highest score first, equal
+            scores by lower index; -1 is padding.
+        topk_weights: (T, K) like router_logits; 0 where topk_ids is -1.
+
+    Raises:
+        KernelError: an argument is outside what is said above, or the implementation cannot run.
+    """
+    _check(router_logits, table, subnet_of_row, epsilon, correction_bias)
+    if implementation == "auto":
+        implementation = "reference" if _unfit_for_cpu(router_logits, correction_bias) else "cpu"
+        if implementation == "cpu" and cpu.missing():
+            _warn_about_fallback()
+            implementation = "reference"
+    if implementation == "cpu":
+        unfit = _unfit_for_cpu(router_logits, correction_bias)
+        if unfit:
+            raise KernelError(f"implementation 'cpu' {unfit} Or use implementation='reference'.")
+        return cpu.route(
+            router_logits,
+            table,
+            subnet_of_row,
+            renormalize=renormalize,
+            epsilon=epsilon,
+            correction_bias=correction_bias,
+        )
+    if implementation != "reference":
+        raise KernelError(
+            f"implementation must be 'auto', 'reference' or 'cpu', got {implementation!r}."
+        )
+    _check_values(table, subnet_of_row, correction_bias)
+    return reference.route(
+        router_logits,
+        table,
+        subnet_of_row,
+        renormalize=renormalize,
+        epsilon=epsilon,
+        correction_bias=correction_bias,
+    )
+
+
+def _check(
+    router_logits: Tensor,
+    table: LayerTable,
+    subnet_of_row: Tensor,
+    epsilon: float,
+    correction_bias: Tensor | None,
+) -> None:
+    """What can be told without reading the tensors; about 2 microseconds."""
+    if not isinstance(table, LayerTable):
+        raise KernelError(f"table must be a LayerTable, got {type(table).__name__}.")
+    device = table.pool.device
+    _check_tensor("router_logits", router_logits, (torch.float32, torch.float64), 2, device)
+    _check_tensor("subnet_of_row", subnet_of_row, (torch.int64, torch.int32), 1, device)
+    rows, experts = router_logits.shape
+    if experts != table.num_experts:
+        raise KernelError(
+            f"router_logits must have {table.num_experts} columns, one per expert of the table, "
+            f"got {experts}."
+        )
+    if subnet_of_row.shape[0] != rows:
+        raise KernelError(
+            f"subnet_of_row must have one entry for each of the {rows} rows of router_logits, "
+            f"got {subnet_of_row.shape[0]}."
+        )
+    if correction_bias is not None:
+        _check_tensor("correction_bias", correction_bias, (router_logits.dtype,), 1, device)
+        if correction_bias.shape[0] != experts:
+            raise KernelError(
+                f"correction_bias must have one entry for each of the {experts} experts, "
+                f"got {correction_bias.shape[0]}."
+            )
+    if not (0.0 <= epsilon < math.inf):
+        raise KernelError(f"epsilon must be finite and at least 0, got {epsilon}.")
+
+
+def _check_tensor(
+    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], dim: int, device: torch.device
+) -> None:
+    if not isinstance(tensor, Tensor):
+        raise KernelError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
+    if tensor.dtype not in dtypes:
+        raise KernelError(
+            f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}. "
+            f"Convert it with .to()."
+        )
+    if tensor.dim() != dim:
+        raise KernelError(f"{name} must have {dim} dimensions, got shape {tuple(tensor.shape)}.")
+    if tensor.device != device:
+        raise KernelError(
+            f"{name} is on {tensor.device} and the table on {device}. Move one to the other."
+        )
+    if not tensor.is_contiguous():
+        raise KernelError(
+            f"{name} must be contiguous, got strides {tensor.stride()} for shape "
+            f"{tuple(tensor.shape)}. Call .contiguous()."
+        )
+
+
+def _unfit_for_cpu(router_logits: Tensor, correction_bias: Tensor | None) -> str:
+    """Why the C++ kernel cannot take these, as the end of a sentence; "" if it can."""
+    if router_logits.device.type != "cpu":
+        return f"needs tensors on the CPU, got {router_logits.device}. Move them with .cpu()."
+    if router_logits.dtype != torch.float32:
+        return f"needs float32 router_logits, got {router_logits.dtype}. Convert with .float()."
+    if torch.is_grad_enabled() and (
+        router_logits.requires_grad
+        or (correction_bias is not None and correction_bias.requires_grad)
+    ):
+        return "has no backward pass. Call it under torch.no_grad()."
+    if router_logits.shape[1] > cpu.MAX_EXPERTS:
+        return f"takes at most {cpu.MAX_EXPERTS} experts, got {router_logits.shape[1]}."
+    return ""
+
+
+def _check_values(table: LayerTable, subnet_of_row: Tensor, correction_bias: Tensor | None) -> None:
+    """What the C++ kernel checks in its own pass, for the reference.
+
+    Not on other devices, where looking would stop the queue (an index out of range is reported
+    by the device itself), and not while torch.compile traces.
+    """
+    if subnet_of_row.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    rows = subnet_of_row.numpy()
+    if rows.size:
+        low, high = int(rows.min()), int(rows.max())
+        if low < 0 or high >= table.num_subnets:
+            at = int(((rows < 0) | (rows >= table.num_subnets)).argmax())
+            raise KernelError(
+                f"subnet_of_row[{at}] must be in [0, {table.num_subnets - 1}], got {rows[at]}."
+            )
+        idle = table.top_k.numpy() < 1  # (S,)
+        if idle.any() and idle[rows].any():
+            at = int(idle[rows].argmax())
+            raise KernelError(
+                f"row {at}: its sub-network has top_k {int(table.top_k[rows[at]])} here, so "
+                f"nothing to route in this layer. Route only the rows whose sub-network runs it."
+            )
+    if correction_bias is not None and not bool(correction_bias.isfinite().all()):
+        raise KernelError("correction_bias must be finite, got NaN or an infinity.")
+
+
+@cache
+def _warn_about_fallback() -> None:
+    """Once per process."""
+    warnings.warn(
+        f"routing runs on the PyTorch reference, which is slower: {cpu.missing()}",
+        RuntimeWarning,
+        stacklevel=3,
+    )

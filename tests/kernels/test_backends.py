@@ -1,0 +1,119 @@
+"""Which implementations and levels there are, how they are chosen, and what is mapped for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from elastic_moe_kernels import cpu, ops
+from elastic_moe_kernels.errors import KernelError
+
+
+def run(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+ROUTE = """
+import torch
+from elastic_moe_kernels import cpu, ops
+from elastic_moe_kernels.errors import KernelError
+from elastic_moe_kernels.table import LayerTable
+one = torch.ones(1, dtype=torch.int32)
+table = LayerTable(4 * one, one, torch.zeros(1), one, torch.ones(1, 64, dtype=torch.bool))
+def route(rows):
+    subnet_of_row = torch.zeros(rows, dtype=torch.int64)
+    return ops.route(torch.zeros(rows, 64), table, subnet_of_row, renormalize=True)
+"""
+
+
+@pytest.mark.parametrize("level", cpu.levels())
+def test_environment_chooses_the_level(level: str) -> None:
+    code = ROUTE + "print(cpu.level(), route(1)[0].tolist())"
+    assert run(code, ELASTIC_MOE_ISA=level) == f"{level} [[0, 1, 2, 3]]"
+
+
+def test_strongest_level_is_the_default() -> None:
+    assert run(ROUTE + "print(cpu.level())", ELASTIC_MOE_ISA="") == cpu.levels()[-1]
+
+
+def test_unknown_level_is_refused_and_not_replaced() -> None:
+    code = ROUTE + "try: route(1)\nexcept KernelError as error: print(error)"
+    message = run(code, ELASTIC_MOE_ISA="avx9000")
+    assert message.startswith("ELASTIC_MOE_ISA must be one of portable")
+    assert "'avx9000'" in message
+
+
+def test_level_that_the_machine_lacks_is_refused() -> None:
+    lacking = sorted(set(cpu.LEVELS) - set(cpu.levels()))
+    if not lacking:
+        pytest.skip("this machine runs every level")
+    with pytest.raises(KernelError, match=rf"level must be one of .*, got '{lacking[0]}'"):
+        cpu._level_index(lacking[0])
+
+
+def test_backends_say_what_there_is() -> None:
+    reference, native = ops.backends()
+    assert (reference.name, reference.available) == ("reference", True)
+    assert (native.name, native.available) == ("cpu", True)
+    assert native.levels == cpu.levels()
+    assert native.level in native.levels
+    assert cpu.build_info().compiler in native.detail
+    assert ops.available("cpu")
+    assert not ops.available("cuda")
+    ops.require("cpu")
+
+
+def test_levels_are_in_order_of_strength() -> None:
+    assert list(cpu.levels()) == [name for name in cpu.LEVELS if name in cpu.levels()]
+    assert cpu.levels()[0] == "portable"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("first", ["torch.set_num_threads(2)", "route(4096)"])
+def test_one_openmp_library_is_mapped(first: str) -> None:
+    """Whether torch or the kernel opens the first parallel region."""
+    code = (
+        ROUTE
+        + first
+        + """
+route(4096)
+torch.mm(torch.ones(512, 512), torch.ones(512, 512))
+route(4096)
+import json
+paths = {line.split()[-1] for line in open("/proc/self/maps") if "/" in line}
+openmp = ("libgomp", "libomp", "libiomp")
+print(json.dumps(sorted(p for p in paths if p.rsplit("/", 1)[-1].startswith(openmp))))
+"""
+    )
+    mapped = json.loads(run(code, OMP_NUM_THREADS="2"))
+    assert len(mapped) == 1, mapped
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_kernel_joins_torchs_team() -> None:
+    """No thread is added by the kernel once torch has its team, and none for a few rows."""
+    code = (
+        ROUTE
+        + """
+import os
+def threads(): return len(os.listdir("/proc/self/task"))
+torch.set_num_threads(2)
+route(1)
+before = threads()
+torch.ones(1 << 20).exp().sum()
+team = threads()
+route(4096)
+print(before < team == threads())
+"""
+    )
+    assert run(code) == "True"

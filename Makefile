@@ -1,0 +1,50 @@
+# Every target works in a fresh clone with no environment active: it makes .venv first.
+#
+#   PYTHON=python3.12 make test     another interpreter for .venv
+#   TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu" make test
+#                                   where torch comes from; PyPI's wheel brings CUDA along
+PYTHON ?= python3
+TORCH_ARGS ?=
+PIP_INSTALL := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# Nothing of the caller's environment decides which modules are found.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help sweep test check bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1  /p' $(MAKEFILE_LIST) | expand -t 8
+
+# torch first and alone: it is large, and the rest changes more often.
+.venv/.torch: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, set PYTHON=")'
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	$(PIP_INSTALL) $(TORCH_ARGS) torch
+	touch $@
+
+# Editable: changed Python files count at once. What is compiled is installed again when one of
+# these changes. The build tools come from .venv, so they are the pinned ones.
+.venv/.installed: .venv/.torch pyproject.toml kernels/CMakeLists.txt kernels/build_info.py.in \
+		$(wildcard kernels/csrc/*)
+	$(PIP_INSTALL) cmake nanobind ninja scikit-build-core
+	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	touch $@
+
+sweep: .venv/.installed  ## measure quality against cost on the bundled model, into sweep-out/
+	.venv/bin/elastic-moe sweep $(ARGS)
+
+test: .venv/.installed  ## run the tests
+	.venv/bin/python -m pytest $(ARGS)
+
+check: .venv/.installed  ## lint, formatting, types
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy --strict
+
+bench: .venv/.installed  ## time the kernels beside their reference and the machine's limit
+	.venv/bin/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+clean:  ## remove .venv and everything that was built
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.alias_generators import to_camel
 
 from elastic_moe.errors import RoutingError
-from elastic_moe.routing import ModelShape, Subnet, parse_name, resolve
+from elastic_moe.routing import ModelShape, Subnet, parse_name, resolve, shorten
 
 
 class ElasticRoutingConfig(BaseModel):
@@ -38,6 +38,7 @@ class ElasticRoutingConfig(BaseModel):
         frozen=True,
         strict=True,
         protected_namespaces=(),
+        ser_json_inf_nan="constants",  # null would turn a wrong threshold into the full value
     )
 
     model_id: str = "ernie-5.1-prod"
@@ -53,19 +54,12 @@ class ElasticRoutingConfig(BaseModel):
     @classmethod
     def full(cls, **changes: Any) -> Self:
         """The whole network of any model, with `changes` (either spelling) applied."""
-        whole: dict[str, Any] = dict.fromkeys(
-            (
-                "max_depth",
-                "active_layers",
-                "expert_width",
-                "routing_top_k",
-                "sparsity_threshold",
-                "expert_pool",
-                "min_experts",
-            )
-        )
-        names = {to_camel(name): name for name in cls.model_fields}
-        changes = {names.get(key, key): value for key, value in changes.items()}
+        clients = {"model_id", "fallback_strategy"}
+        whole = {
+            name: None
+            for name in cls.model_fields
+            if name not in clients and to_camel(name) not in changes
+        }
         return cls.parse({**whole, **changes})
 
     @classmethod
@@ -131,9 +125,12 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     problems = []
     for item in error.errors(include_url=False):
         where = ".".join(str(part) for part in item["loc"]) or "configuration"
-        if item["type"] == "extra_forbidden":
+        if item["type"] == "extra_forbidden" and where in model.model_fields:
+            problems.append(f"{where} and {to_camel(where)} are both given. Keep one spelling.")
+        elif item["type"] == "extra_forbidden":
             allowed = ", ".join(sorted(model.model_fields))
-            problems.append(f"unknown key {where!r}; allowed are {allowed}, or their camelCase.")
+            unknown = shorten(where)
+            problems.append(f"unknown key {unknown}; allowed are {allowed}, or their camelCase.")
         else:
-            problems.append(f"{where}: {item['msg']}, got {item['input']!r}.")
+            problems.append(f"{where}: {item['msg']}, got {shorten(item['input'])}.")
     return " ".join(problems)

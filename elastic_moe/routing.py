@@ -145,7 +145,13 @@ class Subnet:
         return self.active_layers == tuple(range(self.depth))
 
     def at_depth(self, depth: int) -> Subnet:
-        """This sub-network cut to its first `depth` layers: an exact prefix of it."""
+        """This sub-network cut to the model's first `depth` layers: an exact prefix of it."""
+        _integer("depth", depth, 1, self.shape.num_layers, "")
+        if not any(layer.active for layer in self.layers[:depth]):
+            raise RoutingError(
+                f"depth must be above {self.active_layers[0]}, the first layer that runs in "
+                f"{self.name!r}, got {depth}."
+            )
         kept = [layer if i < depth else _INACTIVE for i, layer in enumerate(self.layers)]
         return Subnet(self.shape, tuple(kept))
 
@@ -302,10 +308,10 @@ def resolve(
         RoutingError: naming field, value and allowed range.
     """
     L, E = shape.num_layers, shape.num_experts
-    if max_depth is not None and max_depth != L:
+    if max_depth is not None and _index(max_depth) != L:
         raise RoutingError(
-            f"max_depth is {max_depth}, but the model has {L} layers. The configuration was "
-            f"written for another depth: set max_depth to {L} or leave it out."
+            f"max_depth is {shorten(max_depth)}, but the model has {L} layers. The configuration "
+            f"was written for another depth: set max_depth to {L} or leave it out."
         )
     active = _layers(L, depth, active_layers)
     ks = _per_layer("top_k", top_k, shape.max_top_k, L)
@@ -334,9 +340,11 @@ def resolve(
     return Subnet(shape, tuple(layers))
 
 
+# 9 digits are beyond any range; `int` refuses 4301.
 _NAME = re.compile(
-    r"(?:L(?:(?P<depth>\d+)|x(?P<layers>[0-9a-f]+)))?(?:(?:^|-)k(?P<k>\d+))?(?:(?:^|-)m(?P<m>\d+))?"
-    r"(?:(?:^|-)w(?P<w>\d+))?(?:(?:^|-)t(?P<t>\d+(?:\.\d+)?))?(?:(?:^|-)p(?P<p>\d+))?"
+    r"(?=[^-])(?:L(?:(?P<depth>[0-9]{1,9})|x(?P<layers>[0-9a-f]+)))?(?:(?:^|-)k(?P<k>[0-9]{1,9}))?"
+    r"(?:(?:^|-)m(?P<m>[0-9]{1,9}))?(?:(?:^|-)w(?P<w>[0-9]{1,9}))?"
+    r"(?:(?:^|-)t(?P<t>[0-9]+(?:\.[0-9]+)?))?(?:(?:^|-)p(?P<p>[0-9]{1,9}))?"
 )
 
 
@@ -354,14 +362,15 @@ def parse_name(shape: ModelShape, name: str) -> Subnet:
             f"Use the configuration that it came from."
         )
     match = _NAME.fullmatch(name)
-    if match is None or not name:
+    if match is None:
         raise RoutingError(
-            f"{name!r} is no sub-network name. Write 'full', or parts in this order, absent parts "
-            f"meaning the full value: L36 (layers) k2 (top_k) m1 (min_experts) w6 (expert_width) "
-            f"t0.7 (sparsity) p8 (expert_pool), joined by '-', such as 'L36-k2-w6-t0.7-p8'."
+            f"{shorten(name)} is no sub-network name. Write 'full', or parts in this order, absent "
+            f"parts meaning the full value: L36 (layers) k2 (top_k) m1 (min_experts) w6 "
+            f"(expert_width) t0.7 (sparsity) p8 (expert_pool), joined by '-', such as "
+            f"'L36-k2-w6-t0.7-p8'."
         )
     part: dict[str, str | None] = match.groupdict()
-    bits = int(part["layers"] or "0", 16)
+    bits = f"{int(part['layers'], 16):b}" if part["layers"] else ""
     numbers = {
         key: int(text)
         for key, text in part.items()
@@ -370,9 +379,7 @@ def parse_name(shape: ModelShape, name: str) -> Subnet:
     return resolve(
         shape,
         depth=numbers.get("depth"),
-        active_layers=[i for i in range(bits.bit_length()) if bits >> i & 1]
-        if part["layers"]
-        else None,
+        active_layers=[i for i, bit in enumerate(reversed(bits)) if bit == "1"] if bits else None,
         top_k=numbers.get("k"),
         min_experts=numbers.get("m"),
         expert_width=numbers.get("w"),
@@ -384,10 +391,14 @@ def parse_name(shape: ModelShape, name: str) -> Subnet:
 def _layers(L: int, depth: int | None, active_layers: Iterable[int] | None) -> set[int]:
     if active_layers is None:
         return set(range(L if depth is None else _integer("depth", depth, 1, L, "")))
+    if isinstance(active_layers, (str, bytes)) or not isinstance(active_layers, Iterable):
+        raise RoutingError(
+            f"active_layers must list integers in [0, {L - 1}], got {shorten(active_layers)}."
+        )
     chosen = [_integer("active_layers", layer, 0, L - 1, "") for layer in active_layers]
     if depth is not None:
         raise RoutingError(
-            f"depth {depth} and active_layers {_short(chosen)} are both given. Keep one of them."
+            f"depth {depth} and active_layers {shorten(chosen)} are both given. Keep one of them."
         )
     if not chosen:
         raise RoutingError(f"active_layers is empty; 1 to {L} layers must run.")
@@ -395,7 +406,7 @@ def _layers(L: int, depth: int | None, active_layers: Iterable[int] | None) -> s
         if after <= before:
             raise RoutingError(
                 f"active_layers must ascend without repetition, got {before} before {after} in "
-                f"{_short(chosen)}. Sort the list and remove repeated layers."
+                f"{shorten(chosen)}. Sort the list and remove repeated layers."
             )
     return set(chosen)
 
@@ -403,7 +414,7 @@ def _layers(L: int, depth: int | None, active_layers: Iterable[int] | None) -> s
 def _per_layer(field: str, value: Any, full: Any, L: int) -> list[Any]:
     if value is None:
         return [full] * L
-    if not isinstance(value, Sequence) or isinstance(value, str):
+    if not _is_list(value):
         return [value] * L
     if len(value) != L:
         raise RoutingError(
@@ -414,8 +425,7 @@ def _per_layer(field: str, value: Any, full: Any, L: int) -> list[Any]:
 
 
 def _pools(value: Any, E: int, L: int) -> list[tuple[int, ...]]:
-    nested = isinstance(value, Sequence) and any(isinstance(item, Sequence) for item in value)
-    if nested:
+    if _is_list(value) and any(_is_list(item) for item in value):
         return [
             _pool(f"layer {i}: ", item, E)
             for i, item in enumerate(_per_layer("expert_pool", value, E, L))
@@ -425,25 +435,34 @@ def _pools(value: Any, E: int, L: int) -> list[tuple[int, ...]]:
 
 def _pool(where: str, value: Any, E: int) -> tuple[int, ...]:
     field = f"{where}expert_pool"
-    if not isinstance(value, Sequence) or isinstance(value, str):
+    if not _is_list(value):
         return tuple(range(_integer(field, value, 1, E, "It counts experts.")))
     ids = sorted(_integer(field, item, 0, E - 1, "It lists expert ids.") for item in value)
     if not ids or len(set(ids)) < len(ids):
         raise RoutingError(
-            f"{field} must list 1 to {E} different expert ids, got {_short(value)}. "
+            f"{field} must list 1 to {E} different expert ids, got {shorten(value)}. "
             f"For a pool per layer, write one list of ids for each layer."
         )
     return tuple(ids)
 
 
-def _integer(field: str, value: Any, low: int, high: int, hint: str) -> int:
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _index(value: Any) -> int | None:
+    """`value` as an integer; None for what is none, bool and 2.0 included."""
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        number = None
+        return None
+
+
+def _integer(field: str, value: Any, low: int, high: int, hint: str) -> int:
+    number = _index(value)
     if number is None or not low <= number <= high:
         allowed = f"an integer in [{low}, {high}]"
-        raise RoutingError(f"{field} must be {allowed}, got {value!r}. {hint}".rstrip())
+        raise RoutingError(f"{field} must be {allowed}, got {shorten(value)}. {hint}".rstrip())
     return number
 
 
@@ -453,11 +472,15 @@ def _threshold(field: str, value: Any) -> float:
     )
     if not 0 <= number <= 1:
         raise RoutingError(
-            f"{field} must be a number in [0, 1], got {value!r}. 0 keeps every expert."
+            f"{field} must be a number in [0, 1], got {shorten(value)}. 0 keeps every expert."
         )
     return as_float32(float(number)) + 0.0  # -0.0 becomes 0.0
 
 
-def _short(values: Sequence[Any]) -> str:
-    text = repr(list(values))
+def shorten(value: object) -> str:
+    """`repr` for an error message: at most 80 characters, and it fails on no number."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        text = f"<{type(value).__name__} of too many digits>"
     return text if len(text) <= 80 else text[:77] + "..."

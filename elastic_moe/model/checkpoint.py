@@ -74,19 +74,21 @@ def load_model(
             missing = [part for part in parts if part not in stored]
             if missing:
                 raise CheckpointError(f"{path}: tensor {missing[0]!r} is missing.")
+            stacked = name.endswith(_EXPERT_PARTS)
             tensors = [file.get_tensor(part) for part in parts]
             stored_dtype = tensors[0].dtype
             stored.difference_update(parts)
-            tensor = torch.stack(tensors) if len(parts) > 1 else tensors[0]
-            if tuple(tensor.shape) != shape:
-                raise CheckpointError(
-                    f"{path}: tensor {parts[0]!r} makes {name} {tuple(tensor.shape)}, "
-                    f"config.json asks for {shape}."
-                )
-            tensor = tensor.to(device=device, dtype=torch.float32)
-            if not bool(torch.isfinite(tensor).all()):
-                raise CheckpointError(f"{path}: tensor {parts[0]!r} holds NaN or infinite values.")
-            state[name] = tensor
+            for part, tensor in zip(parts, tensors, strict=True):
+                wanted = shape[1:] if stacked else shape
+                if tuple(tensor.shape) != wanted:
+                    raise CheckpointError(
+                        f"{path}: tensor {part!r} has shape {tuple(tensor.shape)}, "
+                        f"config.json asks for {wanted}."
+                    )
+                if not bool(torch.isfinite(tensor).all()):
+                    raise CheckpointError(f"{path}: tensor {part!r} holds NaN or infinite values.")
+            whole = torch.stack(tensors) if stacked else tensors[0]
+            state[name] = whole.to(device=device, dtype=torch.float32)
     stored.discard("lm_head.weight" if config.tied_embeddings else "")
     if stored:
         raise CheckpointError(
@@ -117,9 +119,8 @@ def save_checkpoint(
     tensors: dict[str, Tensor] = {}
     for name, weight in weights.items():
         parts = _stored_names(name, parsed)
-        pieces = (
-            weight.detach().to(dtype).unbind(0) if len(parts) > 1 else [weight.detach().to(dtype)]
-        )
+        stored = weight.detach().to(dtype)
+        pieces = stored.unbind(0) if name.endswith(_EXPERT_PARTS) else [stored]
         # A clone each: safetensors refuses tensors that share storage.
         tensors.update(
             {part: piece.clone().contiguous() for part, piece in zip(parts, pieces, strict=True)}

@@ -116,7 +116,26 @@ def read_config(data: Mapping[str, Any], where: str) -> ModelConfig:
         raise CheckpointError(
             f"{where}: model_type is {model_type!r}, which is not supported. Supported: {known}."
         )
-    return _READERS[model_type](_Keys(data, where))
+    config = _READERS[model_type](_Keys(data, where))
+    _check_sizes(config, where)
+    return config
+
+
+def _check_sizes(config: ModelConfig, where: str) -> None:
+    """Refuse sizes that do not go together."""
+    heads, groups = config.num_heads, config.num_kv_heads
+    granules = config.elastic.width_granules if config.elastic else 1
+    wrong = {
+        f"num_key_value_heads {groups} must divide num_attention_heads {heads}": heads % groups,
+        f"head_dim {config.head_dim} must be even": config.head_dim % 2,
+        f"num_experts_per_tok {config.max_top_k} must be at most num_experts "
+        f"{config.num_experts}": config.max_top_k > config.num_experts,
+        f"elastic_moe.width_granules {granules} must divide moe_intermediate_size "
+        f"{config.expert_hidden}": config.expert_hidden % granules,
+    }
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            raise CheckpointError(f"{where}: {message}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +176,10 @@ class _Keys:
     def rope_theta(self) -> float:
         """The base of the rotary angles, from the old key or from transformers 5's block."""
         block = self.data.get("rope_parameters") or self.data.get("rope_scaling") or {}
+        if not isinstance(block, dict):
+            raise CheckpointError(
+                f"{self.where}: rope_parameters must be an object, got {block!r}."
+            )
         kind = block.get("rope_type", block.get("type", "default"))
         if kind != "default":
             raise CheckpointError(
@@ -174,9 +197,15 @@ class _Keys:
                 f"{self.where}: elastic_moe.format is {version!r}, this version reads "
                 f"{ELASTIC_FORMAT}. Update elastic-moe."
             )
+        trained = block.get("trained") or {}
+        if not isinstance(trained, dict) or not all(isinstance(v, list) for v in trained.values()):
+            raise CheckpointError(
+                f"{self.where}: elastic_moe.trained must hold a list of values per axis, "
+                f"got {trained!r}."
+            )
         return ElasticBlock(
             width_granules=_Keys(block, self.where).integer("width_granules", 1),
-            trained={axis: tuple(v) for axis, v in (block.get("trained") or {}).items()},
+            trained={axis: tuple(values) for axis, values in trained.items()},
             tokens=block.get("tokens"),
             corpus_sha256=block.get("corpus_sha256"),
             parent=block.get("parent"),
@@ -199,9 +228,12 @@ def _qwen3_moe(keys: _Keys) -> ModelConfig:
         hidden_size=hidden_size,
         num_layers=keys.integer("num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=keys.integer("num_key_value_heads", num_heads),
+        num_kv_heads=keys.integer("num_key_value_heads"),
         head_dim=keys.integer("head_dim", hidden_size // num_heads),
-        num_experts=keys.integer("num_experts"),
+        # transformers 5 writes the second key.
+        num_experts=keys.integer(
+            "num_experts" if "num_experts" in keys.data else "num_local_experts"
+        ),
         max_top_k=keys.integer("num_experts_per_tok"),
         expert_hidden=keys.integer("moe_intermediate_size"),
         max_positions=keys.integer("max_position_embeddings"),

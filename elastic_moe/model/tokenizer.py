@@ -26,9 +26,7 @@ class Tokenizer:
         self.bos_id: int | None = config.get("bos_token_id")
         self.eos_ids: frozenset[int] = _ids(config.get("eos_token_id"))
         self.pad_id: int | None = config.get("pad_token_id")
-        self.chat_template: str | None = _read_json(folder / "tokenizer_config.json").get(
-            "chat_template"
-        )
+        self.chat_template = _chat_template(folder)
 
     @property
     def vocab_size(self) -> int:
@@ -62,7 +60,7 @@ class Tokenizer:
             return template.render(
                 messages=list(messages), add_generation_prompt=add_generation_prompt
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:  # TypeError: a message's content is no text
             raise RequestError(f"the chat template refused these messages: {error}.") from error
 
 
@@ -78,6 +76,15 @@ class TextStream:
         return self._stream.step(self._fast, token_id) or ""
 
 
+def _chat_template(folder: Path) -> str | None:
+    """From a file of its own, as transformers 5 saves it, or from tokenizer_config.json."""
+    alone = folder / "chat_template.jinja"
+    if alone.is_file():
+        return alone.read_text(encoding="utf-8")
+    template: str | None = _read_json(folder / "tokenizer_config.json").get("chat_template")
+    return template
+
+
 def _ids(value: Any) -> frozenset[int]:
     if value is None:
         return frozenset()
@@ -87,5 +94,10 @@ def _ids(value: Any) -> frozenset[int]:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(data).__name__}.")
     return data

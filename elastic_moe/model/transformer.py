@@ -150,6 +150,12 @@ class ElasticTransformer(nn.Module):
         if len(per_sequence) != B:
             raise EngineError(f"{len(per_sequence)} sub-networks for a batch of {B} sequences.")
         distinct = list(dict.fromkeys(per_sequence))
+        for subnet in distinct:
+            if subnet.shape != self.shape:
+                raise EngineError(
+                    f"sub-network {subnet.name!r} belongs to a model of another shape. "
+                    f"Resolve it against this one's."
+                )
         table = build_table(distinct).to(device)
         index = {subnet: i for i, subnet in enumerate(distinct)}
         subnet_of = torch.tensor([index[subnet] for subnet in per_sequence], device=device)  # (B,)

@@ -26,7 +26,7 @@ from elastic_moe.train.mini import ELASTIC_MINI
 from elastic_moe.train.plan import TrainingPlan, parse_stages
 from elastic_moe.train.tokens import BOS, Mixture, TokenStream, prepare, special_id
 
-DEFAULT_STAGES = "12x1000x4x256,24x800x4x256,48x650x4x256,48x260x8x512"
+DEFAULT_STAGES = "12x1300x4x256,48x260x4x512"
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from elastic_moe.routing import ModelShape, Subnet
-from elastic_moe.train.plan import Stage, TrainingPlan
+from elastic_moe.routing import ModelShape, Subnet, resolve
+from elastic_moe.train.plan import TrainingPlan
 
 
 @dataclass(slots=True)
@@ -45,23 +45,24 @@ def replay(plan: TrainingPlan, shape: ModelShape, steps: int) -> Ledger:
         ledger.steps += 1
         ledger.tokens += stage.step_tokens
         ledger.flops += 3 * subnet.flops_per_token(stage.length // 2) * stage.step_tokens
-        ledger.full_steps += subnet == Subnet.full(shape).at_depth(stage.layers)
-        for axis, (value, words) in _values(subnet, stage).items():
+        grown = stage.grown(shape.num_layers)
+        ledger.full_steps += subnet == resolve(shape, active_layers=grown)
+        for axis, (value, words) in _values(subnet, grown).items():
             ledger.draws.setdefault(axis, Counter())[words] += 1
             if stage.layers == shape.num_layers and value is not None:
                 ledger.trained.setdefault(axis, set()).add(value)
     return ledger
 
 
-def _values(subnet: Subnet, stage: Stage) -> dict[str, tuple[float | None, str]]:
+def _values(subnet: Subnet, grown: list[int]) -> dict[str, tuple[float | None, str]]:
     """(value, words) of each axis; the value is None where a name could not ask for it."""
-    kind = "prefix" if subnet.is_prefix else "subset"
+    kind = "prefix" if list(subnet.active_layers) == grown[: subnet.depth] else "subset"
     top_k, pool = subnet.uniform("top_k"), subnet.uniform("pool")
     width, threshold = subnet.uniform("width"), subnet.uniform("threshold")
     return {
         "depth": (
             subnet.depth if subnet.is_prefix else None,
-            f"{subnet.depth} of {stage.layers} ({kind})",
+            f"{subnet.depth} of {len(grown)} ({kind})",
         ),
         "top_k": (top_k, "per layer" if top_k is None else str(top_k)),
         "width": (width, str(width)),

@@ -20,7 +20,10 @@ class Stage:
 
     Attributes:
         steps: optimiser steps.
-        layers: depth that the network has grown to; later layers do not run yet.
+        layers: how many layers the network has grown to, spread evenly over its depth. Those
+            between them do not run yet; they start as the identity, so growing loses nothing, and
+            each part of the depth keeps its share of what was learned (block expansion,
+            arXiv:2401.02415).
         pieces: pieces of 512 tokens that a step reads.
         length: tokens of each sequence; divides 512.
     """
@@ -33,6 +36,10 @@ class Stage:
     @property
     def step_tokens(self) -> int:
         return self.pieces * PIECE_TOKENS
+
+    def grown(self, num_layers: int) -> list[int]:
+        """The layers that the network of this stage has: 12 of 48 are 0, 4, ..., 44."""
+        return [i * num_layers // self.layers for i in range(self.layers)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +60,7 @@ class TrainingPlan:
     adam_lr: float = 3e-3
     weight_decay: float = 0.01
     warmup_steps: int = 100
-    decay_fraction: float = 0.2
+    decay_fraction: float = 0.25
     final_lr: float = 0.04
     balance: float = 0.003
     clip: float = 1.0
@@ -81,7 +88,7 @@ class TrainingPlan:
     def subnet(self, shape: ModelShape, step: int) -> Subnet:
         """The sub-network that a step runs: a function of seed and step."""
         rng = random.Random(f"{self.seed}/{step}")
-        return sample_subnet(shape, self.sampling, self.stage(step).layers, rng)
+        return sample_subnet(shape, self.sampling, self.stage(step).grown(shape.num_layers), rng)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from elastic_moe.routing import ModelShape, Subnet, resolve
@@ -16,10 +17,10 @@ class SamplingPlan:
         full: fraction of steps that run the full network (ERNIE 5.0: 0.75 to 0.80).
         depth, top_k, width, pool, threshold: chance that a reduced step reduces this axis; a draw
             that reduces none is drawn again.
-        prefix: of the steps with reduced depth, the fraction that keeps layers 0..d-1; the others
-            keep a random subset.
+        prefix: of the steps with reduced depth, the fraction that keeps the first layers; the
+            others keep a random subset.
         per_layer: of the steps with reduced top_k, the fraction that draws k for each layer.
-        shallowest: smallest depth, as a fraction of all layers.
+        depths: reduced depths are multiples of 1/depths of the layers.
     """
 
     full: float = 0.75
@@ -30,25 +31,24 @@ class SamplingPlan:
     threshold: float = 0.25
     prefix: float = 0.75
     per_layer: float = 0.5
-    shallowest: float = 1 / 6
+    depths: int = 8
 
 
 AXES = ("depth", "top_k", "width", "pool", "threshold")
 
 
 def sample_subnet(
-    shape: ModelShape, plan: SamplingPlan, num_layers: int, rng: random.Random
+    shape: ModelShape, plan: SamplingPlan, grown: Sequence[int], rng: random.Random
 ) -> Subnet:
-    """Draw the sub-network of one step; `num_layers` is the depth that the network has grown to."""
-    everything = Subnet.full(shape).at_depth(num_layers)
+    """Draw the sub-network of one step; `grown` are the layers that the network has so far."""
     if rng.random() < plan.full:
-        return everything
+        return resolve(shape, active_layers=grown)
     reduced: list[str] = []
     while not reduced:
         reduced = [axis for axis in AXES if rng.random() < getattr(plan, axis)]
-    layers = list(range(num_layers))
+    layers = list(grown)
     if "depth" in reduced:
-        depth = rng.randint(max(1, round(num_layers * plan.shallowest)), num_layers - 1)
+        depth = max(1, round(len(layers) * rng.randint(1, plan.depths - 1) / plan.depths))
         prefix = rng.random() < plan.prefix
         layers = layers[:depth] if prefix else sorted(rng.sample(layers, depth))
     pool = shape.num_experts

@@ -92,7 +92,13 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
             "kv_bytes_per_token": subnet.kv_bytes_per_token(2),
         },
         "backends": [
-            {"name": backend.name, "available": backend.available, "detail": backend.detail}
+            {
+                "name": backend.name,
+                "available": backend.available,
+                "level": backend.level,
+                "levels": list(backend.levels),
+                "detail": backend.detail,
+            }
             for backend in ops.backends()
         ],
         "machine": describe_machine(),
@@ -175,10 +181,7 @@ def show(info: dict[str, Any]) -> None:
     table(
         "this install",
         [
-            *(
-                (f"backend {b['name']}", ("yes, " if b["available"] else "no: ") + b["detail"])
-                for b in info["backends"]
-            ),
+            *((f"backend {b['name']}", _backend(b)) for b in info["backends"]),
             (
                 "machine",
                 f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads",
@@ -203,3 +206,11 @@ def _ranges(values: list[float]) -> str:
 def _drawn_thresholds(values: list[float] | None) -> str:
     positive = [value for value in values or [] if value > 0]
     return f"; trained at {min(positive)}-{max(positive)}" if positive else "; not trained"
+
+
+def _backend(backend: dict[str, Any]) -> str:
+    if not backend["available"]:
+        return f"no: {backend['detail']}"
+    if not backend["levels"]:
+        return f"yes, {backend['detail']}"
+    return f"yes, level {backend['level']} of {', '.join(backend['levels'])}; {backend['detail']}"

@@ -6,6 +6,7 @@ All sub-networks that differ only in how deep they go come from one pass over th
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -73,12 +74,10 @@ class FullNetwork:
     """
 
     def __init__(self, scored_tokens: int, vocab_size: int) -> None:
-        import tempfile
-
-        self._file = tempfile.TemporaryFile(prefix="elastic-moe-")  # noqa: SIM115  (as long as this)
-        self._logprobs: NDArray[np.float32] = np.memmap(
-            self._file, dtype=np.float32, mode="w+", shape=(scored_tokens, vocab_size)
-        )
+        with tempfile.TemporaryFile(prefix="elastic-moe-") as file:  # the mapping outlives it
+            self._logprobs: NDArray[np.float32] = np.memmap(
+                file, dtype=np.float32, mode="w+", shape=(scored_tokens, vocab_size)
+            )
 
     def store(self, start: int, logprobs: Tensor) -> None:
         self._logprobs[start : start + len(logprobs)] = logprobs.cpu().numpy()

@@ -25,7 +25,8 @@ class Bigram:
         """Nats of each pair."""
         totals = self.counts.sum(axis=1, dtype=np.int64)
         chance = (self.counts[last, following] + k) / (totals[last] + k * len(totals))
-        return -np.log(chance)
+        nats: NDArray[np.float64] = -np.log(chance)
+        return nats
 
 
 def fit_bigram(stream: TokenStream, plan: TrainingPlan, steps: int, vocab_size: int) -> Bigram:

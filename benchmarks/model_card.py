@@ -1,0 +1,79 @@
+"""Write the model card of elastic-mini from its manifest and its measured quality.
+
+python benchmarks/model_card.py            writes elastic_moe/bundled/elastic-mini/README.md
+python benchmarks/model_card.py --check    exits 1 if the card is not up to date
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from elastic_moe.files import write_text
+from elastic_moe.lab.frontier import format_si
+from elastic_moe.model.checkpoint import BUNDLED, WEIGHTS, file_sha256, load_config
+from elastic_moe.train.corpus import HELD_OUT_AUTHORS
+
+HERE = Path(__file__).resolve().parent
+FOLDER = BUNDLED / "elastic-mini"
+RESULTS = HERE / "results" / "elastic-mini.jsonl"
+
+
+def newest_results(weights_sha256: str) -> list[dict[str, Any]]:
+    """The last measurement of these weights on each corpus."""
+    lines = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    newest = {r["corpus"]["name"]: r for r in lines if r["weights_sha256"] == weights_sha256}
+    return list(newest.values())
+
+
+def card() -> str:
+    config = load_config(FOLDER)
+    manifest = json.loads((FOLDER / "manifest.json").read_text(encoding="utf-8"))
+    corpus, training = manifest["corpus"], manifest["training"]
+    files: dict[str, list[dict[str, Any]]] = {"library": [], "novels": []}
+    for entry in corpus["files"]:
+        files[entry["corpus"]].append(entry)
+    draws = dict(training["draws"])
+    thresholds = draws.pop("threshold")
+    positive = sum(count for value, count in thresholds.items() if value != "0.00")
+    draws["threshold"] = {"0": thresholds.get("0.00", 0), "0.3 to 0.9": positive}
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters["si"] = format_si
+    template = environment.from_string((HERE / "model_card.md.j2").read_text(encoding="utf-8"))
+    text = template.render(
+        name=FOLDER.name,
+        config=config,
+        shape=config.shape,
+        files=files,
+        corpus=corpus,
+        kinds=corpus["stream_tokens_by_kind"],
+        training=training,
+        draws=draws,
+        held_out_authors=HELD_OUT_AUTHORS,
+        results=newest_results(file_sha256(FOLDER / WEIGHTS)),
+    )
+    return text.rstrip() + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    args = parser.parse_args()
+    path, text = FOLDER / "README.md", card()
+    if not args.check:
+        write_text(path, text)
+        return 0
+    current = path.is_file() and path.read_text(encoding="utf-8") == text
+    print("up to date" if current else f"{path} is out of date: run benchmarks/model_card.py")
+    return 0 if current else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Fixtures that several folders share: a tiny random checkpoint, and the bundled model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from elastic_moe.engine import Engine
+from elastic_moe.model.checkpoint import BUNDLED, save_checkpoint
+from elastic_moe.model.config import ElasticBlock, write_config
+from elastic_moe.model.transformer import ElasticTransformer
+from elastic_moe.train.mini import ELASTIC_MINI
+
+TINY = dataclasses.replace(
+    ELASTIC_MINI,
+    hidden_size=32,
+    num_layers=6,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    num_experts=8,
+    max_top_k=3,
+    expert_hidden=16,
+    max_positions=640,
+    elastic=ElasticBlock(
+        width_granules=4,
+        trained={"depth": (2, 3, 4, 5, 6), "top_k": (1, 2, 3), "width": (2, 4), "pool": (4, 8)},
+    ),
+)
+
+
+def random_model(config: object = TINY, seed: int = 0) -> ElasticTransformer:
+    """A tiny model whose routing is not flat and whose layers all matter."""
+    model = ElasticTransformer(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                p.uniform_(0.5, 1.5, generator=generator)
+            else:
+                p.normal_(std=0.2, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder with a tiny random model and the bundled tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    bundled = BUNDLED / "elastic-mini"
+    special = json.loads((bundled / "config.json").read_text())
+    config = write_config(
+        TINY,
+        bos_id=special["bos_token_id"],
+        eos_ids=special["eos_token_id"],
+        pad_id=special["pad_token_id"],
+    )
+    save_checkpoint(folder, dict(random_model().named_parameters()), config)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(bundled / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Path) -> Engine:
+    return Engine.from_pretrained(tiny_folder, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def mini() -> Engine:
+    """The bundled super-network."""
+    return Engine.from_pretrained("elastic-mini")

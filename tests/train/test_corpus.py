@@ -1,0 +1,107 @@
+"""What may be trained on, and proof that nothing held out was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from elastic_moe.errors import CorpusError
+from elastic_moe.model.checkpoint import BUNDLED
+from elastic_moe.train.corpus import (
+    HELD_OUT_AUTHORS,
+    docstrings,
+    is_held_out,
+    library_files,
+    novel_files,
+)
+
+MINI = BUNDLED / "elastic-mini"
+
+
+@pytest.fixture(scope="module")
+def manifest() -> dict:
+    return json.loads((MINI / "manifest.json").read_text())
+
+
+def test_nothing_held_out_is_in_the_bundled_manifest(manifest: dict) -> None:
+    files = manifest["corpus"]["files"]
+    assert len(files) > 500
+    for entry in files:
+        name = entry["name"]
+        if entry["corpus"] == "novels":
+            assert not name.startswith(("Chesterton", "Forster", "Gissing", "Schreiner")), name
+        else:
+            assert entry["corpus"] == "library", name
+            parts = name.split("/")
+            assert not any(part.startswith(("test", "pydoc_data", "idlelib")) for part in parts)
+            assert "site-packages" not in parts
+
+
+def test_no_trained_file_has_the_content_of_a_held_out_one(manifest: dict) -> None:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    held_out = list((root / "pydoc_data").rglob("*.py"))
+    assert held_out, "this Python has no pydoc_data to compare with"
+    sums = {
+        hashlib.sha256(path.read_bytes()).hexdigest() for path in held_out if path.stat().st_size
+    }
+    assert not sums & {entry["sha256"] for entry in manifest["corpus"]["files"]}
+
+
+def test_the_manifest_is_the_one_that_the_checkpoint_names(manifest: dict) -> None:
+    files = json.dumps(manifest["corpus"]["files"], sort_keys=True)
+    config = json.loads((MINI / "config.json").read_text())
+    assert config["elastic_moe"]["corpus_sha256"] == hashlib.sha256(files.encode()).hexdigest()
+    assert config["elastic_moe"]["tokens"] == manifest["training"]["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("corpus", "name", "held_out"),
+    [
+        ("novels", "Dickens_Bleak_1853.txt", False),
+        ("novels", "Forster_View_1908.txt", True),
+        ("novels", "Schreiner_Farm_1883.txt", True),
+        ("library", "textwrap.py", False),
+        ("library", "json/decoder.py", False),
+        ("library", "pydoc_data/topics.py", True),
+        ("library", "test/test_json.py", True),
+        ("library", "unittest/test/support.py", True),
+        ("library", "lib2to3/tests/data/x.py", True),
+        ("library", "idlelib/help.py", True),
+        ("library", "site-packages/x.py", True),
+    ],
+)
+def test_hold_outs_are_told_by_name(corpus: str, name: str, held_out: bool) -> None:
+    assert is_held_out(corpus, name) is held_out
+
+
+def test_listing_leaves_held_out_files_unread(tmp_path: Path) -> None:
+    for author in ("Dickens", *HELD_OUT_AUTHORS):
+        (tmp_path / f"{author}_Title_1900.txt").write_text(author)
+    assert [f.name for f in novel_files(tmp_path)] == ["Dickens_Title_1900.txt"]
+    (tmp_path / "pydoc_data").mkdir()
+    (tmp_path / "pydoc_data" / "topics.py").write_text("x = 1")
+    (tmp_path / "latin.py").write_bytes(b"# coding: latin-1\n# caf\xe9\n")
+    (tmp_path / "good.py").write_text("x = 1")
+    assert [f.name for f in library_files(tmp_path)] == ["good.py"]
+    with pytest.raises(CorpusError, match="is not a folder"):
+        novel_files(tmp_path / "none")
+
+
+def test_docstrings_come_with_their_dotted_names(tmp_path: Path) -> None:
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "__init__.py").write_text(
+        '"""Pack."""\nclass A:\n    """An A."""\n    def f(self):\n        """Do f."""\n'
+    )
+    (tmp_path / "broken.py").write_text("def (:")
+    broken, pack = library_files(tmp_path)
+    assert list(docstrings(broken)) == []
+    found = [(d.name, d.kind, d.text) for d in docstrings(pack)]
+    assert found == [
+        ("pack", "module", "Pack."),
+        ("pack.A", "class", "An A."),
+        ("pack.A.f", "function", "Do f."),
+    ]

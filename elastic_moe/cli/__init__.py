@@ -54,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ElasticMoEError as error:
         print(f"elastic-moe {args.command}: {error}", file=sys.stderr)
         return FAILED
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return FAILED
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         sys.stderr.close()
         return FAILED

@@ -102,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
 
 def show(result: dict[str, Any], out: Path) -> None:
     """Print the frontier: the sub-networks that no other beats in both cost and quality."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
@@ -115,18 +116,11 @@ def show(result: dict[str, Any], out: Path) -> None:
         title=f"Frontier of {result['model']['name']} on {corpus['name']} "
         f"({corpus['scored_tokens']:,} tokens)",
         title_justify="left",
+        box=box.SIMPLE_HEAD,
     )
     table.add_column("sub-network", no_wrap=True)
-    for heading in (
-        "params",
-        "FLOP/token",
-        "% of full",
-        "bits/byte",
-        "+nats",
-        "± se",
-        "agrees",
-        "decode tok/s",
-    ):
+    headings = ("params", "FLOP", "of full", "bits/byte", "+nats", "± SE", "agrees", "tok/s")
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for point in points:
         table.add_row(
@@ -140,11 +134,10 @@ def show(result: dict[str, Any], out: Path) -> None:
             f"{point['top1_agreement']:.1%}",
             f"{point['decode_tokens_per_second']:.1f}",
         )
-    # A pipe has no width of its own; 100 columns hold the table whole.
-    console = (
-        Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=100)
-    )
+    # A pipe has no width of its own; 100 columns hold the table and most paths whole.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     console.print(table)
+    console.print("params, FLOP: used per token. +nats: loss added, per token. tok/s: decoding.")
     if any(not point["trained"] for point in points):
         console.print("* a value that the checkpoint was not trained for")
     for skipped in result["skipped"]:

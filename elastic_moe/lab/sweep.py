@@ -68,7 +68,9 @@ def sweep(
     started = time.monotonic()
     engine = model if isinstance(model, Engine) else Engine.from_pretrained(model)
     corpus = read_corpus(Path(text)) if text is not None else language_reference()
-    text_set = evaluation_set(corpus, engine.tokenizer, tokens or (2_304 if quick else 24_064))
+    if tokens is None:
+        tokens = 2_304 if quick else 24_064
+    text_set = evaluation_set(corpus, engine.tokenizer, tokens)
     axes = {
         "depth": depth,
         "top_k": top_k,

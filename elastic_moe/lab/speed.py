@@ -28,7 +28,7 @@ def measure_speed(
 
     Args:
         ids: at least 512 tokens of real text.
-        rounds: the median over this many counts; one round before them warms up.
+        rounds: the median over this many counts.
         decode_tokens: tokens decoded per round, after a context of 64.
 
     Yields:
@@ -38,12 +38,13 @@ def measure_speed(
     prompt = torch.tensor([list(ids[:PREFILL_TOKENS])], device=device)
     seconds: list[list[tuple[float, float]]] = [[] for _ in subnets]
     done = 0
-    for round_number in range(rounds + 1):
+    with torch.inference_mode():
+        _time_once(model, subnets[0], prompt, 1)  # warms up
+    for _ in range(rounds):
         for subnet, kept in zip(subnets, seconds, strict=True):
             with torch.inference_mode():
                 measured = _time_once(model, subnet, prompt, decode_tokens)
-            if round_number:
-                kept.append(measured)
+            kept.append(measured)
             done += 1
             yield done, []
     speeds = [

@@ -1,0 +1,66 @@
+"""Every command and snippet of the README runs as written."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line]
+SNIPPETS = [text for kind, text in BLOCKS if kind == "python"]
+
+
+def environment() -> dict[str, str]:
+    """The commands of this environment first on the path, as after its activation."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done
+
+
+def test_the_readme_has_the_two_set_up_commands_first() -> None:
+    assert COMMANDS[:2] == ["make sweep", "make test"]
+    assert len(SNIPPETS) == 1
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("make ")])
+def test_commands_run_as_written(command: str, tmp_path: Path) -> None:
+    done = run(["bash", "-c", command], tmp_path)
+    assert done.stdout.strip()
+
+
+def test_make_sweep_prints_the_frontier_and_writes_its_files(tmp_path: Path) -> None:
+    if not (ROOT / ".venv" / ".installed").exists():
+        pytest.skip("no .venv made by make: `make sweep` would build one; run `make test`")
+    done = run(["make", "sweep", f"ARGS=--quick --out {tmp_path}"], ROOT)
+    assert "Frontier of elastic-mini on python-language-reference" in done.stdout
+    assert {p.name for p in tmp_path.iterdir()} == {"sweep.json", "frontier.png", "report.html"}
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_python_snippets_run_as_written(snippet: str, tmp_path: Path) -> None:
+    done = run([sys.executable, "-c", snippet], tmp_path)
+    assert "L24-k2" in done.stdout
+
+
+def test_files_that_the_readme_shows_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target

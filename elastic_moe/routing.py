@@ -3,6 +3,8 @@
 Standard library only. `ModelShape` says what a model has; `Subnet` is one choice resolved against
 it, layer by layer. `resolve` builds one from values, `parse_name` from a name.
 
+This file is long because a name, the table behind it and its cost are one contract, read together.
+
 Source: elastic depth, pool and top-k after ERNIE 5.0, arXiv:2602.04705; nested expert width after
 MatFormer, arXiv:2310.07707; the threshold after NAEE, arXiv:2402.14800.
 """

@@ -1,6 +1,8 @@
 """The pictures of a sweep, drawn with matplotlib's objects: no pyplot, no global state kept.
 
 Quality always points up: bits per byte and losses are drawn on axes turned over, and say so.
+
+This file is long because the figures share one way of drawing points, and are read side by side.
 """
 
 from __future__ import annotations

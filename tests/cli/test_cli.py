@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -159,7 +158,12 @@ def test_sweep_prints_the_frontier_table(
 def test_control_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "elastic_moe.cli", "sweep", "--quick", "--out", str(tmp_path)]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env={**os.environ}
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        # A shell ignores SIGINT in what it runs in the background, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 240
     try:

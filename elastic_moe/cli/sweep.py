@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         type=int,
         metavar="N",
-        help="score at most this many tokens (default: 12032, with --quick 1280)",
+        help="score at most this many tokens (default: 12032, with --quick 1024)",
     )
     parser.add_argument(
         "--out",

@@ -53,7 +53,7 @@ def sweep(
             axis that is not given stays full. With none given: depth x top-k at quarters of the
             model's own values, and every other axis alone.
         text: a UTF-8 file to score; default is the language reference of the running Python.
-        tokens: tokens to score, at most (default 12,032; 1,280 with quick).
+        tokens: tokens to score, at most (default 12,032; 1,024 with quick).
         out: folder for the results; a sweep that was interrupted there is continued.
         quick: fewer points and tokens: about a minute on two cores.
         progress: called with (stage, done, total).
@@ -69,7 +69,7 @@ def sweep(
     engine = model if isinstance(model, Engine) else Engine.from_pretrained(model)
     corpus = read_corpus(Path(text)) if text is not None else language_reference()
     if tokens is None:
-        tokens = 1_280 if quick else 12_032
+        tokens = 1_024 if quick else 12_032
     text_set = evaluation_set(corpus, engine.tokenizer, tokens)
     axes = {
         "depth": depth,
@@ -86,7 +86,7 @@ def sweep(
     run = _Run(engine, text_set, grid, folder, quick, progress)
     try:
         run.measure_quality()
-        run.measure_speed(rounds=2 if quick else 3, decode_tokens=6 if quick else 16)
+        run.measure_speed(rounds=1 if quick else 3, decode_tokens=4 if quick else 16)
         run.result["complete"] = True
     finally:
         run.result["seconds"] = round(time.monotonic() - started, 1)

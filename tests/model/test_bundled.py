@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeForCausalLM
@@ -133,10 +133,12 @@ def check_round_trip(text: str) -> None:
 # A U+FFFD at the end looks like half a character: the stream waits for the rest.
 @settings(max_examples=50, deadline=None)
 @given(text=st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"), max_size=60))
+@example(text="a<tool_response>b")
 def test_streamed_text_is_the_text(text: str) -> None:
     ids = ours().encode(text, add_special_tokens=False)
     stream = ours().stream(ours().encode("before"))
-    assert "".join(stream.step(i) for i in ids) == text
+    # Special tokens, which a text may spell, are left out of both.
+    assert "".join(stream.step(i) for i in ids) == ours().decode(ids)
 
 
 def test_every_byte_has_a_token() -> None:

@@ -130,8 +130,10 @@ def test_poison_in_any_parameter_of_an_active_layer_shows(name: str) -> None:
     parameter[(0,) * parameter.dim()] = math.nan
     if "experts" in name:
         parameter[:, 0, 0] = math.nan  # some expert is chosen
-    assert model(IDS, resolve(SHAPE, depth=3)).isnan().any()
-    assert not model(IDS, resolve(SHAPE, depth=2)).isnan().any()
+    # Not `isnan`: on AVX-512, torch's attention turns NaN scores into finite outputs.
+    deep, shallow = resolve(SHAPE, depth=3), resolve(SHAPE, depth=2)
+    assert not torch.equal(model(IDS, deep), MODEL(IDS, deep))
+    assert torch.equal(model(IDS, shallow), MODEL(IDS, shallow))
 
 
 @pytest.mark.parametrize("part", ["gate_proj", "up_proj", "down_proj"])

@@ -1,0 +1,22 @@
+"""Sub-networks: what a choice of the elastic axes means for one model, its name and its cost.
+
+Standard library only. `ModelShape` says what a model has; `Subnet` is one choice resolved against
+it, layer by layer. `resolve` builds one from values, `parse_name` from a name.
+"""
+
+from elastic_moe.routing.checks import as_float32, shorten, spell_float32
+from elastic_moe.routing.names import parse_name
+from elastic_moe.routing.resolution import resolve
+from elastic_moe.routing.shape import ModelShape
+from elastic_moe.routing.subnet import LayerSubnet, Subnet
+
+__all__ = [
+    "LayerSubnet",
+    "ModelShape",
+    "Subnet",
+    "as_float32",
+    "parse_name",
+    "resolve",
+    "shorten",
+    "spell_float32",
+]

@@ -1,0 +1,204 @@
+"""Sub-networks: one choice of the elastic axes, layer by layer; its name and its cost.
+
+Source: elastic depth, pool and top-k after ERNIE 5.0, arXiv:2602.04705; nested expert width after
+MatFormer, arXiv:2310.07707; the threshold after NAEE, arXiv:2402.14800.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from elastic_moe.errors import RoutingError
+from elastic_moe.routing.checks import check_integer, spell_float32
+from elastic_moe.routing.shape import ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSubnet:
+    """What runs in one layer. Only `active` means anything where no experts are routed.
+
+    Attributes:
+        active: False makes the layer the identity, attention included.
+        top_k: experts per token.
+        min_experts: experts that the threshold never drops.
+        width: granules of each expert's hidden channels that run.
+        threshold: drop a selected expert whose score is below threshold x the token's best; a
+            float32 value.
+        pool: ids of the experts that may be chosen, ascending.
+    """
+
+    active: bool
+    top_k: int = 0
+    min_experts: int = 0
+    width: int = 0
+    threshold: float = 0.0
+    pool: tuple[int, ...] = ()
+
+
+INACTIVE = LayerSubnet(active=False)
+# Letter in a name of every axis but the layers, in a name's order.
+_LETTERS = {"top_k": "k", "min_experts": "m", "width": "w", "threshold": "t", "pool": "p"}
+
+
+def full_layer(shape: ModelShape) -> LayerSubnet:
+    """What runs in a layer of experts of the whole network."""
+    pool = tuple(range(shape.num_experts))
+    return LayerSubnet(True, shape.max_top_k, 1, shape.width_granules, 0.0, pool)
+
+
+@dataclass(frozen=True)
+class Subnet:
+    """One sub-network of one model: a `LayerSubnet` for each of the model's layers.
+
+    Equal choices are equal objects, whichever way they were written.
+    """
+
+    shape: ModelShape
+    layers: tuple[LayerSubnet, ...]
+
+    @classmethod
+    def full(cls, shape: ModelShape) -> Subnet:
+        """The whole network."""
+        return cls(
+            shape,
+            tuple(
+                full_layer(shape) if i in shape.moe_layers else LayerSubnet(active=True)
+                for i in range(shape.num_layers)
+            ),
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return f"Subnet({self.name!r}, {self.depth} of {self.shape.num_layers} layers)"
+
+    @cached_property
+    def active_layers(self) -> tuple[int, ...]:
+        return tuple(i for i, layer in enumerate(self.layers) if layer.active)
+
+    @property
+    def depth(self) -> int:
+        """How many layers run."""
+        return len(self.active_layers)
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether the active layers are 0..depth-1."""
+        return self.active_layers == tuple(range(self.depth))
+
+    def at_depth(self, depth: int) -> Subnet:
+        """This sub-network cut to the model's first `depth` layers: an exact prefix of it."""
+        check_integer("depth", depth, 1, self.shape.num_layers, "")
+        if not any(layer.active for layer in self.layers[:depth]):
+            raise RoutingError(
+                f"depth must be above {self.active_layers[0]}, the first layer that runs in "
+                f"{self.name!r}, got {depth}."
+            )
+        kept = [layer if i < depth else INACTIVE for i, layer in enumerate(self.layers)]
+        return Subnet(self.shape, tuple(kept))
+
+    def uniform(self, axis: str) -> Any:
+        """The value of `axis` (a field of `LayerSubnet`) that all active MoE layers share.
+
+        None where they differ, or where no active layer routes.
+        """
+        moe = self.shape.moe_layers.intersection(self.active_layers)
+        values = {getattr(self.layers[i], axis) for i in moe}
+        return values.pop() if len(values) == 1 else None
+
+    @cached_property
+    def name(self) -> str:
+        """Canonical name such as 'L36-k2-w6-t0.7-p8': what equals the full network is left out.
+
+        'x' and 8 hex digits where layers differ in k, min_experts, width, threshold or pool, or a
+        pool is no prefix of the experts: such a sub-network is built from a configuration only.
+        """
+        shape = self.shape
+        parts: list[str] = []
+        if not self.is_prefix:
+            parts.append(f"Lx{sum(1 << i for i in self.active_layers):x}")
+        elif self.depth < shape.num_layers:
+            parts.append(f"L{self.depth}")
+        if shape.moe_layers.intersection(self.active_layers):
+            full = full_layer(shape)
+            values = {axis: self.uniform(axis) for axis in _LETTERS}
+            pool = values["pool"]
+            if None in values.values() or pool != tuple(range(len(pool))):
+                return f"x{self.fingerprint[:8]}"
+            for axis, letter in _LETTERS.items():
+                if values[axis] != getattr(full, axis):
+                    parts.append(letter + _spell(values[axis]))
+        return "-".join(parts) or "full"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the per-layer table, 64 hex digits: equal exactly for equal tables."""
+        digest = hashlib.sha256(b"elastic-moe subnet 1\0" + struct.pack("<I", len(self.layers)))
+        for layer in self.layers:
+            numbers = (layer.top_k, layer.min_experts, layer.width, layer.threshold)
+            digest.update(struct.pack("<?IIIfI", layer.active, *numbers, len(layer.pool)))
+            digest.update(struct.pack(f"<{len(layer.pool)}I", *layer.pool))
+        return digest.hexdigest()
+
+    # Costs are per token. With a threshold they are upper bounds, unless the measured mean number
+    # of experts per token and active MoE layer is given.
+
+    @property
+    def active_params(self) -> int:
+        """Parameters that one token uses, at most: with the head, without the look-up."""
+        return round(self.active_params_at(None))
+
+    def active_params_at(self, mean_experts: float | None) -> float:
+        """Parameters that one token uses if `mean_experts` experts run; None: the upper bound."""
+        shape = self.shape
+        total = float(shape.hidden_size + shape.vocab_size * shape.hidden_size)  # final norm, head
+        for index in self.active_layers:
+            layer = self.layers[index]
+            total += shape.attention_params + 2 * shape.hidden_size
+            if index not in shape.moe_layers:
+                total += 3 * shape.hidden_size * shape.dense_hidden
+                continue
+            experts = layer.top_k if mean_experts is None else mean_experts
+            channels = layer.width * shape.channels_per_granule
+            router = len(layer.pool)
+            total += shape.hidden_size * (router + 3 * (experts * channels + shape.shared_hidden))
+        return total
+
+    def flops_per_token(self, context: int, mean_experts: float | None = None) -> float:
+        """Floating-point operations for a token that attends to `context` positions, with itself.
+
+        Two per multiply-add: matrices, attention, router and head. A norm counts 4 per channel
+        (square and sum, scale and gain). Look-up, softmax, RoPE and activations are not counted.
+        """
+        shape = self.shape
+        stored_gains = shape.hidden_size + self.depth * (
+            shape.attention_params
+            - 2 * shape.hidden_size * shape.qk_channels
+            + 2 * shape.hidden_size
+        )
+        matrices = self.active_params_at(mean_experts) - stored_gains
+        normed = 0 if shape.qk_norm == "none" else shape.qk_channels
+        norms = shape.hidden_size + self.depth * (2 * shape.hidden_size + normed)
+        attention = self.depth * 2 * context * shape.num_heads * shape.head_dim  # QK^T and PV
+        return 2 * (matrices + attention) + 4 * norms
+
+    def weight_bytes_per_token(
+        self, bytes_per_weight: int, mean_experts: float | None = None
+    ) -> float:
+        """Bytes of weights that decoding one sequence reads per token."""
+        return self.active_params_at(mean_experts) * bytes_per_weight
+
+    def kv_bytes_per_token(self, bytes_per_value: int) -> int:
+        """Bytes of keys and values that one token leaves in the cache."""
+        return 2 * self.depth * self.shape.num_kv_heads * self.shape.head_dim * bytes_per_value
+
+
+def _spell(value: int | float | tuple[int, ...]) -> str:
+    if isinstance(value, float):
+        return spell_float32(value)
+    return str(len(value) if isinstance(value, tuple) else value)

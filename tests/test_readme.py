@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from elastic_moe.cli.sweep import show
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line]
 SNIPPETS = [text for kind, text in BLOCKS if kind == "python"]
+
+
+SWEEP: dict[str, Any] = json.loads(
+    (ROOT / "benchmarks" / "results" / "sweep-elastic-mini.json").read_text(encoding="utf-8")
+)
 
 
 def environment() -> dict[str, str]:
@@ -64,3 +73,26 @@ def test_python_snippets_run_as_written(snippet: str, tmp_path: Path) -> None:
 def test_files_that_the_readme_shows_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_output_it_shows_is_that_of_the_committed_sweep(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    show(SWEEP, Path("sweep-out"))
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    (block,) = re.findall(r"^```text\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    assert block.splitlines() == printed
+
+
+def test_the_numbers_of_its_table_are_those_of_the_committed_sweep() -> None:
+    points = {point["name"]: point for point in SWEEP["points"]}
+    rows = re.findall(r"^\| `(\S+)` \| (\d+%.*) \|$", README, flags=re.MULTILINE)
+    assert len(rows) > 5
+    for name, cells in rows:
+        p = points[name]
+        assert cells.split(" | ") == [
+            f"{p['flops_per_token'] / points['full']['flops_per_token']:.0%}",
+            f"{p['bits_per_byte']:.3f}",
+            f"{p['delta_nats']:+.3f} ± {p['standard_error']:.3f}",
+            f"{p['top1_agreement']:.0%}",
+        ]

@@ -16,7 +16,9 @@ from jinja2 import Environment, StrictUndefined
 
 from elastic_moe.files import write_text
 from elastic_moe.lab.frontier import format_si
-from elastic_moe.model.checkpoint import BUNDLED, WEIGHTS, file_sha256, load_config
+from elastic_moe.model.checkpoint import load_config
+from elastic_moe.model.folder import BUNDLED
+from elastic_moe.model.weights import WEIGHTS, file_sha256
 from elastic_moe.train.corpus import HELD_OUT_AUTHORS
 
 HERE = Path(__file__).resolve().parent

@@ -3,11 +3,14 @@
     ElasticMoEError
     ├── RoutingError        a sub-network that the model cannot run       (also ValueError)
     ├── CheckpointError     a checkpoint that is missing, broken or unsupported
+    ├── ExtractError        a sub-network that no standard checkpoint can say (also ValueError)
     ├── RequestError        a prompt or sampling setting that cannot be served (also ValueError)
     │   └── ContextLengthError  prompt and new tokens exceed the model's positions
     ├── EngineError         the engine is closed, or lacks the backend that was named
     ├── CorpusError         text for training or evaluation is missing or unusable
     └── TrainingError       a run cannot start, resume or go on
+
+    CheckpointWarning       a checkpoint has something that is left aside
 
 The kernels, which stand alone, raise `elastic_moe_kernels.errors.KernelError`.
 A message says what was wrong, where, what was got, what is allowed, and what to do.
@@ -28,6 +31,10 @@ class CheckpointError(ElasticMoEError):
     """A checkpoint folder is missing, damaged, or of a kind that is not supported."""
 
 
+class ExtractError(ElasticMoEError, ValueError):
+    """A sub-network cannot leave as a standard checkpoint, or not to the place that was named."""
+
+
 class RequestError(ElasticMoEError, ValueError):
     """A request cannot be served as written: empty prompt, bad sampling value, ..."""
 
@@ -44,6 +51,10 @@ class ContextLengthError(RequestError):
             f"{prompt_tokens + max_tokens}, but the model has {limit_tokens} positions. "
             f"Shorten the prompt or lower max_tokens."
         )
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint has something that is left aside, such as code or keys that nobody knows."""
 
 
 class EngineError(ElasticMoEError):

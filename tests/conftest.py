@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from elastic_moe.engine import Engine
-from elastic_moe.model.checkpoint import BUNDLED, save_checkpoint
-from elastic_moe.model.config import ElasticBlock, write_config
+from elastic_moe.model.config import ElasticBlock
+from elastic_moe.model.families import write_config
+from elastic_moe.model.folder import BUNDLED
+from elastic_moe.model.saving import save_checkpoint
 from elastic_moe.model.transformer import ElasticTransformer
 from elastic_moe.train.mini import ELASTIC_MINI
 

@@ -12,7 +12,7 @@ import pytest
 
 from elastic_moe.engine import Engine
 from elastic_moe.lab.text import evaluation_set, language_reference
-from elastic_moe.model.checkpoint import BUNDLED
+from elastic_moe.model.folder import BUNDLED
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = BUNDLED / "elastic-mini"

@@ -53,7 +53,8 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
 
     from elastic_moe.config import resolve_routing
     from elastic_moe.lab.record import describe_machine, describe_versions
-    from elastic_moe.model.checkpoint import find_checkpoint, load_config
+    from elastic_moe.model.checkpoint import load_config
+    from elastic_moe.model.folder import find_checkpoint
 
     folder = find_checkpoint(args.model)
     config = load_config(folder)

@@ -24,15 +24,11 @@ from elastic_moe.config import Routing, resolve_routing
 from elastic_moe.engine.generation import Generation
 from elastic_moe.engine.request import Completion, Delta, SamplingParams
 from elastic_moe.errors import ContextLengthError, EngineError, RequestError
-from elastic_moe.model.checkpoint import (
-    WEIGHTS,
-    DTypeName,
-    file_sha256,
-    find_checkpoint,
-    load_model,
-)
+from elastic_moe.model.checkpoint import DTypeName, load_model
+from elastic_moe.model.folder import checkpoint_name, find_checkpoint
 from elastic_moe.model.tokenizer import Tokenizer
 from elastic_moe.model.transformer import ElasticTransformer
+from elastic_moe.model.weights import TensorFiles
 from elastic_moe.routing import Subnet
 
 Backend = Literal["auto", "reference", "cpu"]
@@ -56,7 +52,7 @@ class Engine:
         backend: Backend = "auto",
     ) -> None:
         self.model, self.tokenizer, self.folder = model, tokenizer, folder
-        self.name = folder.name
+        self.name = checkpoint_name(folder)
         self.backend = _choose_backend(backend, model)
         model.set_implementation(self.backend)
         self.dtype = "bfloat16" if model.input_dtype == torch.bfloat16 else "float32"
@@ -72,21 +68,25 @@ class Engine:
         backend: Backend = "auto",
         dtype: DTypeName = "auto",
         device: torch.device | str = "cpu",
+        download: bool = False,
     ) -> Self:
-        """Load a bundled model by name ('elastic-mini'), or a Hugging Face folder.
+        """Load a bundled model by name ('elastic-mini'), or a Hugging Face folder or id.
+
+        Args:
+            download: fetch an id that is not in the Hugging Face cache; otherwise nothing is.
 
         Raises:
             CheckpointError: the checkpoint is missing, broken or not supported.
             EngineError: the backend that was named cannot run here.
         """
-        folder = find_checkpoint(model)
+        folder = find_checkpoint(model, download=download)
         loaded = load_model(folder, dtype=dtype, device=device)
         return cls(loaded, Tokenizer(folder), folder, backend)
 
     @cached_property
     def weights_sha256(self) -> str:
-        """SHA-256 of the file of weights, 64 hex digits."""
-        return file_sha256(self.folder / WEIGHTS)
+        """SHA-256 of the weights, 64 hex digits."""
+        return TensorFiles(self.folder).sha256()
 
     # Text and sub-networks
 

@@ -102,7 +102,7 @@ def evaluation_set(corpus: Corpus, tokenizer: Tokenizer, max_tokens: int) -> Eva
 
     The first window scores all its predictions, each later one the second half of its own, so that
     every token is scored once, with at least 256 tokens of context after the first window. Where
-    the model has a BOS token, every window begins with it.
+    the tokenizer puts a BOS token before a text, every window begins with it.
 
     Raises:
         CorpusError: the text is shorter than one window.
@@ -115,7 +115,7 @@ def evaluation_set(corpus: Corpus, tokenizer: Tokenizer, max_tokens: int) -> Eva
             f"{corpus.name} gives {count} tokens, one window needs {WINDOW}. "
             f"Use a longer text or a larger --tokens."
         )
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    bos = list(tokenizer.prefix[:1])
     windows = []
     for start in range(0, count - WINDOW + 1, STRIDE):
         text = ids[start : start + WINDOW]

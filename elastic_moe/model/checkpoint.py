@@ -1,165 +1,173 @@
-"""Checkpoint folders: config.json, safetensors and tokenizer.json as transformers writes them."""
+"""Loading a checkpoint folder: which stored tensors make up which of our parameters."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from elastic_moe.errors import CheckpointError
-from elastic_moe.files import replacing
-from elastic_moe.model.config import ModelConfig, read_config
+from elastic_moe.model.config import ModelConfig
+from elastic_moe.model.families import FAMILIES, Source, parameter_shapes, read_config
+from elastic_moe.model.folder import CONFIG, read_json
 from elastic_moe.model.transformer import ElasticTransformer
+from elastic_moe.model.weights import TensorFiles
 
 DTypeName = Literal["auto", "float32", "bfloat16"]
-BUNDLED = Path(__file__).resolve().parent.parent / "bundled"
-WEIGHTS = "model.safetensors"
-_EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
-
-
-def find_checkpoint(model: str | Path) -> Path:
-    """The folder of a bundled model's name or of a path.
-
-    Raises:
-        CheckpointError: neither; lists what is bundled.
-    """
-    bundled = BUNDLED / str(model)
-    folder = bundled if bundled.parent == BUNDLED and bundled.is_dir() else Path(model)
-    if not (folder / "config.json").is_file():
-        names = sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
-        raise CheckpointError(
-            f"no checkpoint at {str(model)!r}: give a folder with config.json and {WEIGHTS}, "
-            f"or a bundled model: {', '.join(names) or 'none is bundled'}."
-        )
-    return folder
 
 
 def load_config(folder: Path) -> ModelConfig:
     """Read and check config.json."""
-    return read_config(_read_json(folder / "config.json"), str(folder / "config.json"))
+    return read_config(read_json(folder, CONFIG), str(folder / CONFIG))
+
+
+class Checkpoint:
+    """A folder's configuration and tensors; nothing of the data is read before it is asked for.
+
+    Attributes:
+        raw: config.json as it stands.
+        config: what it means.
+        files: the stored tensors.
+        shapes: our parameters, by name, in the model's order.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or a tensor is missing, extra or misshaped.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.raw = read_json(folder, CONFIG)
+        self.config = read_config(self.raw, str(folder / CONFIG))
+        self.files = TensorFiles(folder)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._sources: dict[str, list[Source]] = {}
+        used: set[str] = set()
+        # One parameter at a time: sizes that the files do not bear out end this early.
+        for name, shape in parameter_shapes(self.config):
+            self.shapes[name] = shape
+            self._sources[name] = self._find(name, shape)
+            used.update(source.tensor for source in self._sources[name])
+        self._check_rest(used)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the file: that of its matrices."""
+        return self.files.dtype(self._sources["embed_tokens.weight"][0].tensor)
+
+    def sources(self, name: str) -> list[Source]:
+        """The stored tensors that make up one of our parameters."""
+        return self._sources[name]
+
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """One of our parameters, copied out of its files.
+
+        Args:
+            dtype: to convert the values to; None keeps that of the file.
+
+        Raises:
+            CheckpointError: a value is NaN or infinite, or of no supported dtype.
+        """
+        sources, shape = self.sources(name), self.shapes[name]
+        dtype = dtype or self.files.dtype(sources[0].tensor)
+        whole = torch.empty(shape, dtype=dtype, device=device)
+        parts = whole.unbind(0) if len(sources) > 1 or self._is_stacked(name) else [whole]
+        for part, source in zip(parts, sources, strict=True):
+            with self.files.mapped(source.tensor) as values:
+                part.copy_(values[source.index])
+        return whole
+
+    def _is_stacked(self, name: str) -> bool:
+        """Whether the sources are single experts, even if there is just one of them."""
+        return len(self.sources(name)[0].shape) < len(self.shapes[name])
+
+    def _find(self, name: str, shape: tuple[int, ...]) -> list[Source]:
+        """The first way of storing this parameter that the files bear out."""
+        stored = self.files.entries
+        ways = list(FAMILIES[self.config.model_type].sources(self.config, name, shape))
+        for way in ways:
+            if all(s.tensor in stored and stored[s.tensor].shape == s.shape for s in way):
+                return way
+        nearest = next((way for way in ways if any(s.tensor in stored for s in way)), ways[0])
+        for source in nearest:
+            got = self.files.entry(source.tensor)
+            if got.shape != source.shape:
+                raise CheckpointError(
+                    f"{got.path}: tensor {source.tensor!r} has shape {got.shape}, config.json asks "
+                    f"for {source.shape}."
+                )
+        raise AssertionError("a way that is borne out was passed over")
+
+    def _check_rest(self, used: set[str]) -> None:
+        """Refuse tensors that no parameter uses, unless they repeat one or are known not to run."""
+        ignored = FAMILIES[self.config.model_type].ignored
+        extra = {name for name in self.files.entries if not name.startswith(ignored or "\0")}
+        extra -= used
+        head, embeddings = "lm_head.weight", "model.embed_tokens.weight"
+        if self.config.tied_embeddings and head in extra:
+            with self.files.mapped(head) as a, self.files.mapped(embeddings) as b:
+                if not torch.equal(a, b):
+                    raise CheckpointError(
+                        f"{self.files.entry(head).path}: tensor {head!r} differs from "
+                        f"{embeddings!r}, but config.json ties them (tie_word_embeddings)."
+                    )
+            extra.remove(head)
+        if extra:
+            name = min(extra)
+            raise CheckpointError(
+                f"{self.files.entry(name).path}: {len(extra)} tensors that the model has no place "
+                f"for, such as {name!r}. The file belongs to another architecture or configuration."
+            )
 
 
 def load_model(
-    folder: Path, *, dtype: DTypeName = "auto", device: torch.device | str = "cpu"
+    folder: Path,
+    *,
+    dtype: DTypeName = "auto",
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
 ) -> ElasticTransformer:
     """Load a checkpoint folder into the reference model, ready for inference.
 
+    Matrices keep the dtype of the file, so that memory holds the model once; what is small (norms,
+    routers, biases) is widened to float32.
+
     Args:
         dtype: what matrix inputs, keys and values are rounded to: 'bfloat16', 'float32' (not
-            rounded), or 'auto', the dtype of the file (float32 unless it is bf16). Weights are
-            held in float32 either way.
+            rounded), or 'auto', the dtype of the file (float32 unless it is bf16). Under
+            'bfloat16' the matrices of another file are rounded to bf16 as well.
+        progress: called with (parameters read, all) as loading goes on.
 
     Raises:
         CheckpointError: a file or tensor is missing, extra, misshaped or not finite.
     """
-    config = load_config(folder)
+    checkpoint = Checkpoint(folder)
     with torch.device("meta"):
-        model = ElasticTransformer(config)
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        model = ElasticTransformer(checkpoint.config)
+    stored = checkpoint.dtype
+    rounded = stored == torch.bfloat16 if dtype == "auto" else dtype == "bfloat16"
     state: dict[str, Tensor] = {}
-    path = folder / WEIGHTS
-    with _open(path) as file:
-        stored = set(file.keys())
-        stored_dtype = torch.float32
-        for name, shape in expected.items():
-            parts = _stored_names(name, config)
-            missing = [part for part in parts if part not in stored]
-            if missing:
-                raise CheckpointError(f"{path}: tensor {missing[0]!r} is missing.")
-            stacked = name.endswith(_EXPERT_PARTS)
-            tensors = [file.get_tensor(part) for part in parts]
-            stored_dtype = tensors[0].dtype
-            stored.difference_update(parts)
-            for part, tensor in zip(parts, tensors, strict=True):
-                wanted = shape[1:] if stacked else shape
-                if tuple(tensor.shape) != wanted:
-                    raise CheckpointError(
-                        f"{path}: tensor {part!r} has shape {tuple(tensor.shape)}, "
-                        f"config.json asks for {wanted}."
-                    )
-                if not bool(torch.isfinite(tensor).all()):
-                    raise CheckpointError(f"{path}: tensor {part!r} holds NaN or infinite values.")
-            whole = torch.stack(tensors) if stacked else tensors[0]
-            state[name] = whole.to(device=device, dtype=torch.float32)
-    stored.discard("lm_head.weight" if config.tied_embeddings else "")
-    if stored:
-        raise CheckpointError(
-            f"{path}: {len(stored)} tensors that the model has no place for, such as "
-            f"{min(stored)!r}. The file belongs to another architecture or configuration."
-        )
+    for name in _in_order_of_files(checkpoint):
+        kept = torch.bfloat16 if rounded else None
+        wanted = torch.float32 if is_small(name, checkpoint.shapes[name]) else kept
+        state[name] = checkpoint.read(name, wanted, device)
+        if progress is not None:
+            progress(len(state), len(checkpoint.shapes))
     model.load_state_dict(state, assign=True)
-    rounded = stored_dtype == torch.bfloat16 if dtype == "auto" else dtype == "bfloat16"
     model.set_input_dtype(torch.bfloat16 if rounded else None)
     return model.requires_grad_(False).eval()
 
 
-def save_checkpoint(
-    folder: Path,
-    weights: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-) -> None:
-    """Write config.json and model.safetensors; each appears whole or not at all.
-
-    Args:
-        weights: parameters of an `ElasticTransformer`, by name.
-        config: the config.json to write; read back first, so that only a valid one is written.
-    """
-    parsed = read_config(config, str(folder / "config.json"))
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        parts = _stored_names(name, parsed)
-        stored = weight.detach().to(dtype)
-        pieces = stored.unbind(0) if name.endswith(_EXPERT_PARTS) else [stored]
-        # A clone each: safetensors refuses tensors that share storage.
-        tensors.update(
-            {part: piece.clone().contiguous() for part, piece in zip(parts, pieces, strict=True)}
-        )
-    with replacing(folder / WEIGHTS) as beside:
-        save_file(tensors, beside, metadata={"format": "pt"})
-    with replacing(folder / "config.json") as beside:
-        beside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def is_small(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is held in float32 whatever the file has: a vector or a router."""
+    return len(shape) == 1 or name.endswith("mlp.gate.weight")
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _stored_names(name: str, config: ModelConfig) -> list[str]:
-    """Tensor names in a Hugging Face file that make up one of our parameters."""
-    if name.endswith(_EXPERT_PARTS):
-        prefix, part = name.rsplit(".", 1)
-        return [f"model.{prefix}.{e}.{part}.weight" for e in range(config.num_experts)]
-    return [name if name.startswith("lm_head.") else f"model.{name}"]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(data).__name__}.")
-    return data
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    """A safetensors file; what the library raises becomes a `CheckpointError`."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+def _in_order_of_files(checkpoint: Checkpoint) -> Iterator[str]:
+    """Names of all parameters, in the order in which their first tensors lie on the disk."""
+    place = {name: i for i, name in enumerate(checkpoint.files.entries)}
+    yield from sorted(checkpoint.shapes, key=lambda n: place[checkpoint.sources(n)[0].tensor])

@@ -1,4 +1,4 @@
-"""The parts of a decoder layer that are not experts: norm, rotary positions, attention.
+"""The parts of a decoder layer that are not routed: norm, rotary positions, attention, dense MLP.
 
 Shapes: B sequences, T tokens of each, D hidden size, H query heads, G key/value heads, d head size,
 S positions in the cache. The residual stream, norms, angles and softmax are float32 whatever the
@@ -7,12 +7,16 @@ dtype of the matrix inputs.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_moe.model.cache import LayerCache
 from elastic_moe.model.config import ModelConfig
+
+RopeStyle = Literal["half", "interleaved"]
 
 
 class RMSNorm(nn.Module):
@@ -30,9 +34,9 @@ class RMSNorm(nn.Module):
 class Linear(nn.Module):
     """y = x W^T without bias; x is first rounded to `input_dtype`, products accumulate in float32.
 
-    Weights are stored in float32 (float64 in tests). Those of a bf16 model have bf16 values, so
-    rounding the inputs gives what a bf16 x bf16 -> float32 matrix unit gives, up to the order of
-    summation.
+    The weight keeps the dtype of its file and is widened for the product (to float64 in tests).
+    Rounding the inputs to bf16 then gives what a bf16 x bf16 -> float32 matrix unit gives, up to
+    the order of summation.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -41,7 +45,21 @@ class Linear(nn.Module):
         self.input_dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(round_to(x, self.input_dtype), self.weight)
+        return F.linear(round_to(x, self.input_dtype), self.weight.to(x.dtype))
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)): a dense layer, or the experts that every token runs."""
+
+    def __init__(self, hidden_size: int, channels: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, channels)
+        self.up_proj = Linear(hidden_size, channels)
+        self.down_proj = Linear(channels, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 def round_to(x: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -65,25 +83,38 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + d/2) of x (B, H, T, d) by angles (T, d/2)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, rope: RopeStyle) -> Tensor:
+    """Rotate pairs of channels of x (B, H, T, d) by angles (T, d/2).
+
+    Pair i is (i, i + d/2) in style 'half', (2i, 2i + 1) in style 'interleaved'.
+    """
+    if rope == "half":
+        first, second = x.chunk(2, dim=-1)
+    else:
+        first, second = x[..., 0::2], x[..., 1::2]
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat(turned, -1) if rope == "half" else torch.stack(turned, -1).flatten(-2)
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with a norm on every query and key head."""
+    """Causal grouped-query attention, with norms on queries and keys where the model has them."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
-        self.head_dim = config.head_dim
+        self.head_dim, self.rope = config.head_dim, config.rope
+        self.norm_spans_heads = config.qk_norm == "all"
         self.q_proj = Linear(config.hidden_size, config.num_heads * config.head_dim)
         self.k_proj = Linear(config.hidden_size, config.num_kv_heads * config.head_dim)
         self.v_proj = Linear(config.hidden_size, config.num_kv_heads * config.head_dim)
         self.o_proj = Linear(config.num_heads * config.head_dim, config.hidden_size)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm != "none":
+            q_heads, k_heads = (
+                (config.num_heads, config.num_kv_heads) if self.norm_spans_heads else (1, 1)
+            )
+            self.q_norm = RMSNorm(q_heads * config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(k_heads * config.head_dim, config.rms_norm_eps)
         self.input_dtype: torch.dtype | None = None
 
     def forward(
@@ -91,11 +122,11 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x (B, T, D) -> (B, T, D). With a cache, its positions come before x's."""
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, self.num_heads, self.head_dim))
-        k = self.k_norm(self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim))
-        v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        q = round_to(rotate(q.transpose(1, 2), cos, sin), self.input_dtype)  # (B, H, T, d)
-        k = round_to(rotate(k.transpose(1, 2), cos, sin), self.input_dtype)  # (B, G, T, d)
+        q = self._heads(self.q_proj(x), self.q_norm)  # (B, H, T, d)
+        k = self._heads(self.k_proj(x), self.k_norm)  # (B, G, T, d)
+        v = self._heads(self.v_proj(x), None)  # (B, G, T, d)
+        q = round_to(rotate(q, cos, sin, self.rope), self.input_dtype)
+        k = round_to(rotate(k, cos, sin, self.rope), self.input_dtype)
         v = round_to(v, self.input_dtype)
         mask = None
         if cache is not None:
@@ -107,6 +138,15 @@ class Attention(nn.Module):
         )
         out: Tensor = self.o_proj(heads.transpose(1, 2).reshape(B, T, -1))
         return out
+
+    def _heads(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """x (B, T, n*d) -> heads (B, n, T, d), normed over all heads or over each."""
+        if norm is not None and self.norm_spans_heads:
+            x = norm(x)
+        x = x.view(*x.shape[:-1], -1, self.head_dim)  # (B, T, n, d)
+        if norm is not None and not self.norm_spans_heads:
+            x = norm(x)
+        return x.transpose(1, 2)
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:

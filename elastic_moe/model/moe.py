@@ -12,7 +12,7 @@ from elastic_moe_kernels.table import LayerTable
 from torch import Tensor, nn
 
 from elastic_moe.model.config import ModelConfig
-from elastic_moe.model.layers import round_to
+from elastic_moe.model.layers import MLP, round_to
 
 Implementation = Literal["reference", "cpu"]
 
@@ -63,15 +63,17 @@ def run_experts(
             if not len(rows):
                 continue
             tokens = x[rows]  # (n, D)
-            hidden = F.silu(tokens @ experts.gate_proj[expert, :c].T)
-            hidden = hidden * (tokens @ experts.up_proj[expert, :c].T)  # (n, c)
-            output = round_to(hidden, input_dtype) @ experts.down_proj[expert, :, :c].T  # (n, D)
+            gate = experts.gate_proj[expert, :c].to(x.dtype)  # (c, D)
+            up = experts.up_proj[expert, :c].to(x.dtype)  # (c, D)
+            down = experts.down_proj[expert, :, :c].to(x.dtype)  # (D, c)
+            hidden = F.silu(tokens @ gate.T) * (tokens @ up.T)  # (n, c)
+            output = round_to(hidden, input_dtype) @ down.T  # (n, D)
             out = out.index_add(0, rows, output * topk_weights[rows, slots].unsqueeze(1))
     return out
 
 
 class MoE(nn.Module):
-    """Router and experts of one layer.
+    """Router, routed experts and shared experts of one layer.
 
     `implementation` names the routing kernel, `run_experts` the execution of the experts; both may
     be exchanged for another that computes the same.
@@ -82,7 +84,13 @@ class MoE(nn.Module):
         self.renormalize = config.renormalize
         self.epsilon = config.routing_epsilon
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)  # never rounded
+        self.correction_bias = (
+            nn.Parameter(torch.zeros(config.num_experts)) if config.selection_bias else None
+        )
         self.experts = Experts(config)
+        self.shared_experts = (
+            MLP(config.hidden_size, config.shared_hidden) if config.shared_hidden else None
+        )
         self.input_dtype: torch.dtype | None = None
         self.implementation: Implementation = "reference"
         self.run_experts: ExpertsFunction = run_experts
@@ -98,8 +106,11 @@ class MoE(nn.Module):
             subnet_of_row,
             renormalize=self.renormalize,
             epsilon=self.epsilon,
+            correction_bias=self.correction_bias,
             implementation=self.implementation,
         )
         channels = table.channels[subnet_of_row]  # (T,)
         out = self.run_experts(x, topk_ids, topk_weights, channels, self.experts, self.input_dtype)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(x)
         return out, router_logits, topk_ids

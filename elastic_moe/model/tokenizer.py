@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,40 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
 
 from elastic_moe.errors import CheckpointError, RequestError
+from elastic_moe.model.folder import CONFIG, file_in, read_json_if_there, read_text
+from elastic_moe.routing import shorten
+
+MAX_TOKENIZER_BYTES = 128 << 20  # the largest seen are under 40 MiB
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint folder, with the special ids that its neighbours name."""
+    """The tokenizer of a checkpoint folder, with the special ids that its neighbours name.
+
+    Attributes:
+        bos_id, pad_id: as generation_config.json says, else config.json.
+        eos_ids: ids that end a text, from the same files.
+        prefix: the ids that `encode` puts before every text, such as BOS; often none.
+    """
 
     def __init__(self, folder: Path) -> None:
-        path = folder / "tokenizer.json"
+        text = read_text(folder, "tokenizer.json", MAX_TOKENIZER_BYTES)
+        path = file_in(folder, "tokenizer.json")
         try:
-            self.fast = FastTokenizer.from_file(str(path))
+            self.fast = FastTokenizer.from_str(text)
+            self.prefix = _prefix(self.fast)
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{path} cannot be read: {error}.") from error
-        config = _read_json(folder / "config.json")
-        self.bos_id: int | None = config.get("bos_token_id")
-        self.eos_ids: frozenset[int] = _ids(config.get("eos_token_id"))
-        self.pad_id: int | None = config.get("pad_token_id")
+        except BaseException as error:  # a panic of its native code is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise CheckpointError(f"{path} cannot be read: {error}.") from None
+        ids = read_json_if_there(folder, CONFIG)
+        where = f"{folder / CONFIG} and generation_config.json"
+        generation = read_json_if_there(folder, "generation_config.json")
+        ids |= {key: value for key, value in generation.items() if value is not None}
+        self.bos_id = _one(ids.get("bos_token_id"), "bos_token_id", where)
+        self.pad_id = _one(ids.get("pad_token_id"), "pad_token_id", where)
+        self.eos_ids = _ids(ids.get("eos_token_id"), "eos_token_id", where)
         self.chat_template = _chat_template(folder)
 
     @property
@@ -76,28 +94,38 @@ class TextStream:
         return self._stream.step(self._fast, token_id) or ""
 
 
+def _prefix(fast: FastTokenizer) -> tuple[int, ...]:
+    encoding = fast.encode("a")
+    marks = [*encoding.special_tokens_mask, 0]
+    return tuple(encoding.ids[: marks.index(0)])
+
+
 def _chat_template(folder: Path) -> str | None:
     """From a file of its own, as transformers 5 saves it, or from tokenizer_config.json."""
-    alone = folder / "chat_template.jinja"
-    if alone.is_file():
-        return alone.read_text(encoding="utf-8")
-    template: str | None = _read_json(folder / "tokenizer_config.json").get("chat_template")
+    if (folder / "chat_template.jinja").exists():
+        return read_text(folder, "chat_template.jinja")
+    template = read_json_if_there(folder, "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):  # several by name
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(
+            f"{folder / 'tokenizer_config.json'}: chat_template must be text, or a list of named "
+            f"templates, got {shorten(template)}."
+        )
     return template
 
 
-def _ids(value: Any) -> frozenset[int]:
-    if value is None:
-        return frozenset()
-    return frozenset(value if isinstance(value, list) else [value])
+def _ids(value: Any, key: str, where: str) -> frozenset[int]:
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(i) is int and 0 <= i < 1 << 31 for i in values):
+        raise CheckpointError(f"{where}: {key} must be token ids, got {shorten(value)}.")
+    return frozenset(values)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(data).__name__}.")
-    return data
+def _one(value: Any, key: str, where: str) -> int | None:
+    """The first of the ids; None where there is none."""
+    _ids(value, key, where)
+    if isinstance(value, list):
+        return value[0] if value else None
+    return None if value is None else int(value)

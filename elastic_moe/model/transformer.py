@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from elastic_moe.errors import EngineError
 from elastic_moe.model.cache import KVCache, LayerCache
 from elastic_moe.model.config import ModelConfig
-from elastic_moe.model.layers import Attention, Linear, RMSNorm, rotary_angles, round_to
+from elastic_moe.model.layers import MLP, Attention, Linear, RMSNorm, rotary_angles, round_to
 from elastic_moe.model.moe import Implementation, MoE
 from elastic_moe.routing import Subnet
 
@@ -48,14 +48,14 @@ class Trace:
 
 
 class DecoderLayer(nn.Module):
-    """Attention and experts, each behind a norm and added to the residual stream."""
+    """Attention, then experts or a dense MLP; each behind a norm and added to the stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, dense: bool) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MoE(config)
+        self.mlp = MLP(config.hidden_size, config.dense_hidden) if dense else MoE(config)
 
     def forward(
         self,
@@ -65,15 +65,17 @@ class DecoderLayer(nn.Module):
         table: LayerTable,
         subnet_of_row: Tensor,
         cache: LayerCache | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, D) -> x (B, T, D), router_logits (B*T, E), topk_ids (B*T, K).
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """x (B, T, D) -> x (B, T, D), and router_logits (B*T, E), topk_ids (B*T, K) of experts.
 
         subnet_of_row (B*T,) indexes the table; cos and sin are (T, d/2).
         """
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
         normed = self.post_attention_layernorm(x).flatten(0, 1)  # (B*T, D)
+        if isinstance(self.mlp, MLP):
+            return x + self.mlp(normed).view_as(x), None
         out, router_logits, topk_ids = self.mlp(normed, table, subnet_of_row)
-        return x + out.view_as(x), router_logits, topk_ids
+        return x + out.view_as(x), (router_logits, topk_ids)
 
 
 class ElasticTransformer(nn.Module):
@@ -84,7 +86,9 @@ class ElasticTransformer(nn.Module):
         self.config = config
         self.shape = config.shape
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, dense=i in config.dense_layers) for i in range(config.num_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = (
             None if config.tied_embeddings else Linear(config.hidden_size, config.vocab_size)
@@ -163,7 +167,8 @@ class ElasticTransformer(nn.Module):
         positions = torch.arange(start, start + T, device=device)
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
 
-        x = self.embed_tokens(input_ids)  # (B, T, D)
+        embedded = self.embed_tokens(input_ids)
+        x = embedded.to(torch.promote_types(embedded.dtype, torch.float32))  # (B, T, D)
         yield 0, x
         for i, layer in enumerate(self.layers):
             active = [b for b, subnet in enumerate(per_sequence) if subnet.layers[i].active]
@@ -173,11 +178,9 @@ class ElasticTransformer(nn.Module):
                 h = x if everyone else x[rows]  # (b, T, D)
                 subnet_of_row = subnet_of[rows].repeat_interleave(T)  # (b*T,)
                 layer_cache = cache.layer(i) if cache is not None else None
-                h, router_logits, topk_ids = layer(
-                    h, cos, sin, table.layer(i), subnet_of_row, layer_cache
-                )
-                if trace is not None:
-                    trace.layers.append(LayerTrace(i, router_logits, topk_ids))
+                h, routed = layer(h, cos, sin, table.layer(i), subnet_of_row, layer_cache)
+                if trace is not None and routed is not None:
+                    trace.layers.append(LayerTrace(i, *routed))
                 x = h if everyone else x.index_copy(0, rows, h)
             yield i + 1, x
         if cache is not None:
@@ -186,7 +189,7 @@ class ElasticTransformer(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and head: residual stream (..., D) -> logits (..., V)."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(round_to(self.norm(x), self.input_dtype), head.weight)
+        return F.linear(round_to(self.norm(x), self.input_dtype), head.weight.to(x.dtype))
 
 
 def build_table(subnets: Sequence[Subnet]) -> SubnetTable:

@@ -16,8 +16,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from elastic_moe.files import write_text
-from elastic_moe.model.checkpoint import save_checkpoint
-from elastic_moe.model.config import ElasticBlock, ModelConfig, write_config
+from elastic_moe.model.config import ElasticBlock, ModelConfig
+from elastic_moe.model.families import write_config
+from elastic_moe.model.saving import save_checkpoint
 from elastic_moe.train.checkpoint import load_state
 from elastic_moe.train.ledger import replay
 from elastic_moe.train.mini import ELASTIC_MINI

@@ -50,7 +50,7 @@ def test_without_bos_the_first_token_is_context_only(
 ) -> None:
     corpus = Corpus("counting", " ".join(map(str, range(900))))
     ids = mini.tokenizer.encode(corpus.text, add_special_tokens=False)
-    monkeypatch.setattr(mini.tokenizer, "bos_id", None)
+    monkeypatch.setattr(mini.tokenizer, "prefix", ())
     text = evaluation_set(corpus, mini.tokenizer, 1200)
     scored = scored_tokens(text)
     assert scored == ids[1 : 1 + len(scored)]

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from elastic_moe.model.cache import KVCache
-from elastic_moe.model.checkpoint import load_model, save_checkpoint
-from elastic_moe.model.config import write_config
+from elastic_moe.model.checkpoint import load_model
+from elastic_moe.model.families import write_config
+from elastic_moe.model.saving import save_checkpoint
 from elastic_moe.model.transformer import ElasticTransformer
 from elastic_moe.routing import Subnet
 from tests.model.tiny import randomize, tiny_model, tokens

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from elastic_moe.errors import CorpusError
-from elastic_moe.model.checkpoint import BUNDLED
+from elastic_moe.model.folder import BUNDLED
 from elastic_moe.train.corpus import (
     HELD_OUT_AUTHORS,
     docstrings,

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from elastic_moe.errors import TrainingError
-from elastic_moe.model.checkpoint import BUNDLED
+from elastic_moe.model.folder import BUNDLED
 from elastic_moe.routing import Subnet
 from elastic_moe.train.ledger import replay
 from elastic_moe.train.mini import ELASTIC_MINI

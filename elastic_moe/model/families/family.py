@@ -1,0 +1,135 @@
+"""What an architecture's checkpoints look like: the keys of config.json and the names of tensors.
+
+Our parameters are named as in transformers, without the leading `model.`; the routed experts of a
+layer are stacked into one `mlp.experts.gate_proj`, `up_proj` (E, F, D) and `down_proj` (E, D, F).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from elastic_moe.model.config import ModelConfig
+from elastic_moe.model.keys import ConfigKeys
+
+Shape = tuple[int, ...]
+EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A stored tensor that one of our parameters comes from.
+
+    Attributes:
+        tensor: its name in the files.
+        shape: its shape there.
+        index: the part of it that is meant; () for the whole.
+    """
+
+    tensor: str
+    shape: Shape
+    index: tuple[int | slice, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One architecture.
+
+    Attributes:
+        architecture: transformers' class of it.
+        read: config.json to `ModelConfig`.
+        size_keys: field of `ModelConfig` -> keys of config.json that may say it, of those that a
+            sub-network changes.
+        place_experts: the keys of config.json that say which layers route; None in a family in
+            which all do.
+        block: what the hub's files call the block that holds router and experts.
+        parts: what they call an expert's gate_proj, up_proj and down_proj.
+        selection_bias: where they keep the router's bias, after `model.layers.N.`.
+        ignored: beginnings of the names of tensors that inference does not use.
+    """
+
+    architecture: str
+    read: Callable[[ConfigKeys], ModelConfig]
+    size_keys: Mapping[str, tuple[str, ...]]
+    place_experts: Callable[[ModelConfig], dict[str, Any]] | None = None
+    block: str = "mlp"
+    parts: tuple[str, str, str] = EXPERT_PARTS
+    selection_bias: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+    def sources(self, config: ModelConfig, name: str, shape: Shape) -> Iterator[list[Source]]:
+        """Ways in which files may hold one of our parameters, the hub's own way first.
+
+        A list of several sources is stacked along a new first axis.
+        """
+        layer, _, rest = name.removeprefix("layers.").partition(".")
+        if not name.startswith("layers."):
+            yield [Source(name if name.startswith("lm_head.") else f"model.{name}", shape)]
+        elif rest.startswith("mlp.experts."):
+            part = rest.removeprefix("mlp.experts.")
+            stored = self.parts[EXPERT_PARTS.index(part)]
+            prefix = f"model.layers.{layer}.{self.block}.experts"
+            yield [
+                Source(f"{prefix}.{expert}.{stored}.weight", shape[1:])
+                for expert in range(config.num_experts)
+            ]
+            yield [self._fused(f"model.layers.{layer}.mlp.experts", part, shape)]
+        elif rest == "mlp.correction_bias":
+            for stored in self.selection_bias:
+                yield [Source(f"model.layers.{layer}.{stored}", (1, *shape), (0,))]
+                yield [Source(f"model.layers.{layer}.{stored}", shape)]
+        else:
+            yield [Source(f"model.layers.{layer}.{rest.replace('mlp.', self.block + '.')}", shape)]
+            yield [Source(f"model.layers.{layer}.{rest}", shape)]
+
+    @staticmethod
+    def _fused(prefix: str, part: str, shape: Shape) -> Source:
+        """The layout of transformers 5 in memory: gate and up of all experts in one tensor."""
+        if part == "down_proj":
+            return Source(f"{prefix}.down_proj", shape)
+        experts, channels, hidden = shape
+        first = 0 if part == "gate_proj" else channels
+        half = slice(first, first + channels)
+        return Source(
+            f"{prefix}.gate_up_proj", (experts, 2 * channels, hidden), (slice(None), half)
+        )
+
+
+def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    """Name and shape of every parameter of `ElasticTransformer`, layer by layer."""
+    D, E, F = config.hidden_size, config.num_experts, config.expert_hidden
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    yield "embed_tokens.weight", (config.vocab_size, D)
+    for i in range(config.num_layers):
+        layer = f"layers.{i}"
+        yield f"{layer}.input_layernorm.weight", (D,)
+        yield f"{layer}.self_attn.q_proj.weight", (q, D)
+        yield f"{layer}.self_attn.k_proj.weight", (kv, D)
+        yield f"{layer}.self_attn.v_proj.weight", (kv, D)
+        yield f"{layer}.self_attn.o_proj.weight", (D, q)
+        if config.qk_norm != "none":
+            per_head = config.qk_norm == "head"
+            yield f"{layer}.self_attn.q_norm.weight", (config.head_dim if per_head else q,)
+            yield f"{layer}.self_attn.k_norm.weight", (config.head_dim if per_head else kv,)
+        yield f"{layer}.post_attention_layernorm.weight", (D,)
+        if i in config.dense_layers:
+            yield from _mlp(f"{layer}.mlp", config.dense_hidden, D)
+            continue
+        yield f"{layer}.mlp.gate.weight", (E, D)
+        if config.selection_bias:
+            yield f"{layer}.mlp.correction_bias", (E,)
+        yield f"{layer}.mlp.experts.gate_proj", (E, F, D)
+        yield f"{layer}.mlp.experts.up_proj", (E, F, D)
+        yield f"{layer}.mlp.experts.down_proj", (E, D, F)
+        if config.shared_hidden:
+            yield from _mlp(f"{layer}.mlp.shared_experts", config.shared_hidden, D)
+    yield "norm.weight", (D,)
+    if not config.tied_embeddings:
+        yield "lm_head.weight", (config.vocab_size, D)
+
+
+def _mlp(prefix: str, channels: int, hidden: int) -> Iterator[tuple[str, Shape]]:
+    yield f"{prefix}.gate_proj.weight", (channels, hidden)
+    yield f"{prefix}.up_proj.weight", (channels, hidden)
+    yield f"{prefix}.down_proj.weight", (hidden, channels)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from elastic_moe.errors import CheckpointError
 from elastic_moe.model.config import ModelConfig
-from elastic_moe.model.families import FAMILIES, Source, parameter_shapes, read_config
+from elastic_moe.model.families import EXPERT_PARTS, FAMILIES, Source, parameter_shapes, read_config
 from elastic_moe.model.folder import CONFIG, read_json
 from elastic_moe.model.transformer import ElasticTransformer
 from elastic_moe.model.weights import TensorFiles
@@ -75,15 +75,27 @@ class Checkpoint:
         sources, shape = self.sources(name), self.shapes[name]
         dtype = dtype or self.files.dtype(sources[0].tensor)
         whole = torch.empty(shape, dtype=dtype, device=device)
-        parts = whole.unbind(0) if len(sources) > 1 or self._is_stacked(name) else [whole]
+        parts = whole.unbind(0) if self._is_stacked(name) else [whole]
         for part, source in zip(parts, sources, strict=True):
             with self.files.mapped(source.tensor) as values:
                 part.copy_(values[source.index])
         return whole
 
+    def read_expert(self, name: str, expert: int) -> Tensor:
+        """One expert's matrix of a stacked parameter such as `layers.0.mlp.experts.up_proj`.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        sources = self.sources(name)
+        source = sources[expert] if self._is_stacked(name) else sources[0]
+        with self.files.mapped(source.tensor) as values:
+            part = values[source.index] if self._is_stacked(name) else values[source.index][expert]
+            return part.clone()
+
     def _is_stacked(self, name: str) -> bool:
-        """Whether the sources are single experts, even if there is just one of them."""
-        return len(self.sources(name)[0].shape) < len(self.shapes[name])
+        """Whether every expert is a tensor of its own."""
+        return name.endswith(EXPERT_PARTS) and len(self.sources(name)[0].shape) == 2
 
     def _find(self, name: str, shape: tuple[int, ...]) -> list[Source]:
         """The first way of storing this parameter that the files bear out."""

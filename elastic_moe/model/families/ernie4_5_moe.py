@@ -27,6 +27,7 @@ def _read(keys: ConfigKeys) -> ModelConfig:
     interval = keys.integer("moe_layer_interval", 1, most=MAX_LAYERS)
     end = last if end == -1 else end
     dense = {i for i in range(last + 1) if (i + 1) % interval or not start <= i <= end}
+    keys.get("intermediate_size")  # of dense layers; means nothing without one
     expert_hidden = keys.integer("moe_intermediate_size")
     shared = keys.integer("moe_num_shared_experts", 2, least=0, most=MAX_EXPERTS)
     return ModelConfig(
@@ -41,7 +42,7 @@ def _read(keys: ConfigKeys) -> ModelConfig:
         rope="interleaved",
         selection_bias=True,
         dense_layers=frozenset(dense),
-        dense_hidden=keys.integer("intermediate_size"),
+        dense_hidden=keys.integer("intermediate_size") if dense else 0,
         shared_hidden=shared * expert_hidden,
         shared_experts=shared,
         elastic=read_elastic(keys),

@@ -8,12 +8,13 @@ import sys
 from collections.abc import Sequence
 
 from elastic_moe import __version__
-from elastic_moe.errors import ElasticMoEError, RequestError, RoutingError
+from elastic_moe.errors import ElasticMoEError, ExtractError, RequestError, RoutingError
 
 # Subcommand -> what the overview says of it.
 COMMANDS = {
     "sweep": "measure quality against cost over a grid of sub-networks",
     "generate": "stream text under a sub-network",
+    "extract": "write a sub-network as a standard checkpoint of its own",
     "info": "show a model's shape and axes, a sub-network's cost, and this install",
 }
 DONE, FAILED, BAD_ARGUMENTS = 0, 1, 2
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = args.run(args)
         return status
-    except (RoutingError, RequestError) as error:
+    except (RoutingError, RequestError, ExtractError) as error:
         print(f"elastic-moe {args.command}: {error}", file=sys.stderr)
         return BAD_ARGUMENTS
     except ElasticMoEError as error:

@@ -21,8 +21,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         default="elastic-mini",
         metavar="MODEL",
-        help="a bundled model, or a Hugging Face folder (default: %(default)s)",
+        help="a bundled model, a Hugging Face folder, or an id in the Hugging Face cache "
+        "(default: %(default)s)",
     )
+    add_download(parser)
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -36,6 +38,26 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="reference: PyTorch alone; cpu: native kernels where there are",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+
+
+def add_download(parser: argparse.ArgumentParser) -> None:
+    """--download."""
+    parser.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch a Hugging Face id that is not in the cache; otherwise nothing is fetched",
+    )
+
+
+def add_ranking(parser: argparse.ArgumentParser) -> None:
+    """--rank-channels."""
+    parser.add_argument(
+        "--rank-channels",
+        metavar="FILE",
+        type=Path,
+        help="order each expert's channels by their activation on this UTF-8 text first, so that "
+        "narrower experts of a model not trained for them lose less",
+    )
 
 
 def add_routing(parser: argparse.ArgumentParser) -> None:
@@ -56,9 +78,18 @@ def load_engine(args: argparse.Namespace) -> Engine:
     """The engine that MODEL and its options ask for."""
     from elastic_moe.engine import Engine  # deferred: loads torch
 
-    return Engine.from_pretrained(
-        args.model, dtype=args.dtype, backend=args.backend, device=args.device
+    engine = Engine.from_pretrained(
+        args.model,
+        dtype=args.dtype,
+        backend=args.backend,
+        device=args.device,
+        download=args.download,
     )
+    if getattr(args, "rank_channels", None) is not None:
+        from elastic_moe.lab.text import read_corpus
+
+        engine.rank_channels(read_corpus(args.rank_channels).text)
+    return engine
 
 
 def read_routing(args: argparse.Namespace) -> Routing:

@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import asdict
 
-from elastic_moe.cli.arguments import add_model, add_routing, load_engine, read_routing
+from elastic_moe.cli.arguments import add_model, add_ranking, add_routing, load_engine, read_routing
 from elastic_moe.errors import RequestError
 
 EXAMPLES = """examples:
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of this command."""
     add_model(parser)
     add_routing(parser)
+    add_ranking(parser)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument(
         "--prompt", metavar="TEXT", help="text to continue (default: standard input)"

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from elastic_moe.cli.arguments import add_routing, read_routing
+from elastic_moe.cli.arguments import add_download, add_routing, read_routing
 
 EXAMPLES = """examples:
   elastic-moe info                                   the bundled model and this install
@@ -23,8 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         default="elastic-mini",
         metavar="MODEL",
-        help="a bundled model, or a Hugging Face folder (default: %(default)s)",
+        help="a bundled model, a Hugging Face folder, or an id in the Hugging Face cache "
+        "(default: %(default)s)",
     )
+    add_download(parser)
     add_routing(parser)
     parser.add_argument(
         "--context",
@@ -54,9 +56,9 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
     from elastic_moe.config import resolve_routing
     from elastic_moe.lab.record import describe_machine, describe_versions
     from elastic_moe.model.checkpoint import load_config
-    from elastic_moe.model.folder import find_checkpoint
+    from elastic_moe.model.folder import checkpoint_name, find_checkpoint
 
-    folder = find_checkpoint(args.model)
+    folder = find_checkpoint(args.model, download=args.download)
     config = load_config(folder)
     shape = config.shape
     subnet = resolve_routing(shape, read_routing(args))
@@ -64,7 +66,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
     flops = subnet.flops_per_token(args.context)
     return {
         "model": {
-            "name": folder.name,
+            "name": checkpoint_name(folder),
             "path": str(folder),
             "model_type": config.model_type,
             "num_layers": shape.num_layers,

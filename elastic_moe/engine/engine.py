@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ from elastic_moe.engine.request import Completion, Delta, SamplingParams
 from elastic_moe.errors import ContextLengthError, EngineError, RequestError
 from elastic_moe.model.checkpoint import DTypeName, load_model
 from elastic_moe.model.folder import checkpoint_name, find_checkpoint
+from elastic_moe.model.ranking import rank_channels, reorder_channels
 from elastic_moe.model.tokenizer import Tokenizer
 from elastic_moe.model.transformer import ElasticTransformer
 from elastic_moe.model.weights import TensorFiles
@@ -33,6 +34,7 @@ from elastic_moe.routing import Subnet
 
 Backend = Literal["auto", "reference", "cpu"]
 Prompt = str | Sequence[int]
+RANKING_WINDOW = 512  # tokens that are read at once to rank channels
 _DEFAULT = SamplingParams()
 
 
@@ -101,6 +103,39 @@ class Engine:
     def resolve(self, routing: Routing) -> Subnet:
         """The sub-network that a configuration, a name or None means for this model."""
         return resolve_routing(self.model.shape, routing)
+
+    def rank_channels(
+        self,
+        text: str,
+        *,
+        tokens: int = 8192,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> dict[int, Tensor]:
+        """Order every expert's channels by what they contribute on a calibration text, in place.
+
+        The full network stays the same; width slices of a checkpoint that was not trained for them
+        lose less. Call it before anything else runs.
+
+        Args:
+            text: like what the model is used on.
+            tokens: how many of its tokens are read, at most.
+            progress: called with (windows done, all).
+
+        Returns:
+            The order: layer -> (E, F), as `model.extract.extract` takes it.
+
+        Raises:
+            RequestError: the text gives no tokens.
+        """
+        ids = self.tokenizer.encode(text, add_special_tokens=False)[:tokens]
+        size = min(RANKING_WINDOW, self.model.config.max_positions)
+        windows = [ids[start : start + size] for start in range(0, len(ids), size)]
+        if not windows:
+            raise RequestError("the calibration text has no tokens; some thousand are needed.")
+        with self._step():
+            order = rank_channels(self.model, windows, progress)
+            reorder_channels(self.model, order)
+        return order
 
     # Running
 

@@ -12,7 +12,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sweep test check bench clean
+.PHONY: help sweep test check bench interop clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1  /p' $(MAKEFILE_LIST) | expand -t 8
@@ -45,6 +45,25 @@ check: .venv/.installed  ## lint, formatting, types
 
 bench: .venv/.installed  ## time the kernels beside their reference and the machine's limit
 	.venv/bin/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+# llama.cpp, built from the source package that also holds its converter.
+LLAMA_CPP := llama-cpp-python==0.3.36
+build/interop/.installed: constraints.txt
+	rm -rf build/interop
+	$(PYTHON) -m venv build/interop/venv
+	build/interop/venv/bin/python -m pip install --quiet -c constraints.txt $(TORCH_ARGS) torch
+	build/interop/venv/bin/python -m pip install --quiet -c constraints.txt \
+		transformers numpy safetensors sentencepiece protobuf pyyaml
+	build/interop/venv/bin/python -m pip download --quiet --no-deps \
+		--no-binary llama-cpp-python -d build/interop $(LLAMA_CPP)
+	tar -xzf build/interop/llama_cpp_python-*.tar.gz -C build/interop
+	build/interop/venv/bin/python -m pip install --quiet build/interop/llama_cpp_python-*.tar.gz
+	touch $@
+
+interop: .venv/.installed build/interop/.installed  ## compare extracted checkpoints with llama.cpp
+	.venv/bin/python benchmarks/interop/compare.py --python build/interop/venv/bin/python \
+		--source "$$(echo build/interop/llama_cpp_python-*/vendor/llama.cpp)" \
+		--out benchmarks/results/interop-llama-cpp.jsonl
 
 clean:  ## remove .venv and everything that was built
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

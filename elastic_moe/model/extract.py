@@ -7,6 +7,7 @@ config.json cannot say (a threshold, values that differ from layer to layer) is 
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +16,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from elastic_moe.errors import ExtractError
+from elastic_moe.errors import CheckpointWarning, ExtractError
 from elastic_moe.files import replacing_folder
 from elastic_moe.model.checkpoint import Checkpoint
 from elastic_moe.model.config import ElasticBlock, ModelConfig
 from elastic_moe.model.families import EXPERT_PARTS, FAMILIES, parameter_shapes, read_config
 from elastic_moe.model.folder import CONFIG, checkpoint_name, file_in, find_checkpoint
 from elastic_moe.model.saving import MAX_SHARD_BYTES, Item, write_config_json, write_tensors
-from elastic_moe.routing import ModelShape, Subnet, parse_name
+from elastic_moe.routing import ModelShape, Subnet, parse_name, shorten
 
 # What travels with the weights, where the parent has it.
 COMPANIONS = (
@@ -69,6 +70,9 @@ def extract(
         out: the folder to make; it must not exist, or be empty.
         pool_as_bias: keep all experts and shut out those beyond the pool by the router's selection
             bias, where the architecture has one: pools may then differ in size from layer to layer.
+            Exact where the biases of a pool's experts are all equal. Elsewhere, which a
+            `CheckpointWarning` says, some tokens choose otherwise: scores are then normalised over
+            all experts, so that a bias weighs more against them than in the pool alone.
         channel_order: for every MoE layer, the order of each expert's channels before the cut.
         max_shard_bytes: weights beyond it are written as several files.
 
@@ -117,6 +121,8 @@ class _Cut:
                 f"Leave out pool_as_bias, and the other experts are removed."
             )
         self.pool_as_bias = pool_as_bias
+        if pool_as_bias:
+            self._warn_of_unequal_biases()
         self.new = self._config()
 
     def _config(self) -> ModelConfig:
@@ -161,6 +167,21 @@ class _Cut:
             f"sub-network {self.subnet.name!r} has {what}, which no standard config.json of "
             f"{self.old.model_type} can say. {remedy}"
         )
+
+    def _warn_of_unequal_biases(self) -> None:
+        unequal = []
+        for layer, pool in self.pools.items():
+            biases = self.parent.read(f"layers.{layer}.mlp.correction_bias")[list(pool)]
+            if len(pool) < self.old.num_experts and bool((biases != biases[0]).any()):
+                unequal.append(layer)
+        if unequal:
+            warnings.warn(
+                f"pool_as_bias is not exact in layers {shorten(unequal)}: the biases of their "
+                f"experts differ, and scores are now normalised over all experts. Without it the "
+                f"extracted checkpoint is exact.",
+                CheckpointWarning,
+                stacklevel=4,
+            )
 
     def _elastic(self, width: int) -> ElasticBlock:
         """What is left of what the parent was trained for."""

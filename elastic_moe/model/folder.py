@@ -29,12 +29,17 @@ def find_checkpoint(model: str | Path, *, download: bool = False) -> Path:
     """
     text = str(model)
     bundled = BUNDLED / text
-    folder = bundled if bundled.parent == BUNDLED and bundled.is_dir() else Path(model)
-    why_not = ""
-    if not folder.exists() and _HUB_ID.fullmatch(text):
-        cached, why_not = _from_hub(text, download)
-        folder = cached or folder
-    if not (folder / CONFIG).is_file():
+    folder, why_not = Path(model), ""
+    try:
+        if bundled.parent == BUNDLED and bundled.is_dir():
+            folder = bundled
+        elif not folder.exists() and _HUB_ID.fullmatch(text):
+            cached, why_not = _from_hub(text, download)
+            folder = cached or folder
+        found = (folder / CONFIG).is_file()
+    except OSError as error:  # the name is too long, or a folder on the way may not be entered
+        found, why_not = False, f" {error}."
+    if not found:
         names = sorted(path.parent.name for path in BUNDLED.glob(f"*/{CONFIG}"))
         raise CheckpointError(
             f"no checkpoint at {text!r}: give a folder with {CONFIG} and safetensors, an id such "
@@ -84,7 +89,8 @@ def file_in(folder: Path, name: str) -> Path:
     try:
         real, root = path.resolve(strict=True), folder.resolve(strict=True)
         regular = real.is_file()
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+    except (OSError, RuntimeError, ValueError) as error:
+        # RuntimeError: a loop of links; ValueError: a lone surrogate, which no file's name has.
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
     roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if not any(real.is_relative_to(allowed) for allowed in roots):

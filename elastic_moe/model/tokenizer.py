@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
 
-from elastic_moe.errors import CheckpointError, RequestError
+from elastic_moe.errors import CheckpointError, ElasticMoEError, RequestError
 from elastic_moe.model.folder import CONFIG, file_in, read_json_if_there, read_text
 from elastic_moe.routing import shorten
 
@@ -28,15 +29,12 @@ class Tokenizer:
     def __init__(self, folder: Path) -> None:
         text = read_text(folder, "tokenizer.json", MAX_TOKENIZER_BYTES)
         path = file_in(folder, "tokenizer.json")
-        try:
+        with _typed(CheckpointError, f"{path} cannot be read"):
             self.fast = FastTokenizer.from_str(text)
+            # A prompt is neither cut nor filled up, whatever the file was saved with.
+            self.fast.no_truncation()
+            self.fast.no_padding()
             self.prefix = _prefix(self.fast)
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{path} cannot be read: {error}.") from error
-        except BaseException as error:  # a panic of its native code is no Exception
-            if type(error).__name__ != "PanicException":
-                raise
-            raise CheckpointError(f"{path} cannot be read: {error}.") from None
         ids = read_json_if_there(folder, CONFIG)
         where = f"{folder / CONFIG} and generation_config.json"
         generation = read_json_if_there(folder, "generation_config.json")
@@ -52,12 +50,14 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`, behind BOS where there is one. Markers such as <|im_end|> are parsed."""
-        ids: list[int] = self.fast.encode(text, add_special_tokens=add_special_tokens).ids
+        with _typed(RequestError, "the tokenizer cannot encode this prompt"):
+            ids: list[int] = self.fast.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
-        return self.fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with _typed(RequestError, "the tokenizer cannot decode these tokens"):
+            return self.fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def stream(self, prompt: Sequence[int] = ()) -> TextStream:
         """A decoder that is fed token by token."""
@@ -69,8 +69,7 @@ class Tokenizer:
         """The prompt text of a conversation, by the checkpoint's chat template in a sandbox."""
         if self.chat_template is None:
             raise RequestError("this checkpoint has no chat template. Send a plain prompt.")
-        from jinja2 import TemplateError  # deferred: most uses need no template
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from jinja2.sandbox import ImmutableSandboxedEnvironment  # deferred: few uses need it
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         try:
@@ -78,7 +77,7 @@ class Tokenizer:
             return template.render(
                 messages=list(messages), add_generation_prompt=add_generation_prompt
             )
-        except (TemplateError, TypeError) as error:  # TypeError: a message's content is no text
+        except Exception as error:  # a template may fail in any way that an expression can
             raise RequestError(f"the chat template refused these messages: {error}.") from error
 
 
@@ -91,7 +90,21 @@ class TextStream:
 
     def step(self, token_id: int) -> str:
         """The text that this token completes; '' while a character is incomplete."""
-        return self._stream.step(self._fast, token_id) or ""
+        with _typed(CheckpointError, f"the tokenizer cannot decode token {token_id}"):
+            return self._stream.step(self._fast, token_id) or ""
+
+
+@contextmanager
+def _typed(kind: type[ElasticMoEError], problem: str) -> Iterator[None]:
+    """What the library raises as `kind`: bare Exception, or a panic of its native code."""
+    try:
+        yield
+    except Exception as error:
+        raise kind(f"{problem}: {error}.") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise kind(f"{problem}: {error}.") from None
 
 
 def _prefix(fast: FastTokenizer) -> tuple[int, ...]:

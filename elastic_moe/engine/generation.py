@@ -16,6 +16,7 @@ from elastic_moe.engine.request import (
     Usage,
 )
 from elastic_moe.engine.sampling import choose_token, token_logprob
+from elastic_moe.errors import EngineError
 from elastic_moe.model.cache import KVCache
 from elastic_moe.model.tokenizer import Tokenizer
 from elastic_moe.model.transformer import ElasticTransformer, Trace
@@ -61,6 +62,12 @@ class Generation:
             self._input.unsqueeze(0), self._subnet, cache=self._cache, trace=trace
         )
         logits = self._model.logits(x[0, -1])  # (V,)
+        if not logits.isfinite().all():
+            raise EngineError(
+                f"the logits after {self._cache.length} tokens are not numbers: weights or keys of "
+                f"config.json are so large or small that a sum overflows. Fetch or convert the "
+                f"checkpoint again."
+            )
         self._experts += trace.mean_experts() * len(self._input)
         self._rows += len(self._input)
         sampling = self._sampling

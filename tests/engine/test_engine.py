@@ -6,6 +6,7 @@ import asyncio
 import json
 import multiprocessing
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,3 +249,13 @@ def test_the_three_configurations_of_the_design_run_on_the_bundled_model(mini: E
         assert 1 <= done.routing.mean_experts < 2
         answers.add(tuple(entry.logprob for entry in done.logprobs))
     assert len(answers) == 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_end_the_generation(
+    temperature: float, tiny_folder: Path
+) -> None:
+    engine = Engine.from_pretrained(tiny_folder, dtype="float32")
+    engine.model.layers[2].mlp.experts.down_proj.fill_(3e38)
+    with pytest.raises(EngineError, match="the logits after 3 tokens are not numbers"):
+        engine.generate([1, 2, 3], sampling=SamplingParams(max_tokens=2, temperature=temperature))

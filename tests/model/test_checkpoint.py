@@ -236,13 +236,6 @@ def test_missing_weights_are_named(folder: Path) -> None:
     check_message(folder, "cannot be read")
 
 
-@pytest.mark.parametrize("kept", [0, 7, 1000, -1], ids=["empty", "no-header", "header", "data"])
-def test_truncated_weights_are_named(kept: int, folder: Path) -> None:
-    data = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(data[:kept])
-    check_message(folder, "cannot be read")
-
-
 @pytest.mark.parametrize("text", [None, "", "{", "[1]", '"text"', "\udcff"])
 def test_broken_config_is_named(text: str | None, folder: Path) -> None:
     path = folder / "config.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from elastic_moe.train.plan import PIECE_TOKENS, TrainingPlan
+from elastic_moe.train.plan import TrainingPlan
 from elastic_moe.train.tokens import TokenStream
 
 
@@ -35,6 +35,6 @@ def fit_bigram(stream: TokenStream, plan: TrainingPlan, steps: int, vocab_size: 
     piece = 0
     for step in range(steps):
         stage = plan.stage(step)
-        bigram.fit(*stream.batch(piece, stage.pieces, PIECE_TOKENS))
+        bigram.fit(*stream.batch(piece, stage.pieces, stage.length))
         piece += stage.pieces
     return bigram

@@ -1,9 +1,10 @@
-"""Saving and resuming a training run: one safetensors file, written beside and then renamed."""
+"""Saving and resuming a training run: one safetensors file, and what the run was begun with."""
 
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from elastic_moe.errors import TrainingError
+from elastic_moe.files import replacing
+from elastic_moe.model.config import ModelConfig
 
-FORMAT = 1
+FORMAT = 2  # 1 did not say which plan, model and data a state belongs to
+FREE = {"save_every_steps"}  # of a plan: what may change from one resume to the next
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
     """Write tensors and progress to `path`, atomically and durably."""
-    beside = path.with_name(path.name + ".part")
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        beside,
-        metadata={"elastic_moe_training": json.dumps({"format": FORMAT, **progress})},
-    )
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    beside.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with replacing(path) as beside:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            beside,
+            metadata={"elastic_moe_training": json.dumps({"format": FORMAT, **progress})},
+        )
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -49,3 +45,28 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             )
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
     return {name: torch.as_tensor(t) for name, t in tensors.items()}, progress
+
+
+def model_to_json(config: ModelConfig) -> dict[str, Any]:
+    """A model's configuration as JSON gives it back."""
+    data: dict[str, Any] = json.loads(json.dumps(asdict(config), default=sorted))
+    return data
+
+
+def check_same_run(
+    path: Path, progress: Mapping[str, Any], wanted: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Compare what a state was trained with (plan, model, data) with what is wanted now.
+
+    Raises:
+        TrainingError: names the first field that differs.
+    """
+    for part, fields in wanted.items():
+        saved = progress[part]
+        for field in sorted((saved.keys() | fields.keys()) - FREE):
+            if saved.get(field) != fields.get(field):
+                raise TrainingError(
+                    f"{path} was trained with another {part}: {field} = {saved.get(field)!r}, "
+                    f"got {fields.get(field)!r}. Repeat the command that began the run, or begin "
+                    f"another one in another folder."
+                )

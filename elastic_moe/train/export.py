@@ -2,6 +2,10 @@
 
 Writes the weights in bf16, config.json with the `elastic_moe` block, the tokenizer and its chat
 template, and `manifest.json`: every file that was trained on, the plan, and the draws per axis.
+
+Examples:
+  python -m elastic_moe.train.export runs/mini checkpoints/mini
+  elastic-moe generate checkpoints/mini --prompt "The with statement"
 """
 
 from __future__ import annotations
@@ -9,17 +13,21 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from elastic_moe.errors import ElasticMoEError, TrainingError
 from elastic_moe.files import write_text
 from elastic_moe.model.config import ElasticBlock, ModelConfig
 from elastic_moe.model.families import write_config
 from elastic_moe.model.saving import save_checkpoint
-from elastic_moe.train.checkpoint import load_state
+from elastic_moe.train.checkpoint import check_same_run, load_state, model_to_json
+from elastic_moe.train.data import TOKENIZER, read_manifest
 from elastic_moe.train.ledger import replay
 from elastic_moe.train.mini import ELASTIC_MINI
 from elastic_moe.train.plan import TrainingPlan
@@ -34,16 +42,32 @@ CHAT_TEMPLATE = (
 
 
 def export(run: Path, folder: Path, config: ModelConfig = ELASTIC_MINI) -> None:
-    """Write the checkpoint folder of the run's latest state."""
-    tensors, progress = load_state(run / "state.safetensors")
+    """Write the checkpoint folder of the run's latest state.
+
+    Raises:
+        TrainingError: there is no state, it is of another model or other data, or its network has
+            not grown to all layers yet: those that never ran would pass for trained ones.
+    """
+    state = run / "state.safetensors"
+    if not state.is_file():
+        raise TrainingError(f"{state} is missing. Name the folder that --out named in training.")
+    tensors, progress = load_state(state)
     weights = {
         name.removeprefix("model."): tensor
         for name, tensor in tensors.items()
         if name.startswith("model.")
     }
-    corpus = json.loads((run / "data" / "manifest.json").read_text(encoding="utf-8"))
-    plan = TrainingPlan.from_json(json.loads((run / "plan.json").read_text(encoding="utf-8")))
+    corpus, source = read_manifest(run / "data")
+    data = {**progress["data"], "source": source}
+    check_same_run(state, progress, {"model": model_to_json(config), "data": data})
+    plan = TrainingPlan.from_json(progress["plan"])
     ledger = replay(plan, config.shape, progress["step"])
+    if not ledger.trained:
+        raise TrainingError(
+            f"{state} is at step {progress['step']} of {plan.total_steps}, and no step has run "
+            f"with all {config.num_layers} layers. Train on, with a last stage of "
+            f"{config.num_layers} layers."
+        )
     manifest = {
         "corpus": corpus,
         "training": {
@@ -63,12 +87,12 @@ def export(run: Path, folder: Path, config: ModelConfig = ELASTIC_MINI) -> None:
         tokens=ledger.tokens,
         corpus_sha256=hashlib.sha256(files.encode()).hexdigest(),
     )
-    tokenizer = Tokenizer.from_file(str(run / "data" / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(run / "data" / TOKENIZER))
     bos, end, im_end, pad = (special_id(tokenizer, token) for token in (BOS, END, IM_END, PAD))
-    data = write_config(
+    config_json = write_config(
         replace(config, elastic=elastic), bos_id=bos, eos_ids=[end, im_end], pad_id=pad
     )
-    save_checkpoint(folder, weights, data)
+    save_checkpoint(folder, weights, config_json)
     write_text(folder / "manifest.json", text)
     write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=False) + "\n")
     write_text(folder / "tokenizer_config.json", _dump(tokenizer_config()))
@@ -95,14 +119,23 @@ def _dump(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m elastic_moe.train.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("run", type=Path, help="folder of a training run")
     parser.add_argument("folder", type=Path, help="checkpoint folder to write")
-    args = parser.parse_args()
-    export(args.run, args.folder)
+    args = parser.parse_args(argv)
+    try:
+        export(args.run, args.folder)
+    except (ElasticMoEError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ import torch
 from torch import nn
 
 from elastic_moe.errors import TrainingError
+from elastic_moe.files import write_text
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.model.moe import MoE
 from elastic_moe.model.transformer import ElasticTransformer, Trace
-from elastic_moe.train.checkpoint import load_state, save_state
+from elastic_moe.train.checkpoint import check_same_run, load_state, model_to_json, save_state
 from elastic_moe.train.grouped import run_experts_grouped
 from elastic_moe.train.loss import balance_loss, head_loss
 from elastic_moe.train.optim import Muon
 from elastic_moe.train.plan import TrainingPlan
+from elastic_moe.train.progress import Progress
 from elastic_moe.train.tokens import TokenStream
 
 
@@ -51,6 +54,12 @@ class Trainer:
     """A model, its optimisers and its place in the plan."""
 
     def __init__(self, config: ModelConfig, plan: TrainingPlan, stream: TokenStream) -> None:
+        plan.check(config.num_layers)
+        if not config.tied_embeddings:
+            raise TrainingError(
+                "tied_embeddings must be True, got False: training uses the embeddings as the "
+                "head, and a head of its own would stay random. Tie them in the configuration."
+            )
         self.config, self.plan, self.stream = config, plan, stream
         self.model = ElasticTransformer(config)
         initialize(self.model, plan.seed)
@@ -86,7 +95,10 @@ class Trainer:
         )
         balance = balance_loss(trace, subnet)
         if not torch.isfinite(loss):
-            raise TrainingError(f"step {self.step}: the loss is {loss.item()}. Lower the rates.")
+            raise TrainingError(
+                f"step {self.step}: the loss is {loss.item()}. Lower the rates: begin again in "
+                f"another folder with a smaller --lr-scale."
+            )
         torch.autograd.backward(loss + plan.balance * balance)
         norm = nn.utils.clip_grad_norm_(self.adam.param_groups[0]["params"], plan.clip)
         self.muon.step()
@@ -114,15 +126,20 @@ class Trainer:
             for optimizer in (self.muon, self.adam):
                 for key, value in optimizer.state.get(p, {}).items():
                     tensors[f"optim.{key}.{name}"] = value
-        save_state(
-            path,
-            tensors,
-            {"step": self.step, "piece": self.piece, "tokens": self.tokens},
-        )
+        counts = {"step": self.step, "piece": self.piece, "tokens": self.tokens}
+        save_state(path, tensors, {**counts, **self.identity()})
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the states that a run goes through, as JSON gives it back."""
+        stream = self.stream
+        data = {"source": stream.source, "bos": stream.bos, "order": stream.seed}
+        plan = json.loads(json.dumps(self.plan.to_json()))
+        return {"plan": plan, "model": model_to_json(self.config), "data": data}
 
     def load(self, path: Path) -> None:
-        """Continue from a state that `save` wrote."""
+        """Continue from a state that `save` wrote with the same plan, model and data."""
         tensors, progress = load_state(path)
+        check_same_run(path, progress, self.identity())
         for name, p in self.model.named_parameters():
             with torch.no_grad():
                 p.copy_(tensors[f"model.{name}"])
@@ -140,21 +157,58 @@ class Trainer:
         self.tokens = progress["tokens"]
 
 
-def run(trainer: Trainer, folder: Path, *, max_seconds: float = math.inf) -> None:
-    """Train to the end of the plan or for `max_seconds`; resumes what is in `folder`."""
+def run(
+    trainer: Trainer,
+    folder: Path,
+    *,
+    max_seconds: float = math.inf,
+    report: Callable[[str], None] | None = None,
+    report_seconds: float = 10.0,
+) -> None:
+    """Train to the end of the plan or for `max_seconds`; resumes what is in `folder`.
+
+    `report` gets a line about the progress now and then, and what to do next at the end.
+    """
+    plan, state = trainer.plan, folder / "state.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
-    state = folder / "state.safetensors"
+    for half in folder.glob(f".{state.name}.*.part"):  # what a kill left of a state
+        half.unlink()
     if state.exists():
         trainer.load(state)
-    (folder / "plan.json").write_text(json.dumps(trainer.plan.to_json(), indent=1) + "\n")
-    start = time.monotonic()
-    with (folder / "log.jsonl").open("a") as log:
-        while trainer.step < trainer.plan.total_steps and time.monotonic() - start < max_seconds:
+    else:
+        write_text(folder / "plan.json", json.dumps(plan.to_json(), indent=1) + "\n")
+    forget_steps_after(trainer.step, folder / "log.jsonl")
+    progress = Progress(plan, trainer.step, report, report_seconds, max_seconds)
+    with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
+        while trainer.step < plan.total_steps and progress.seconds() < max_seconds:
             began = time.monotonic()
             record = trainer.train_step()
             record["seconds"] = round(time.monotonic() - began, 3)
             log.write(json.dumps(record) + "\n")
             log.flush()
-            if trainer.step % trainer.plan.save_every_steps == 0:
+            progress.tell(record)
+            if trainer.step % plan.save_every_steps == 0:
                 trainer.save(state)
     trainer.save(state)
+    if report is not None:
+        done = trainer.step == plan.total_steps
+        report(f"step {trainer.step} of {plan.total_steps} saved to {state}")
+        report(
+            f"next: python -m elastic_moe.train.export {folder} FOLDER writes the checkpoint"
+            if done
+            else "next: the same command goes on from there"
+        )
+
+
+def forget_steps_after(step: int, log: Path) -> None:
+    """Drop the lines of steps that a kill undid: they will be run, and written, again."""
+    if not log.exists():
+        return
+    kept = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:  # the line that the kill cut short
+            break
+    write_text(log, "".join(kept))

@@ -12,6 +12,7 @@ from elastic_moe.routing import ModelShape, Subnet
 from elastic_moe.train.sampling import SamplingPlan, sample_subnet
 
 PIECE_TOKENS = 512
+SAVE_EVERY_STEPS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class TrainingPlan:
     final_lr: float = 0.04
     balance: float = 0.003
     clip: float = 1.0
-    save_every_steps: int = 100
+    save_every_steps: int = SAVE_EVERY_STEPS
 
     @property
     def total_steps(self) -> int:
@@ -89,6 +90,28 @@ class TrainingPlan:
         """The sub-network that a step runs: a function of seed and step."""
         rng = random.Random(f"{self.seed}/{step}")
         return sample_subnet(shape, self.sampling, self.stage(step).grown(shape.num_layers), rng)
+
+    def work(self, step: int) -> int:
+        """Tokens times layers of the first `step` steps: what the time of a run goes with."""
+        done, left = 0, step
+        for stage in self.stages:
+            steps = min(left, stage.steps)
+            done += steps * stage.step_tokens * stage.layers
+            left -= steps
+        return done
+
+    def check(self, num_layers: int) -> None:
+        """Refuse a plan that a model cannot follow, before its first step.
+
+        Raises:
+            TrainingError: a stage has more layers than the model.
+        """
+        for index, stage in enumerate(self.stages):
+            if stage.layers > num_layers:
+                raise TrainingError(
+                    f"stage {index}: layers must be in [1, {num_layers}], got {stage.layers}. "
+                    f"The network can grow to no more layers than the model has."
+                )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

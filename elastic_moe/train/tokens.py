@@ -1,22 +1,13 @@
-"""From text to token files: the tokenizer, the mixed stream, and batches of it.
-
-A prepared folder holds `tokenizer.json`, `train.npy` (uint16, one long stream) and
-`manifest.json`, which lists every file that was read with its sha256.
-"""
+"""From text to tokens and from a stream of tokens to batches."""
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterable
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from elastic_moe.errors import CorpusError
-from elastic_moe.train.corpus import Docstring, SourceFile, chat_turn, docstrings
 
 BOS, END, PAD = "<|bos|>", "<|endoftext|>", "<|pad|>"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
@@ -70,45 +61,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class Mixture:
-    """How many times each kind of text is read, and how long the pieces are that get shuffled."""
-
-    novel_fraction: float = 0.25
-    library_passes: int = 1
-    docstring_passes: int = 2
-    chat_passes: int = 1
-    piece_bytes: int = 12_000
-
-
-def documents(
-    library: list[SourceFile], novels: list[SourceFile], mixture: Mixture, seed: int
-) -> Iterator[tuple[str, str]]:
-    """(kind, text) of every document in a seeded order; a piece of a novel is a document."""
-    rng = random.Random(seed)
-    pieces: list[tuple[str, str]] = []
-    known: list[Docstring] = []
-    for source in library:
-        pieces += [("library", source.read())] * mixture.library_passes
-        found = list(docstrings(source))
-        known += found
-        prose = "\n\n".join(f"{d.name}\n\n{d.text}" for d in found)
-        if len(prose) > 200:
-            pieces += [("docstrings", prose)] * mixture.docstring_passes
-    for _ in range(mixture.chat_passes):
-        for docstring in known:
-            turn = chat_turn(docstring, rng)
-            if turn is not None:
-                pieces.append(("chat", chat_text(*turn)))
-    for novel in novels:
-        text = novel.read()
-        for start in range(0, len(text), mixture.piece_bytes):
-            if rng.random() < mixture.novel_fraction:
-                pieces.append(("novels", text[start : start + mixture.piece_bytes]))
-    rng.shuffle(pieces)
-    yield from pieces
-
-
 def special_id(tokenizer: Tokenizer, token: str) -> int:
     """The id of a special token.
 
@@ -121,70 +73,26 @@ def special_id(tokenizer: Tokenizer, token: str) -> int:
     return found
 
 
+def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Refuse a tokenizer that the model or the stream cannot hold, before hours go into a run.
+
+    Raises:
+        CorpusError: an id is past the vocabulary or 16 bits, or a special token is missing.
+    """
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    limit = min(vocab_size, 2**16)  # streams are stored as uint16
+    if largest >= limit:
+        raise CorpusError(
+            f"the tokenizer has ids up to {largest}, but the model's vocabulary and 16 bits allow "
+            f"{limit - 1}. Use a tokenizer of at most {limit} tokens."
+        )
+    for token in (BOS, END, PAD, IM_START, IM_END):
+        special_id(tokenizer, token)
+
+
 def chat_text(question: str, answer: str) -> str:
     """One exchange as the chat template writes it, without the final end-of-document token."""
     return f"{IM_START}user\n{question}{IM_END}\n{IM_START}assistant\n{answer}{IM_END}\n"
-
-
-def prepare(
-    folder: Path,
-    library: list[SourceFile],
-    novels: list[SourceFile],
-    mixture: Mixture,
-    *,
-    vocab_size: int = 4096,
-    seed: int = 0,
-    tokenizer: Tokenizer | None = None,
-) -> dict[str, object]:
-    """Write tokenizer, stream and manifest to `folder`; returns the manifest."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if tokenizer is None:
-        sample = (
-            text
-            for kind, text in documents(library, novels, mixture, seed)
-            if kind in ("library", "docstrings") or hash_fraction(text) < 0.25
-        )
-        tokenizer = train_tokenizer(sample, vocab_size)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    end = special_id(tokenizer, END)
-    parts: list[np.ndarray] = []
-    counts: dict[str, int] = {}
-    batch: list[tuple[str, str]] = []
-
-    def flush() -> None:
-        encodings = tokenizer.encode_batch([text for _, text in batch], add_special_tokens=False)
-        for (kind, _), encoding in zip(batch, encodings, strict=True):
-            ids = np.array([*encoding.ids, end], dtype=np.uint16)
-            counts[kind] = counts.get(kind, 0) + len(ids)
-            parts.append(ids)
-        batch.clear()
-
-    for document in documents(library, novels, mixture, seed):
-        batch.append(document)
-        if len(batch) == 512:
-            flush()
-    flush()
-    stream = np.concatenate(parts)
-    np.save(folder / "train.npy", stream)
-    manifest: dict[str, object] = {
-        "seed": seed,
-        "mixture": asdict(mixture),
-        "stream_tokens": len(stream),
-        "stream_tokens_by_kind": counts,
-        "files": [
-            {"corpus": f.corpus, "name": f.name, "sha256": f.sha256, "bytes": f.num_bytes}
-            for f in [*library, *novels]
-        ],
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    return manifest
-
-
-def hash_fraction(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone, to draw the same sample every time."""
-    import zlib
-
-    return zlib.crc32(text.encode()) / 2**32
 
 
 class TokenStream:
@@ -193,10 +101,25 @@ class TokenStream:
     Position is one number: pieces consumed. A piece is `piece_tokens` inputs; sequences shorter
     than a piece are its consecutive parts. Every sequence starts with BOS, then predicts
     its own tokens: inputs are BOS, t0 .. t(n-2), targets t0 .. t(n-1).
+
+    `source` tells what the tokens are, such as the sha256 of their manifest: a run that is resumed
+    must read the same.
     """
 
-    def __init__(self, tokens: np.ndarray, bos: int, seed: int, piece_tokens: int = 512) -> None:
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        bos: int,
+        seed: int,
+        piece_tokens: int = 512,
+        source: str = "",
+    ) -> None:
+        if len(tokens) < piece_tokens:
+            raise CorpusError(
+                f"the stream has {len(tokens)} tokens, a piece needs {piece_tokens}. Add text."
+            )
         self.tokens = tokens
+        self.source = source
         self.bos = bos
         self.seed = seed
         self.piece_tokens = piece_tokens

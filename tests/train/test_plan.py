@@ -83,6 +83,25 @@ def test_stages_are_read_and_checked() -> None:
     assert TrainingPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
+def test_a_stage_with_more_layers_than_the_model_is_refused() -> None:
+    plan = TrainingPlan(stages=parse_stages("12x1x4x256,49x1x4x256"))
+    plan.check(49)
+    with pytest.raises(TrainingError, match=r"stage 1: layers must be in \[1, 48\], got 49"):
+        plan.check(48)
+
+
+def test_the_work_of_a_plan_is_tokens_times_layers() -> None:
+    plan = TrainingPlan(stages=parse_stages("12x10x4x256,48x5x8x512"))
+    first, second = 12 * 4 * 512, 48 * 8 * 512
+    assert [plan.work(n) for n in (0, 1, 10, 11, 15)] == [
+        0,
+        first,
+        10 * first,
+        10 * first + second,
+        10 * first + 5 * second,
+    ]
+
+
 def test_the_ledger_counts_what_the_plan_draws() -> None:
     plan = TrainingPlan(stages=parse_stages("12x40x4x256,48x60x8x512"))
     ledger = replay(plan, SHAPE, 100)

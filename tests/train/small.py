@@ -1,0 +1,59 @@
+"""A model, a plan and a text so small that a step takes milliseconds; and a corpus to prepare."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from elastic_moe.train.corpus import SourceFile, library_files, novel_files
+from elastic_moe.train.loop import Trainer
+from elastic_moe.train.plan import TrainingPlan, parse_stages
+from elastic_moe.train.sampling import SamplingPlan
+from elastic_moe.train.tokens import TokenStream
+from tests.conftest import TINY
+
+CONFIG = replace(TINY, vocab_size=64)
+PLAN = TrainingPlan(
+    stages=parse_stages("2x6x1x128,6x8x1x128"),
+    sampling=SamplingPlan(full=0.4),
+    warmup_steps=2,
+    save_every_steps=3,
+)
+
+
+def stream(source: str = "") -> TokenStream:
+    """A text whose next token is a fixed function of the last."""
+    tokens = np.arange(512 * 40, dtype=np.uint16) * 7 % 61
+    return TokenStream(tokens, bos=63, seed=0, source=source)
+
+
+def trainer(plan: TrainingPlan = PLAN) -> Trainer:
+    return Trainer(CONFIG, plan, stream())
+
+
+def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def library(root: Path, functions: int = 300) -> list[SourceFile]:
+    """A library of one module, and nothing else."""
+    folder = root / "library"
+    folder.mkdir()
+    text = "".join(
+        f'def function_{n}():\n    """Return the number {n}, which is {n}."""\n    return {n}\n\n'
+        for n in range(functions)
+    )
+    (folder / "numbers.py").write_text(f'"""Numbers."""\n\n{text}')
+    return library_files(folder)
+
+
+def novels(root: Path) -> list[SourceFile]:
+    """Two novels, one of them held out."""
+    folder = root / "novels"
+    folder.mkdir()
+    (folder / "Dickens_X_1850.txt").write_text("It was the best of times. " * 2000)
+    (folder / "Forster_Y_1905.txt").write_text("ZEBRAFORSTER " * 2000)
+    return novel_files(folder)

@@ -1,0 +1,154 @@
+"""A prepared folder: nothing lost, chats that end and keep their share, and no half of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from elastic_moe.errors import CorpusError
+from elastic_moe.train import data
+from elastic_moe.train.corpus import SourceFile
+from elastic_moe.train.data import Mixture, check_options, open_stream, prepare, read_manifest
+from elastic_moe.train.tokens import END, IM_END, IM_START
+from tests.train.small import library, novels
+
+MIXTURE = Mixture(novel_fraction=1.0)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[SourceFile], list[SourceFile]]:
+    root = tmp_path_factory.mktemp("corpus")
+    return library(root), novels(root)
+
+
+@pytest.fixture(scope="module")
+def prepared(files: tuple, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare(folder, *files, MIXTURE, vocab_size=600)
+    return folder
+
+
+@pytest.fixture
+def copy(prepared: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(prepared, tmp_path / "data")
+
+
+def test_the_stream_decodes_to_the_documents_and_nothing_held_out(prepared: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(prepared / "tokenizer.json"))
+    stream = np.load(prepared / "train.npy")
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    assert stream.dtype == np.uint16
+    assert len(stream) == manifest["stream_tokens"]
+    assert sum(manifest["stream_tokens_by_kind"].values()) == len(stream)
+    text = tokenizer.decode(stream.tolist(), skip_special_tokens=False)
+    assert text.count("It was the best of times.") > 1990  # a piece may be cut within
+    assert "ZEBRA" not in text
+    documents = text.split(END)
+    assert documents[-1] == ""  # every document ends with the end token
+    chats = [d for d in documents if d.startswith(IM_START)]
+    assert len(chats) > 20
+    for chat in chats:
+        assert chat.startswith(f"{IM_START}user\n")
+        assert chat.endswith(f"{IM_END}\n")
+        assert chat.count(IM_END) == 2
+    places = [i for i, d in enumerate(documents) if d.startswith(IM_START)]
+    assert places != list(range(places[0], places[0] + len(places)))  # shuffled among the rest
+    assert [entry["name"] for entry in manifest["files"]] == ["numbers.py", "Dickens_X_1850.txt"]
+
+
+@pytest.mark.parametrize("with_novels", [False, True])
+@pytest.mark.parametrize("share", [0.05, 0.4])
+def test_chats_have_their_share_of_the_tokens_whatever_else_is_read(
+    share: float, with_novels: bool, files: tuple, tmp_path: Path
+) -> None:
+    mixture = replace(MIXTURE, chat_fraction=share)
+    sources, texts = files
+    manifest = prepare(tmp_path, sources, texts if with_novels else [], mixture, vocab_size=600)
+    counts = manifest["stream_tokens_by_kind"]
+    assert counts["chat"] / manifest["stream_tokens"] == pytest.approx(share, abs=0.003)
+    assert ("novels" in counts) is with_novels
+
+
+def test_five_of_a_hundred_tokens_are_chat_unless_asked_otherwise() -> None:
+    assert Mixture().chat_fraction == 0.05
+    with pytest.raises(CorpusError, match=r"chat_fraction must be in \[0, 1\), got 1"):
+        Mixture(chat_fraction=1.0)
+
+
+def test_a_library_without_docstrings_makes_no_chats(tmp_path: Path) -> None:
+    sources = library(tmp_path, functions=0)
+    with pytest.raises(CorpusError, match="Set chat_fraction to 0"):
+        prepare(tmp_path / "out", sources, novels(tmp_path), MIXTURE, vocab_size=300)
+
+
+def test_preparing_twice_gives_the_same_bytes(prepared: Path, files: tuple, tmp_path: Path) -> None:
+    prepare(tmp_path, *files, MIXTURE, vocab_size=600)
+    for name in ("train.npy", "tokenizer.json", "manifest.json"):
+        assert (tmp_path / name).read_bytes() == (prepared / name).read_bytes()
+        assert (prepared / name).stat().st_mode & 0o044  # as other files, not for the owner alone
+
+
+def test_a_folder_that_was_not_finished_has_no_manifest(
+    files: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(file: object, _tokens: object) -> None:
+        file.write(b"half")  # type: ignore[attr-defined]
+        raise OSError("disk full")
+
+    monkeypatch.setattr(data.np, "save", half)
+    with pytest.raises(OSError, match="disk full"):
+        prepare(tmp_path, *files, MIXTURE, vocab_size=600)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+def test_a_torn_manifest_is_refused(copy: Path) -> None:
+    text = (copy / "manifest.json").read_text()
+    (copy / "manifest.json").write_text(text[: len(text) // 2])
+    with pytest.raises(CorpusError, match=r"manifest\.json is torn: .* Delete .* again"):
+        read_manifest(copy)
+    (copy / "manifest.json").write_text("{}")
+    with pytest.raises(CorpusError, match="lacks 'seed': another version"):
+        open_stream(copy, 0)
+
+
+def test_tokens_that_are_not_the_manifests_are_refused(copy: Path) -> None:
+    assert open_stream(copy, 0).source == read_manifest(copy)[1]
+    np.save(copy / "train.npy", np.load(copy / "train.npy")[:-1])
+    with pytest.raises(CorpusError, match=r"stream_sha256 is .*, the manifest says"):
+        open_stream(copy, 0)
+
+
+def test_a_tokenizer_that_is_not_the_manifests_is_refused(copy: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    tokenizer.add_tokens(["extra"])
+    tokenizer.save(str(copy / "tokenizer.json"))
+    with pytest.raises(CorpusError, match=r"tokenizer_sha256 is .*, the manifest says"):
+        open_stream(copy, 0)
+
+
+def test_options_must_be_those_that_the_data_was_prepared_with(
+    prepared: Path, files: tuple
+) -> None:
+    manifest, _ = read_manifest(prepared)
+    texts = files[1]
+    tokenizer = Tokenizer.from_file(str(prepared / "tokenizer.json"))
+    same = {"seed": 0, "novels": texts, "tokenizer": None}
+    check_options(prepared, manifest, **same)
+    given = {**manifest, "tokenizer_given": True}
+    check_options(prepared, given, **{**same, "tokenizer": tokenizer})
+    for change, message in (
+        ({"seed": 1}, "--seed: .* was prepared with 0, got 1"),
+        ({"novels": []}, r"--novels: .* with 1 novels, got 0 .*differs: Dickens_X_1850\.txt"),
+        ({"novels": [replace(texts[0], sha256="x")]}, "--novels: .*differs: Dickens"),
+        ({"tokenizer": tokenizer}, "--tokenizer: .* one trained on the text, got another one"),
+    ):
+        with pytest.raises(CorpusError, match=message):
+            check_options(prepared, manifest, **{**same, **change})
+    with pytest.raises(CorpusError, match=r"--tokenizer: .* with a given one, got one trained"):
+        check_options(prepared, given, **same)

@@ -1,143 +1,156 @@
-"""Training learns, grows, and resumes as if it had never stopped."""
+"""Training learns and grows; a step runs what was drawn, at the rate that the plan says."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from elastic_moe.errors import TrainingError
+from elastic_moe.errors import CorpusError, TrainingError
 from elastic_moe.routing import resolve
-from elastic_moe.train.checkpoint import load_state, save_state
 from elastic_moe.train.loop import Trainer, run
-from elastic_moe.train.plan import TrainingPlan, parse_stages
+from elastic_moe.train.plan import parse_stages
+from elastic_moe.train.progress import clock
 from elastic_moe.train.sampling import SamplingPlan
 from elastic_moe.train.tokens import TokenStream
-from tests.conftest import TINY
+from tests.train.small import CONFIG, PLAN, parameters, stream, trainer
 
-CONFIG = replace(TINY, vocab_size=64)
-PLAN = TrainingPlan(
-    stages=parse_stages("2x6x1x128,6x8x1x128"),
-    sampling=SamplingPlan(full=0.4),
-    warmup_steps=2,
-    save_every_steps=3,
-)
-
-
-def stream() -> TokenStream:
-    """A text whose next token is a fixed function of the last."""
-    tokens = np.arange(512 * 40, dtype=np.uint16) * 7 % 61
-    return TokenStream(tokens, bos=63, seed=0)
-
-
-def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-
-
-def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(tmp_path: Path) -> None:
-    straight = Trainer(CONFIG, PLAN, stream())
-    run(straight, tmp_path / "straight")
-    stopped = Trainer(CONFIG, PLAN, stream())
-    for _ in range(7):
-        stopped.train_step()
-    stopped.save(tmp_path / "state.safetensors")
-    resumed = Trainer(CONFIG, PLAN, stream())
-    (tmp_path / "resumed").mkdir()
-    (tmp_path / "state.safetensors").rename(tmp_path / "resumed" / "state.safetensors")
-    run(resumed, tmp_path / "resumed")
-    assert resumed.step == straight.step == 14
-    assert resumed.tokens == straight.tokens
-    for name, p in parameters(straight).items():
-        assert torch.equal(p, parameters(resumed)[name]), name
+ALWAYS_REDUCED = {"full": 0.0, "top_k": 0.0, "pool": 0.0, "threshold": 0.0}
 
 
 def test_layers_that_have_not_grown_yet_neither_run_nor_change() -> None:
-    trainer = Trainer(CONFIG, replace(PLAN, sampling=SamplingPlan(full=1.0)), stream())
-    before = parameters(trainer)
+    it = trainer(replace(PLAN, sampling=SamplingPlan(full=1.0)))
+    before = parameters(it)
     for _ in range(6):
-        trainer.train_step()
-    after = parameters(trainer)
+        it.train_step()
+    after = parameters(it)
     for name in before:
         late = name.startswith(("layers.1.", "layers.2.", "layers.4.", "layers.5."))
         assert torch.equal(before[name], after[name]) == late, name
     ids = torch.arange(20).unsqueeze(0)
     shape = CONFIG.shape
-    grown = trainer.model(ids, resolve(shape))  # an untrained layer is the identity
-    torch.testing.assert_close(grown, trainer.model(ids, resolve(shape, active_layers=[0, 3])))
+    grown = it.model(ids, resolve(shape))  # an untrained layer is the identity
+    torch.testing.assert_close(grown, it.model(ids, resolve(shape, active_layers=[0, 3])))
+
+
+def awake(plan_changes: dict) -> Trainer:
+    """A trainer whose every parameter has a gradient: none starts at zero, nothing decays."""
+    stages = parse_stages("6x4x1x128")
+    it = trainer(replace(PLAN, stages=stages, weight_decay=0.0, **plan_changes))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in it.model.parameters():
+            if p.ndim > 1:
+                p.normal_(std=0.2, generator=generator)
+    return it
+
+
+def test_a_step_changes_no_layer_beyond_the_depth_that_was_drawn() -> None:
+    it = awake({"sampling": SamplingPlan(**ALWAYS_REDUCED, depth=1.0, width=0.0, prefix=1.0)})
+    depth = it.plan.subnet(CONFIG.shape, 0).depth
+    assert 1 <= depth < 6
+    before = parameters(it)
+    assert it.train_step()["subnet"] == f"L{depth}"
+    after = parameters(it)
+    for layer in range(6):
+        name = f"layers.{layer}.self_attn.o_proj.weight"
+        assert torch.equal(before[name], after[name]) == (layer >= depth), name
+
+
+def test_a_step_changes_no_channel_beyond_the_width_that_was_drawn() -> None:
+    it = awake({"sampling": SamplingPlan(**ALWAYS_REDUCED, depth=0.0, width=1.0)})
+    width = it.plan.subnet(CONFIG.shape, 0).uniform("width")
+    assert 1 <= width < 4
+    channels = width * CONFIG.shape.channels_per_granule
+    before = parameters(it)
+    it.train_step()
+    after = parameters(it)
+    for name, channel_axis in (("gate_proj", 1), ("up_proj", 1), ("down_proj", 2)):
+        full = f"layers.0.mlp.experts.{name}"
+        change = (after[full] - before[full]).abs().movedim(channel_axis, 0).flatten(1).amax(1)
+        assert (change[:channels] > 0).all(), name
+        assert (change[channels:] == 0).all(), name
+
+
+def test_the_balance_loss_reaches_the_routers() -> None:
+    routers = []
+    for balance in (0.0, 1.0):
+        it = trainer(replace(PLAN, balance=balance, sampling=SamplingPlan(full=1.0)))
+        it.train_step()
+        routers.append(parameters(it)["layers.0.mlp.gate.weight"])
+    assert not torch.equal(*routers)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_rates_follow_the_schedule_of_the_plan(factor: float) -> None:
+    plan = replace(PLAN, warmup_steps=10, adam_lr=0.003 * factor, muon_lr=0.01 * factor)
+    it = trainer(plan)
+    for step in range(3):
+        before = parameters(it)
+        assert it.train_step()["lr_scale"] == pytest.approx((step + 1) / 10)
+        if step == 0:  # the first step of Adam is its rate, in every weight that has a gradient
+            moved = (parameters(it)["embed_tokens.weight"] - before["embed_tokens.weight"]).abs()
+            assert float(moved.max()) == pytest.approx(plan.adam_lr / 10, rel=0.01)
+        assert it.muon.param_groups[0]["lr"] == pytest.approx(plan.muon_lr * (step + 1) / 10)
 
 
 def test_training_learns_a_rule_in_full_and_reduced_networks() -> None:
-    stages = parse_stages("6x120x2x128")
-    plan = replace(PLAN, stages=stages, adam_lr=0.01, decay_fraction=0.5)
-    trainer = Trainer(CONFIG, plan, stream())
-    records = [trainer.train_step() for _ in range(120)]
-    assert records[0]["loss"] > 3.5
-    last = records[-30:]
+    config = replace(CONFIG, num_layers=3, num_experts=4, max_top_k=2)
+    plan = replace(PLAN, stages=parse_stages("3x40x1x128"), adam_lr=0.02, decay_fraction=0.5)
+    it = Trainer(config, plan, stream())
+    records = [it.train_step() for _ in range(40)]
+    assert records[0]["loss"] > 3.5  # log 64 is 4.16
+    last = records[-12:]
     full = [record["loss"] for record in last if record["subnet"] == "full"]
     reduced = [record["loss"] for record in last if record["subnet"] != "full"]
     assert max(full) < 1.0
     assert sum(reduced) / len(reduced) < 2.0
 
 
-def test_a_state_of_another_kind_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "state.safetensors"
-    save_state(path, {"a": torch.ones(1)}, {"step": 1})
-    tensors, progress = load_state(path)
-    assert (float(tensors["a"]), progress["step"]) == (1.0, 1)
-    save_state(path, {}, {"format": 99})
-    with pytest.raises(TrainingError, match="format 99, this version reads 1"):
-        load_state(path)
-
-
-_CHILD = """
-import sys
-sys.path.insert(0, {root!r})
-from pathlib import Path
-from tests.train.test_loop import CONFIG, PLAN, stream
-from dataclasses import replace
-from elastic_moe.train.loop import Trainer, run
-from elastic_moe.train.plan import parse_stages
-plan = replace(PLAN, stages=parse_stages("6x100000x1x128"), save_every_steps=2)
-run(Trainer(CONFIG, plan, stream()), Path(sys.argv[1]))
-"""
-
-
-def test_a_kill_at_any_moment_leaves_a_state_to_go_on_from(tmp_path: Path) -> None:
-    root = str(Path(__file__).resolve().parents[2])
-    state = tmp_path / "state.safetensors"
-    last = 0
-    for delay in (0.0, 0.13, 0.31):
-        command = [sys.executable, "-c", _CHILD.format(root=root), str(tmp_path)]
-        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        before = state.stat().st_mtime_ns if state.exists() else 0
-        deadline = time.monotonic() + 120
-        while not state.exists() or state.stat().st_mtime_ns == before:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        _, progress = load_state(state)
-        assert progress["step"] > last
-        assert progress["step"] % 2 == 0
-        last = progress["step"]
-    log = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert max(json.loads(line)["step"] for line in log[:-1]) <= last + 2
-
-
-def test_an_exploding_loss_stops_the_run() -> None:
-    trainer = Trainer(CONFIG, PLAN, stream())
+def test_an_exploding_loss_stops_the_run_and_names_the_option_that_helps() -> None:
+    it = trainer()
     with torch.no_grad():
-        trainer.model.embed_tokens.weight.fill_(float("nan"))
-    with pytest.raises(TrainingError, match=r"step 0: the loss is nan\. Lower the rates"):
-        trainer.train_step()
+        it.model.embed_tokens.weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"step 0: the loss is nan\. .*smaller --lr-scale"):
+        it.train_step()
+
+
+def test_what_a_model_cannot_do_is_refused_before_the_first_step() -> None:
+    with pytest.raises(TrainingError, match=r"stage 1: layers must be in \[1, 6\], got 7"):
+        trainer(replace(PLAN, stages=parse_stages("6x1x1x128,7x1x1x128")))
+    with pytest.raises(TrainingError, match="tied_embeddings must be True, got False"):
+        Trainer(replace(CONFIG, tied_embeddings=False), PLAN, stream())
+    with pytest.raises(CorpusError, match="the stream has 100 tokens, a piece needs 512"):
+        TokenStream(stream().tokens[:100], bos=63, seed=0)
+
+
+def test_progress_is_reported_in_plain_lines_that_end_in_what_to_do(tmp_path: Path) -> None:
+    lines: list[str] = []
+    it = trainer()
+    run(it, tmp_path, report=lines.append, report_seconds=0.0)
+    assert len(lines) == 14 + 2
+    assert lines[0].startswith("step 1 of 14, loss 4.")
+    assert " tokens/s, 0:00:" in lines[0]
+    assert lines[13].endswith(" tokens/s, 0:00:00 left")
+    assert lines[14] == f"step 14 of 14 saved to {tmp_path / 'state.safetensors'}"
+    assert f"python -m elastic_moe.train.export {tmp_path} FOLDER" in lines[15]
+    lines.clear()
+    run(trainer(), tmp_path / "quiet", report=lines.append, report_seconds=1000.0)
+    assert [line.split(",")[0] for line in lines[:2]] == ["step 1 of 14", "step 14 of 14"]
+    assert [clock(0), clock(61), clock(5025)] == ["0:00:00", "0:01:01", "1:23:45"]
+
+
+def test_a_run_stops_when_its_time_is_up(tmp_path: Path) -> None:
+    lines: list[str] = []
+    it = trainer()
+    run(it, tmp_path, max_seconds=0, report=lines.append)
+    assert it.step == 0
+    assert lines[-1] == "next: the same command goes on from there"
+    began = time.monotonic()
+    slow = trainer(replace(PLAN, stages=parse_stages("2x100000x1x128")))
+    run(slow, tmp_path / "slow", max_seconds=0.2)
+    assert 1 <= slow.step < 1000
+    assert time.monotonic() - began < 30

@@ -93,6 +93,17 @@ def test_balance_is_one_when_experts_share_equally_and_grows_when_they_do_not() 
     assert float(found) == pytest.approx(2.0)
 
 
+def test_the_balance_loss_has_a_gradient_for_the_router() -> None:
+    logits = torch.zeros(2, 16)
+    logits[:, :4] = 2.0
+    logits.requires_grad_()
+    same = torch.arange(4).expand(2, 4)
+    balance_loss(Trace([LayerTrace(0, logits, same)]), resolve(ELASTIC_MINI.shape)).backward()
+    assert logits.grad is not None
+    assert float(logits.grad[:, :4].min()) > 0  # away from the crowded experts
+    assert float(logits.grad[:, 4:].max()) < 0
+
+
 def test_orthogonalize_makes_singular_values_equal_and_keeps_directions() -> None:
     generator = torch.Generator().manual_seed(0)
     matrices = torch.randn(3, 16, 40, generator=generator)

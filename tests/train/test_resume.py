@@ -1,0 +1,182 @@
+"""A run that is stopped, or killed at any moment, goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from elastic_moe.errors import TrainingError
+from elastic_moe.train import checkpoint
+from elastic_moe.train.checkpoint import load_state, save_state
+from elastic_moe.train.ledger import replay
+from elastic_moe.train.loop import Trainer, run
+from elastic_moe.train.plan import TrainingPlan, parse_stages
+from tests.train.small import CONFIG, PLAN, parameters, stream, trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+STATE = "state.safetensors"
+
+
+def logged_steps(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def stopped(folder: Path, steps: int = 7) -> None:
+    """The folder of a run that was stopped after some steps."""
+    it = trainer()
+    for _ in range(steps):
+        it.train_step()
+    folder.mkdir()
+    it.save(folder / STATE)
+
+
+def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(tmp_path: Path) -> None:
+    straight = trainer()
+    run(straight, tmp_path / "straight")
+    stopped(tmp_path / "stopped")
+    resumed = trainer()
+    run(resumed, tmp_path / "stopped")
+    assert resumed.step == straight.step == 14
+    assert resumed.tokens == straight.tokens
+    for name, p in parameters(straight).items():
+        assert torch.equal(p, parameters(resumed)[name]), name
+    assert logged_steps(tmp_path / "straight") == list(range(1, 15))
+    assert logged_steps(tmp_path / "stopped") == list(range(8, 15))  # it did not begin again
+
+
+def test_steps_that_a_kill_undid_are_logged_once(tmp_path: Path) -> None:
+    stopped(tmp_path / "run")
+    lines = [json.dumps({"step": step, "loss": -1.0}) for step in range(1, 10)]
+    (tmp_path / "run" / "log.jsonl").write_text("\n".join([*lines, '{"step": 10, "lo']))
+    run(trainer(), tmp_path / "run")
+    assert logged_steps(tmp_path / "run") == list(range(1, 15))
+    (tmp_path / "run" / STATE).unlink()  # killed before the first state
+    run(trainer(), tmp_path / "run", max_seconds=0)
+    assert logged_steps(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize(
+    ("other", "field"),
+    [
+        ({"plan": replace(PLAN, stages=parse_stages("2x6x1x128"))}, "plan: stages"),
+        ({"plan": replace(PLAN, adam_lr=0.1)}, "plan: adam_lr = 0.003, got 0.1"),
+        ({"config": replace(CONFIG, max_top_k=2)}, "model: max_top_k = 3, got 2"),
+        ({"stream": stream("other text")}, "data: source = '', got 'other text'"),
+    ],
+    ids=["shorter-plan", "rate", "model", "data"],
+)
+def test_a_run_resumes_with_its_own_plan_model_and_data_only(
+    other: dict, field: str, tmp_path: Path
+) -> None:
+    run(trainer(), tmp_path, max_seconds=0)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    made = {"config": CONFIG, "plan": PLAN, "stream": stream(), **other}
+    with pytest.raises(TrainingError, match=f"was trained with another {field}"):
+        run(Trainer(**made), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_how_often_states_are_saved_may_change(tmp_path: Path) -> None:
+    run(trainer(), tmp_path, max_seconds=0)
+    begun_with = (tmp_path / "plan.json").read_bytes()
+    run(trainer(replace(PLAN, save_every_steps=5)), tmp_path)
+    assert load_state(tmp_path / STATE)[1]["step"] == 14
+    assert (tmp_path / "plan.json").read_bytes() == begun_with
+
+
+def test_the_plan_of_a_state_replays_to_what_was_done(tmp_path: Path) -> None:
+    run(trainer(), tmp_path)
+    _, progress = load_state(tmp_path / STATE)
+    assert TrainingPlan.from_json(progress["plan"]) == PLAN
+    assert json.loads((tmp_path / "plan.json").read_text()) == progress["plan"]
+    assert replay(PLAN, CONFIG.shape, progress["step"]).tokens == progress["tokens"]
+
+
+def test_a_state_of_another_kind_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / STATE
+    save_state(path, {"a": torch.ones(1)}, {"step": 1})
+    tensors, progress = load_state(path)
+    assert (float(tensors["a"]), progress["step"]) == (1.0, 1)
+    save_state(path, {}, {"format": 99})
+    with pytest.raises(TrainingError, match="format 99, this version reads 2"):
+        load_state(path)
+
+
+def test_a_write_that_fails_half_way_leaves_the_old_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / STATE
+    save_state(path, {"a": torch.ones(1)}, {"step": 1})
+    path.with_name("other").write_bytes(b"")
+    assert path.stat().st_mode == path.with_name("other").stat().st_mode  # as any new file
+
+    def half(_tensors: object, where: Path, **_: object) -> None:
+        Path(where).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "save_file", half)
+    with pytest.raises(OSError, match="disk full"):
+        save_state(path, {"a": torch.zeros(1)}, {"step": 2})
+    tensors, progress = load_state(path)
+    assert (float(tensors["a"]), progress["step"]) == (1.0, 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", STATE]
+
+
+# Kills itself, as the kernel would: no `finally` runs, no buffer is written.
+_CHILD = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from elastic_moe.train import checkpoint, loop
+from tests.train.small import trainer
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def while_writing_step_6(tensors, path, metadata):
+    save_file(tensors, path, metadata)
+    if '"step": 6' in metadata["elastic_moe_training"]:
+        os.truncate(path, os.path.getsize(path) // 2)
+        kill()
+
+class AfterStep8(loop.Progress):
+    def tell(self, record):
+        if record["step"] == 8:
+            kill()
+
+save_file = checkpoint.save_file
+if sys.argv[2] == "while-writing":
+    checkpoint.save_file = while_writing_step_6
+else:
+    loop.Progress = AfterStep8
+loop.run(trainer(), Path(sys.argv[1]))
+"""
+
+
+def test_a_killed_run_becomes_bit_for_bit_the_run_that_was_not(tmp_path: Path) -> None:
+    run(trainer(), tmp_path / "straight")
+    killed = tmp_path / "killed"
+    for moment, saved, logged in (("while-writing", 3, 6), ("between", 6, 8)):
+        command = [sys.executable, "-c", _CHILD.format(root=str(ROOT)), str(killed), moment]
+        done = subprocess.run(command, check=False, timeout=120)
+        assert done.returncode == -signal.SIGKILL
+        assert load_state(killed / STATE)[1]["step"] == saved
+        assert logged_steps(killed) == list(range(1, logged + 1))
+    run(trainer(), killed)
+    tensors, progress = load_state(killed / STATE)
+    expected, expected_progress = load_state(tmp_path / "straight" / STATE)
+    assert progress == expected_progress
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():  # momenta included
+        assert torch.equal(tensors[name], tensor), name
+    assert logged_steps(killed) == list(range(1, 15))
+    assert sorted(p.name for p in killed.iterdir()) == ["log.jsonl", "plan.json", STATE]

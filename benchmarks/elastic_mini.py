@@ -21,15 +21,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from elastic_moe import __version__
 from elastic_moe.engine import Engine
 from elastic_moe.lab.quality import FullNetwork, Quality, measure_depths, paired_difference
 from elastic_moe.lab.text import EvaluationSet, evaluation_set, language_reference, read_corpus
 from elastic_moe.train.bigram import fit_bigram
+from elastic_moe.train.checkpoint import load_state
+from elastic_moe.train.data import open_stream
 from elastic_moe.train.plan import TrainingPlan
-from elastic_moe.train.tokens import BOS, TokenStream, special_id
 
 # Along each axis quality has to fall at every step, by more than 3 standard errors.
 LADDERS = {
@@ -63,11 +63,10 @@ def measure(engine: Engine, text: EvaluationSet) -> dict[str, Quality]:
 
 def bigram_nats(run: Path, text: EvaluationSet, vocab_size: int) -> tuple[float, float]:
     """(nats per token, k) of the best add-k bigram on the scored tokens."""
-    tokenizer = Tokenizer.from_file(str(run / "data" / "tokenizer.json"))
-    plan = TrainingPlan.from_json(json.loads((run / "plan.json").read_text()))
-    tokens = np.load(run / "data" / "train.npy", mmap_mode="r")
-    stream = TokenStream(tokens, special_id(tokenizer, BOS), plan.seed)
-    bigram = fit_bigram(stream, plan, plan.total_steps, vocab_size)
+    _, progress = load_state(run / "state.safetensors")
+    plan = TrainingPlan.from_json(progress["plan"])
+    # The steps that were done, which may be fewer than planned.
+    bigram = fit_bigram(open_stream(run / "data", plan.seed), plan, progress["step"], vocab_size)
     last = np.concatenate([w.inputs[w.first_scored :] for w in text.windows])
     following = np.concatenate([w.targets[w.first_scored :] for w in text.windows])
     tried = [
@@ -100,10 +99,19 @@ def judge(found: dict[str, Quality], text: EvaluationSet, bigram: float | None) 
     return bars
 
 
+def commit() -> str | None:
+    """Of this project, wherever the command runs; None outside a clone."""
+    done = subprocess.run(
+        ["git", "rev-parse", "--verify", "--quiet", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or None
+
+
 def record(engine: Engine, text: EvaluationSet, found: dict[str, Quality]) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     points = {}
     for name, quality in found.items():
         loss, error = paired_difference(quality, found["full"], text)
@@ -125,7 +133,7 @@ def record(engine: Engine, text: EvaluationSet, found: dict[str, Quality]) -> di
         "points": points,
         "machine": platform.processor() or platform.machine(),
         "versions": {"elastic_moe": __version__, "torch": str(torch.__version__)},
-        "commit": commit,
+        "commit": commit(),
     }
 
 

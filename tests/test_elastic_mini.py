@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from elastic_moe.engine import Engine
 from elastic_moe.lab.text import evaluation_set, language_reference
 from elastic_moe.model.folder import BUNDLED
+from elastic_moe.train.bigram import Bigram, fit_bigram
+from elastic_moe.train.data import Mixture, open_stream, prepare
+from elastic_moe.train.loop import Trainer
+from tests.train.small import CONFIG, PLAN, library
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = BUNDLED / "elastic-mini"
@@ -58,6 +65,47 @@ def test_quality_falls_along_every_axis_and_stays_within_its_limits(
 
 def test_the_model_card_is_up_to_date() -> None:
     assert (FOLDER / "README.md").read_text() == benchmark("model_card").card()
+
+
+def test_a_card_without_a_bigram_says_nothing_of_one(
+    committed: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = benchmark("model_card")
+    assert "bigram" in module.card()
+    result = {**committed, "bigram_nats_per_token": None}
+    monkeypatch.setattr(module, "newest_results", lambda _sha256: [result])
+    assert "bigram" not in module.card()
+
+
+def test_the_benchmark_names_the_commit_of_this_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["git", "-C", str(ROOT), "rev-parse", "--verify", "--quiet", "HEAD"]
+    head = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    monkeypatch.chdir(tmp_path)
+    assert benchmark("elastic_mini").commit() == (head or None)
+
+
+def test_the_bigram_reads_the_steps_that_were_done_not_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mini: Engine
+) -> None:
+    module = benchmark("elastic_mini")
+    prepare(tmp_path / "data", library(tmp_path), [], Mixture(), vocab_size=300)
+    config = dataclasses.replace(CONFIG, vocab_size=300)
+    trainer = Trainer(config, PLAN, open_stream(tmp_path / "data", PLAN.seed))
+    for _ in range(3):
+        trainer.train_step()
+    trainer.save(tmp_path / "state.safetensors")
+    text = evaluation_set(language_reference(), mini.tokenizer, 512)
+    fitted = []
+
+    def fit(*args: Any) -> Bigram:
+        fitted.append(fit_bigram(*args))
+        return fitted[0]
+
+    monkeypatch.setattr(module, "fit_bigram", fit)
+    module.bigram_nats(tmp_path, text, mini.model.config.vocab_size)
+    assert int(fitted[0].counts.sum()) == trainer.tokens == 3 * 512
 
 
 def test_the_checkpoint_is_small_enough_to_ship() -> None:

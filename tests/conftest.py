@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+
+# Before torch loads OpenMP: a waiting thread sleeps instead of spinning. On a machine that others
+# use too, spinning makes small models tens of times slower; the processes that tests start inherit
+# it. No test measures speed.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 from elastic_moe.engine import Engine

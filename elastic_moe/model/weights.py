@@ -192,13 +192,13 @@ def read_header(path: Path) -> dict[str, Entry]:
     for name, entry in ordered:
         if entry.begin != position:
             how = "overlaps" if entry.begin < position else "leaves a gap after"
-            raise CheckpointError(f"{path} cannot be read: tensor {name!r} {how} {before}.")
+            raise CheckpointError(f"{path} cannot be read: tensor {name[:200]!r} {how} {before}.")
         if entry.end > size:
             raise CheckpointError(
-                f"{path} cannot be read: tensor {name!r} ends at byte {entry.end:,}, but the file "
+                f"{path} cannot be read: tensor {name[:200]!r} ends at byte {entry.end:,}, but the file "
                 f"has {size:,}. It was cut off; fetch it again."
             )
-        position, before = entry.end, f"tensor {name!r}"
+        position, before = entry.end, f"tensor {name[:200]!r}"
     _require(position == size, path, f"{size - position:,} bytes follow {before}")
     return dict(ordered)
 

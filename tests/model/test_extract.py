@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from elastic_moe import ElasticRoutingConfig
+from elastic_moe import ElasticRoutingConfig, Engine
 from elastic_moe.errors import CheckpointWarning, ExtractError, RoutingError
 from elastic_moe.model.checkpoint import load_config, load_model
 from elastic_moe.model.extract import extract
@@ -36,6 +36,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def save(architecture: str, **changes: Any) -> Path:
         folder = tmp_path_factory.mktemp(architecture)
         their_model(architecture, **changes).save_pretrained(folder)
+        # Any tokenizer will do: an engine wants one.
+        shutil.copy(BUNDLED / "elastic-mini" / "tokenizer.json", folder)
         return folder
 
     return save
@@ -59,8 +61,9 @@ def assert_same_network(parent: ElasticTransformer, subnet: Subnet, child: Path)
     assert want.std() > 1
     bound = 1e-4 * want.abs().amax()
     assert (their_logits(load_theirs(child), IDS) - want).abs().amax() <= bound
-    ours = load_model(child, dtype="float32")
-    assert (ours(IDS, Subnet.full(ours.shape)) - want).abs().amax() <= bound
+    with Engine.from_pretrained(child, dtype="float32") as engine:
+        for ids, logits in zip(IDS, want, strict=True):
+            assert (engine.score(ids.tolist()) - logits).abs().amax() <= bound
 
 
 @pytest.mark.parametrize("name", SUBNETS)
@@ -107,6 +110,7 @@ def test_pools_of_any_sizes_leave_as_a_selection_bias_exactly_where_biases_are_e
         if name.endswith("e_score_correction_bias"):
             parameter.data.fill_(0.125)
     theirs.save_pretrained(tmp_path / "parent")
+    shutil.copy(BUNDLED / "elastic-mini" / "tokenizer.json", tmp_path / "parent")
     parent = load_model(tmp_path / "parent", dtype="float32")
     subnet = resolve(parent.shape, expert_pool=POOLS)
     child = extract(tmp_path / "parent", subnet, tmp_path / "child", pool_as_bias=True)
@@ -151,7 +155,8 @@ def test_a_fused_checkpoint_is_extracted_too(saved: Callable[..., Path], tmp_pat
     folder = tmp_path / "fused"
     folder.mkdir()
     save_file(dict(model.state_dict()), folder / "model.safetensors")
-    shutil.copy(saved("mixtral") / "config.json", folder / "config.json")
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(saved("mixtral") / name, folder / name)
     parent = load_model(folder, dtype="float32")
     subnet = parse_name(parent.shape, "L3-k1-w4-p5")
     assert_same_network(parent, subnet, extract(folder, subnet, tmp_path / "child"))

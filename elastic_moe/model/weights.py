@@ -195,8 +195,8 @@ def read_header(path: Path) -> dict[str, Entry]:
             raise CheckpointError(f"{path} cannot be read: tensor {name[:200]!r} {how} {before}.")
         if entry.end > size:
             raise CheckpointError(
-                f"{path} cannot be read: tensor {name[:200]!r} ends at byte {entry.end:,}, but the file "
-                f"has {size:,}. It was cut off; fetch it again."
+                f"{path} cannot be read: tensor {name[:200]!r} ends at byte {entry.end:,}, but the "
+                f"file has {size:,}. It was cut off; fetch it again."
             )
         position, before = entry.end, f"tensor {name[:200]!r}"
     _require(position == size, path, f"{size - position:,} bytes follow {before}")

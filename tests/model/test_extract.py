@@ -148,6 +148,19 @@ def test_dense_layers_keep_their_places(saved: Callable[..., Path], tmp_path: Pa
     assert load_config(child).dense_layers == set()
 
 
+def test_a_list_with_an_entry_per_layer_loses_those_of_the_layers_cut(
+    saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    parent = shutil.copytree(saved("mixtral"), tmp_path / "parent")
+    data = json.loads((parent / "config.json").read_text(encoding="utf-8"))
+    data["layer_types"] = ["full_attention"] * 4
+    (parent / "config.json").write_text(json.dumps(data), encoding="utf-8")
+    child = extract(parent, "Lx9", tmp_path / "child")
+    data = json.loads((child / "config.json").read_text(encoding="utf-8"))
+    assert data["layer_types"] == ["full_attention"] * 2
+    load_theirs(child)
+
+
 def test_a_fused_checkpoint_is_extracted_too(saved: Callable[..., Path], tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

@@ -52,7 +52,7 @@ class ElasticRoutingConfig(BaseModel):
     min_experts: int | list[int] | None = 1
 
     @classmethod
-    def full(cls, **changes: Any) -> Self:
+    def full(cls, /, **changes: Any) -> Self:
         """The whole network of any model, with `changes` (either spelling) applied."""
         clients = {"model_id", "fallback_strategy"}
         whole = {

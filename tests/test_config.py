@@ -200,6 +200,12 @@ def test_full_with_a_change_in_either_spelling_changes_that_axis_alone(knob, val
     assert ElasticRoutingConfig.full(**{KNOBS[knob]: value}).resolve(MINI) == expected
 
 
+@pytest.mark.parametrize("key", ["cls", "self", "changes"])
+def test_full_refuses_a_key_that_python_uses_itself_as_any_unknown_one(key):
+    with pytest.raises(RoutingError, match=f"unknown key '{key}'; allowed are active_layers"):
+        ElasticRoutingConfig.full(**{key: 1})
+
+
 def test_full_refuses_wrong_values_as_parse_does():
     with pytest.raises(RoutingError, match="routing_top_k"):
         ElasticRoutingConfig.full(routing_top_k="2")

@@ -102,6 +102,51 @@ print(json.dumps({
 """
 
 
+ENGINE = """
+import json, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from elastic_moe import Engine, SamplingParams
+    from elastic_moe_kernels import cpu, ops
+    CHANGE
+    engines = [Engine.from_pretrained("elastic-mini") for _ in range(2)]
+    done = engines[0].generate("Once", "L2", SamplingParams(max_tokens=1))
+    told = [str(w.message) for w in caught]
+    Engine.from_pretrained("elastic-mini", backend="reference")
+print(json.dumps({
+    "backend": engines[0].backend,
+    "name": done.routing.name,
+    "warnings": told,
+    "in_all": len(caught),
+}))
+"""
+WITHOUT_OPENMP = (
+    "import dataclasses; info = dataclasses.replace("
+    "cpu.build_info(), openmp=False, reason='built without OpenMP'); cpu.build_info = lambda: info"
+)
+
+
+def test_without_a_compiler_an_engine_runs_the_reference_and_warns_once(
+    without_compiler: Install,
+) -> None:
+    seen = json.loads(without_compiler.run(ENGINE.replace("CHANGE", "pass")))
+    assert seen["backend"] == "reference"
+    assert seen["name"] == "L2"
+    assert seen["in_all"] == len(seen["warnings"]) == 1
+    assert "no working C++ compiler" in seen["warnings"][0]
+    assert "pip install" in seen["warnings"][0]
+
+
+@pytest.mark.parametrize(("change", "count"), [("pass", 0), (WITHOUT_OPENMP, 1)])
+def test_with_a_compiler_an_engine_warns_once_if_openmp_is_missing(
+    with_compiler: Install, change: str, count: int
+) -> None:
+    seen = json.loads(with_compiler.run(ENGINE.replace("CHANGE", change)))
+    assert seen["backend"] == "cpu"
+    assert seen["in_all"] == len(seen["warnings"]) == count
+    assert all("one thread: built without OpenMP" in text for text in seen["warnings"])
+
+
 def test_without_a_compiler_the_reference_runs_and_says_so(without_compiler: Install) -> None:
     assert not [name for name in without_compiler.files if name.endswith(".so")]
     seen = json.loads(without_compiler.run(USE))

@@ -16,12 +16,13 @@ from types import TracebackType
 from typing import Any, Literal, Self, overload
 
 import torch
-from elastic_moe_kernels import ops
+from elastic_moe_kernels import cpu, ops
 from elastic_moe_kernels.errors import KernelError
 from torch import Tensor
 
 from elastic_moe.config import Routing, resolve_routing
 from elastic_moe.engine.generation import Generation
+from elastic_moe.engine.prompts import is_batch, token_ids
 from elastic_moe.engine.request import Completion, Delta, SamplingParams
 from elastic_moe.errors import ContextLengthError, EngineError, RequestError
 from elastic_moe.model.checkpoint import DTypeName, load_model
@@ -79,10 +80,11 @@ class Engine:
 
         Raises:
             CheckpointError: the checkpoint is missing, broken or not supported.
-            EngineError: the backend that was named cannot run here.
+            EngineError: the backend or device that was named cannot run here.
         """
+        place = _check_device(device)
         folder = find_checkpoint(model, download=download)
-        loaded = load_model(folder, dtype=dtype, device=device)
+        loaded = load_model(folder, dtype=dtype, device=place)
         return cls(loaded, Tokenizer(folder), folder, backend)
 
     @cached_property
@@ -169,7 +171,7 @@ class Engine:
             RequestError: the prompt is empty or has unknown ids, or the lists differ in length.
             ContextLengthError: prompt and max_tokens exceed the model's positions.
         """
-        if not _is_batch(prompt):
+        if not is_batch(prompt):
             return self._finish(self.stream(prompt, routing, sampling))
         requests = zip(
             prompt,
@@ -188,7 +190,10 @@ class Engine:
 
         Raises, at the call: as `generate`.
         """
+        self._check_usable()
         subnet = self.resolve(routing)
+        if not isinstance(sampling, SamplingParams):
+            raise RequestError(f"sampling must be a SamplingParams, got {type(sampling).__name__}.")
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt
         tokens = self._tokens(ids, new_tokens=sampling.max_tokens)
         generation = Generation(self.model, self.tokenizer, tokens, subnet, sampling)
@@ -209,7 +214,10 @@ class Engine:
     # Lifetime
 
     def close(self) -> None:
-        """End the engine; every later call raises `EngineError`."""
+        """End the engine; whatever would run the model then raises `EngineError`.
+
+        Text and sub-networks (`encode`, `decode`, `resolve`) need no model and stay usable.
+        """
         self._closed = True
 
     def __enter__(self) -> Self:
@@ -225,6 +233,10 @@ class Engine:
 
     def _step(self) -> threading.Lock:
         """The lock that one model step holds, after checking that the engine can run."""
+        self._check_usable()
+        return self._lock
+
+    def _check_usable(self) -> None:
         if self._closed:
             raise EngineError("the engine is closed. Make a new one with Engine.from_pretrained.")
         if os.getpid() != self._pid:
@@ -232,19 +244,12 @@ class Engine:
                 "the engine was made in another process and cannot be used after a fork. "
                 "Make it in the process that uses it, or start processes with 'spawn'."
             )
-        return self._lock
 
-    def _tokens(self, ids: Sequence[int], new_tokens: int) -> Tensor:
+    def _tokens(self, prompt: object, new_tokens: int) -> Tensor:
         limit, vocab_size = self.model.config.max_positions, self.model.config.vocab_size
-        if not len(ids):
-            raise RequestError("the prompt has no tokens; at least 1 is needed.")
+        ids = token_ids(prompt, vocab_size)
         if len(ids) + new_tokens > limit:
             raise ContextLengthError(len(ids), new_tokens, limit)
-        for position, token in enumerate(ids):
-            if not 0 <= token < vocab_size:
-                raise RequestError(
-                    f"token {position} of the prompt is {token}; ids must be in [0, {vocab_size})."
-                )
         return torch.tensor(ids, device=self.model.embed_tokens.weight.device)
 
     def _deltas(self, generation: Generation) -> Iterator[Delta]:
@@ -269,22 +274,35 @@ def _choose_backend(backend: Backend, model: ElasticTransformer) -> Literal["ref
     on_cpu = model.embed_tokens.weight.device.type == "cpu"
     if backend == "cpu" and not on_cpu:
         raise EngineError("backend 'cpu' needs the model on the CPU. Use device='cpu'.")
-    if backend == "cpu":
-        try:
-            ops.require("cpu")
-        except KernelError as error:
-            raise EngineError(str(error)) from error
-    if backend == "auto":
-        return "cpu" if on_cpu and ops.available("cpu") else "reference"
-    if backend not in ("reference", "cpu"):
+    if backend not in ("auto", "reference", "cpu"):
         raise EngineError(f"backend must be 'auto', 'reference' or 'cpu', got {backend!r}.")
-    return backend
+    if backend == "reference" or not on_cpu:
+        return "reference"
+    if backend == "auto":
+        ops.warn_if_degraded()
+        if cpu.missing():
+            return "reference"
+    try:  # a level that was named and is not there is an error for "auto" too
+        ops.require("cpu")
+    except KernelError as error:
+        raise EngineError(str(error)) from error
+    return "cpu"
 
 
-def _is_batch(prompt: object) -> bool:
-    if not isinstance(prompt, Sequence) or isinstance(prompt, str):
-        return False
-    return not prompt or not isinstance(prompt[0], int)
+def _check_device(device: torch.device | str) -> torch.device:
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError):
+        place = None
+    if place is None or place.type not in ("cpu", "cuda"):
+        raise EngineError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {str(device)!r}.")
+    count = torch.cuda.device_count()
+    if place.type == "cuda" and (place.index or 0) >= count:
+        raise EngineError(
+            f"device {str(device)!r} is not there: torch {torch.__version__} sees {count} CUDA "
+            f"devices. Use device='cpu', or a torch built for the driver of this machine."
+        )
+    return place
 
 
 def _per_prompt(field: str, value: Any, count: int) -> list[Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 from elastic_moe.errors import RequestError
+from elastic_moe.routing.checks import as_index, shorten
 
 FinishReason = Literal["stop", "length"]
 
@@ -38,22 +40,33 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "an integer of at least 1")
-        finite = math.isfinite(self.temperature) and self.temperature >= 0
-        _check("temperature", self.temperature, finite, "a finite number of at least 0")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
-        _check("top_k", self.top_k, self.top_k >= 0, "an integer of at least 0 (0 keeps all)")
-        _check("seed", self.seed, 0 <= self.seed < 2**64, "an integer in [0, 2**64)")
-        _check("stop", self.stop, all(self.stop), "texts that are not empty")
+        self._take_integer("max_tokens", 1, math.inf, "an integer of at least 1")
+        self._take_integer("top_k", 0, math.inf, "an integer of at least 0 (0 keeps all)")
+        self._take_integer("seed", 0, 2**64 - 1, "an integer in [0, 2**64)")
         if self.logprobs is not None:
-            _check("logprobs", self.logprobs, 0 <= self.logprobs <= 20, "an integer in [0, 20]")
+            self._take_integer("logprobs", 0, 20, "an integer in [0, 20], or None")
+        hot = _is_number(self.temperature) and 0 <= self.temperature < math.inf
+        self._check("temperature", hot, "a finite number of at least 0")
+        self._check("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "a number in (0, 1]")
+        self._check("ignore_eos", isinstance(self.ignore_eos, bool), "True or False")
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        texts = isinstance(stop, Sequence) and all(isinstance(t, str) and t for t in stop)
+        self._check("stop", texts, "a text or a list of texts that are not empty")
+        object.__setattr__(self, "stop", tuple(stop))
+
+    def _take_integer(self, field: str, low: float, high: float, allowed: str) -> None:
+        """Check an integer; numpy's become Python's."""
+        number = as_index(getattr(self, field))
+        self._check(field, number is not None and low <= number <= high, allowed)
+        object.__setattr__(self, field, number)
+
+    def _check(self, field: str, ok: bool, allowed: str) -> None:
+        if not ok:
+            raise RequestError(f"{field} must be {allowed}, got {shorten(getattr(self, field))}.")
 
 
-def _check(field: str, value: object, ok: bool, allowed: str) -> None:
-    if not ok:
-        raise RequestError(f"{field} must be {allowed}, got {value!r}.")
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, slots=True)

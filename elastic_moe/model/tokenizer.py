@@ -49,7 +49,19 @@ class Tokenizer:
         return self.fast.get_vocab_size()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Ids of `text`, behind BOS where there is one. Markers such as <|im_end|> are parsed."""
+        """Ids of `text`, behind BOS where there is one. Markers such as <|im_end|> are parsed.
+
+        Raises:
+            RequestError: the text has a lone surrogate, which UTF-8 cannot say, or the tokenizer
+                fails on it.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"the text is no valid Unicode: character {error.start} is the lone surrogate "
+                f"{text[error.start]!a}. Decode its bytes as what they are, UTF-8 as a rule."
+            ) from None
         with _typed(RequestError, "the tokenizer cannot encode this prompt"):
             ids: list[int] = self.fast.encode(text, add_special_tokens=add_special_tokens).ids
         return ids

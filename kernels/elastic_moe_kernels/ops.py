@@ -42,7 +42,7 @@ class Backend:
 def backends() -> list[Backend]:
     """Every implementation that exists, whether or not this install has it."""
     reference_backend = Backend("reference", True, None, (), f"torch {torch.__version__}")
-    why_not = cpu.missing()
+    why_not = _why_not_cpu()
     if why_not:
         return [reference_backend, Backend("cpu", False, None, (), why_not)]
     info = cpu.build_info()
@@ -57,15 +57,44 @@ def backends() -> list[Backend]:
 
 def available(name: str) -> bool:
     """Whether the implementation `name` can run in this install."""
-    return name == "reference" or (name == "cpu" and not cpu.missing())
+    return name == "reference" or (name == "cpu" and not _why_not_cpu())
 
 
 def require(name: str) -> None:
     """Raise `KernelError` with the reason and the remedy unless `name` can run here."""
     if name not in ("reference", "cpu"):
         raise KernelError(f"implementation must be 'reference' or 'cpu', got {name!r}.")
-    if name == "cpu" and cpu.missing():
-        raise KernelError(cpu.missing())
+    if name == "cpu" and _why_not_cpu():
+        raise KernelError(_why_not_cpu())
+
+
+def _why_not_cpu() -> str:
+    """Why the C++ kernels cannot run (missing, or a wrong ELASTIC_MOE_ISA); "" if they can."""
+    if cpu.missing():
+        return cpu.missing()
+    try:
+        cpu.level()
+    except KernelError as error:
+        return str(error)
+    return ""
+
+
+@cache
+def warn_if_degraded() -> None:
+    """Warn, once per process, if the C++ kernels are not installed or lack OpenMP.
+
+    For whoever chose the implementation by "auto": it works all the same, but slower.
+    """
+    if cpu.missing():
+        problem = f"routing runs on the PyTorch reference, which is slower: {cpu.missing()}"
+    elif not cpu.build_info().openmp:
+        problem = (
+            f"the C++ kernels run on one thread: {cpu.build_info().reason}. With a compiler that "
+            f"has OpenMP, install elastic-moe again: `pip install .` in its source."
+        )
+    else:
+        return
+    warnings.warn(problem, RuntimeWarning, stacklevel=3)
 
 
 def route(
@@ -100,9 +129,9 @@ def route(
     _check(router_logits, table, subnet_of_row, epsilon, correction_bias)
     if implementation == "auto":
         implementation = "reference" if _unfit_for_cpu(router_logits, correction_bias) else "cpu"
-        if implementation == "cpu" and cpu.missing():
-            _warn_about_fallback()
-            implementation = "reference"
+        if implementation == "cpu":
+            warn_if_degraded()
+            implementation = "reference" if cpu.missing() else "cpu"
     if implementation == "cpu":
         unfit = _unfit_for_cpu(router_logits, correction_bias)
         if unfit:
@@ -229,13 +258,3 @@ def _check_values(table: LayerTable, subnet_of_row: Tensor, correction_bias: Ten
             )
     if correction_bias is not None and not bool(correction_bias.isfinite().all()):
         raise KernelError("correction_bias must be finite, got NaN or an infinity.")
-
-
-@cache
-def _warn_about_fallback() -> None:
-    """Once per process."""
-    warnings.warn(
-        f"routing runs on the PyTorch reference, which is slower: {cpu.missing()}",
-        RuntimeWarning,
-        stacklevel=3,
-    )

@@ -61,3 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         sys.stderr.close()
         return FAILED
+    except OSError as error:  # a full disk, a folder that has gone
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"elastic-moe {args.command}: {where}{error.strerror or error}.", file=sys.stderr)
+        return FAILED
+    except ValueError as error:
+        from elastic_moe_kernels.errors import KernelError  # deferred: --help needs no kernels
+
+        if not isinstance(error, KernelError):
+            raise
+        print(f"elastic-moe {args.command}: {error}", file=sys.stderr)
+        return FAILED

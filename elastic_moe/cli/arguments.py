@@ -49,6 +49,17 @@ def add_download(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def positive_integer(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return number
+
+
 def add_ranking(parser: argparse.ArgumentParser) -> None:
     """--rank-channels."""
     parser.add_argument(
@@ -74,8 +85,8 @@ def add_routing(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_engine(args: argparse.Namespace) -> Engine:
-    """The engine that MODEL and its options ask for."""
+def load_engine(args: argparse.Namespace, *, rank: bool = True) -> Engine:
+    """The engine that MODEL and its options ask for; `rank` does what --rank-channels says."""
     from elastic_moe.engine import Engine  # deferred: loads torch
 
     engine = Engine.from_pretrained(
@@ -85,7 +96,7 @@ def load_engine(args: argparse.Namespace) -> Engine:
         device=args.device,
         download=args.download,
     )
-    if getattr(args, "rank_channels", None) is not None:
+    if rank and args.rank_channels is not None:
         from elastic_moe.lab.text import read_corpus
 
         engine.rank_channels(read_corpus(args.rank_channels).text)

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from elastic_moe.cli.arguments import add_download, add_routing, read_routing
+from elastic_moe.cli.arguments import add_download, add_routing, positive_integer, read_routing
 
 EXAMPLES = """examples:
   elastic-moe info                                   the bundled model and this install
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_routing(parser)
     parser.add_argument(
         "--context",
-        type=int,
+        type=positive_integer,
         default=512,
         metavar="TOKENS",
         help="positions that a token attends to, for the cost (default: %(default)s)",
@@ -116,7 +116,7 @@ def show(info: dict[str, Any]) -> None:
 
     from elastic_moe.lab.frontier import format_si
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)  # names are not ours
     model, subnet = info["model"], info["subnet"]
     trained = (model["elastic_moe"] or {}).get("trained", {})
 
@@ -127,7 +127,7 @@ def show(info: dict[str, Any]) -> None:
         grid = Table.grid(padding=(0, 2))
         for left, right in rows:
             grid.add_row(f"  {left}", right)
-        console.print(f"[bold]{title}[/bold]")
+        console.print(title, style="bold")
         console.print(grid)
 
     def axis(name: str, most: int) -> str:

@@ -2,7 +2,8 @@
 
 Writes sweep.json, frontier.png and report.html. Without values for an axis: depth x top-k at
 quarters of the model's own values, and every other axis alone. With values: every combination of
-those given, the other axes full. An interrupted sweep is continued by the same command.
+those given, the other axes full. An interrupted sweep is continued by the same command; results
+of another one in the folder are kept as sweep.previous.json.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elastic_moe.cli.arguments import add_model, load_engine
+from elastic_moe.cli.arguments import add_model, add_ranking, load_engine, positive_integer
 
 if TYPE_CHECKING:
     from elastic_moe.lab.sweep import Progress
@@ -26,12 +27,14 @@ EXAMPLES = """examples:
   elastic-moe sweep --depth 12,24,36,48 --top-k 1,2,4   these combinations
   elastic-moe sweep --text notes.txt --out notes-sweep  on a text of your own
   elastic-moe sweep path/to/checkpoint --sparsity 0,0.5,0.65 --json
+  elastic-moe sweep path/to/checkpoint --expert-width 1,2,4 --rank-channels notes.txt
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of this command."""
     add_model(parser)
+    add_ranking(parser)
     integers, numbers = _list_of(int), _list_of(float)
     parser.add_argument("--depth", type=integers, metavar="N,N", help="layers 0..N-1 run")
     parser.add_argument("--top-k", type=integers, metavar="N,N", help="experts per token")
@@ -50,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tokens",
-        type=int,
+        type=positive_integer,
         metavar="N",
         help="score at most this many tokens (default: 12032, with --quick 1024)",
     )
@@ -67,31 +70,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
-    from elastic_moe.lab.sweep import sweep  # deferred: loads torch
+    from elastic_moe.lab.results import prepare_folder  # deferred: loads torch
+    from elastic_moe.lab.sweep import sweep
 
-    engine = load_engine(args)
-    try:
-        with _progress() as progress:
-            result = sweep(
-                engine,
-                depth=args.depth,
-                top_k=args.top_k,
-                expert_width=args.expert_width,
-                sparsity=args.sparsity,
-                expert_pool=args.expert_pool,
-                text=args.text,
-                tokens=args.tokens,
-                out=args.out,
-                quick=args.quick,
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        print(
-            f"\nInterrupted. {args.out} holds the points that are done; "
-            f"the same command goes on from there.",
-            file=sys.stderr,
+    prepare_folder(args.out)  # before the model, which may take minutes to load
+    engine = load_engine(args, rank=False)
+    with _progress() as progress:
+        result = sweep(
+            engine,
+            depth=args.depth,
+            top_k=args.top_k,
+            expert_width=args.expert_width,
+            sparsity=args.sparsity,
+            expert_pool=args.expert_pool,
+            text=args.text,
+            tokens=args.tokens,
+            out=args.out,
+            quick=args.quick,
+            rank_channels=args.rank_channels,
+            progress=progress,
+            notify=lambda line: print(line, file=sys.stderr, flush=True),
         )
-        return 1
     if args.json:
         json.dump(result, sys.stdout, ensure_ascii=False)
         print()
@@ -106,7 +105,7 @@ def show(result: dict[str, Any], out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from elastic_moe.lab.frontier import format_si
+    from elastic_moe.lab.frontier import decode_speed, format_error, format_si
 
     full = next(point for point in result["points"] if point["name"] == "full")
     points = [point for point in result["points"] if point["pareto"] or point is full]
@@ -130,12 +129,14 @@ def show(result: dict[str, Any], out: Path) -> None:
             f"{point['flops_per_token'] / full['flops_per_token']:.0%}",
             f"{point['bits_per_byte']:.3f}",
             f"{point['delta_nats']:+.3f}",
-            f"{point['standard_error']:.3f}",
+            format_error(point["standard_error"]),
             f"{point['top1_agreement']:.1%}",
-            f"{point['decode_tokens_per_second']:.1f}",
+            f"{speed:.1f}" if (speed := decode_speed(point)) else "-",
         )
     # A pipe has no width of its own; 100 columns hold the table and most paths whole.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    # No markup: names of texts, models and folders may hold brackets and colons.
+    width = None if sys.stdout.isatty() else 100
+    console = Console(highlight=False, markup=False, emoji=False, width=width)
     console.print(table)
     console.print("params, FLOP: used per token. +nats: loss added, per token. tok/s: decoding.")
     if any(not point["trained"] for point in points):

@@ -7,6 +7,7 @@ for one step, so concurrent calls interleave token by token.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -45,6 +46,7 @@ class Engine:
     Attributes:
         backend: what runs: 'reference' (PyTorch alone) or 'cpu' (native kernels where there are).
         dtype: what matrix inputs, keys and values are rounded to: 'bfloat16' or 'float32'.
+        calibration_sha256: SHA-256 of the text that channels were ranked on, None if they were not.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Engine:
         self.backend = _choose_backend(backend, model)
         model.set_implementation(self.backend)
         self.dtype = "bfloat16" if model.input_dtype == torch.bfloat16 else "float32"
+        self.calibration_sha256: str | None = None
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._closed = False
@@ -137,6 +140,7 @@ class Engine:
         with self._step():
             order = rank_channels(self.model, windows, progress)
             reorder_channels(self.model, order)
+            self.calibration_sha256 = hashlib.sha256(text.encode()).hexdigest()
         return order
 
     # Running

@@ -125,12 +125,18 @@ def frontier(points: Sequence[Point], cost: Callable[[Point], float | None] = fl
 _BEYOND_THE_AXES = re.compile(r"(^|-)(Lx|m\d|x)")
 
 
-_AXIS_KEYS = [axis.key for axis in AXES]
-
-
 def changed_axes(point: Point, full: Mapping[str, Any]) -> list[Axis]:
-    """The axes in which `point` differs from `full` (a point, or `full_values`)."""
-    return [axis for axis in AXES if point[axis.key] != full[axis.key]]
+    """The axes in which `point` differs from `full` (a point, or `full_values`).
+
+    None stands for values that differ from layer to layer, in names x...; in other names nothing
+    routes (all layers that run are dense), so there is nothing to differ.
+    """
+    mixed = str(point["name"]).startswith("x")
+    return [
+        axis
+        for axis in AXES
+        if point[axis.key] != full[axis.key] and (mixed or point[axis.key] is not None)
+    ]
 
 
 def curves(points: Iterable[Point], full: Mapping[str, Any]) -> dict[str, list[Point]]:
@@ -145,7 +151,7 @@ def curves(points: Iterable[Point], full: Mapping[str, Any]) -> dict[str, list[P
     """
     result: dict[str, list[Point]] = {axis.key: [] for axis in AXES}
     for point in points:
-        if _BEYOND_THE_AXES.search(str(point["name"])) or None in map(point.get, _AXIS_KEYS):
+        if _BEYOND_THE_AXES.search(str(point["name"])):
             continue
         changed = changed_axes(point, full)
         if len(changed) <= 1:
@@ -169,6 +175,29 @@ def untrained_axes(point: Point, model: Mapping[str, Any]) -> set[str]:
 def _close(left: Any, right: Any) -> bool:
     # Thresholds are float32 in a sub-network and decimals in a configuration.
     return left is not None and right is not None and math.isclose(left, right, rel_tol=1e-6)
+
+
+def use_layers(sweep: Sweep) -> tuple[list[int], list[list[float]]]:
+    """The layers whose expert use was recorded, and the share of each expert in each of them."""
+    use = sweep.get("expert_use") or {}
+    rows = use.get("layers") or []
+    return use.get("layer_ids") or list(range(len(rows))), rows
+
+
+def ranking(sweep: Sweep) -> str:
+    """What the channels were ranked on, in words; "" where they are in the checkpoint's order."""
+    settings = sweep.get("settings") or {}
+    digest = settings.get("rank_channels_sha256")
+    if not digest:
+        return ""
+    text = settings.get("rank_channels") or f"a text of SHA-256 {str(digest)[:12]}"
+    return f"channels of each expert ranked on {clean(text, 60)}"
+
+
+def format_error(value: object, errors: int = 1) -> str:
+    """So many standard errors: 0.0123, 2 -> "0.025"; None (a single window) -> "-"."""
+    error = finite(value)
+    return "-" if error is None else f"{errors * error:.3f}"
 
 
 def threshold_cost_is_measured(points: Sequence[Point], full: Point) -> bool | None:

@@ -61,8 +61,7 @@ def default_grid(shape: ModelShape, elastic: ElasticBlock | None, *, quick: bool
         grid.add(shape, {"sparsity_threshold": threshold})
     if "pool" in trained:
         for pool in _quarters(shape.num_experts):
-            if pool >= shape.max_top_k:
-                grid.add(shape, {"expert_pool": pool})
+            grid.add(shape, {"expert_pool": pool})
     return grid
 
 
@@ -100,14 +99,15 @@ def is_trained(subnet: Subnet, elastic: ElasticBlock | None) -> bool:
         return True
     if elastic is None or not subnet.is_prefix:
         return False
-    pool = subnet.uniform("pool")
-    values = {
-        "depth": (subnet.depth, subnet.shape.num_layers),
-        "top_k": (subnet.uniform("top_k"), subnet.shape.max_top_k),
-        "width": (subnet.uniform("width"), subnet.shape.width_granules),
-        "threshold": (subnet.uniform("threshold"), 0.0),
-        "pool": (len(pool) if pool else None, subnet.shape.num_experts),
-    }
+    values: dict[str, tuple[Any, float]] = {"depth": (subnet.depth, subnet.shape.num_layers)}
+    if subnet.shape.moe_layers.intersection(subnet.active_layers):  # else nothing routes
+        pool = subnet.uniform("pool")
+        values |= {
+            "top_k": (subnet.uniform("top_k"), subnet.shape.max_top_k),
+            "width": (subnet.uniform("width"), subnet.shape.width_granules),
+            "threshold": (subnet.uniform("threshold"), 0.0),
+            "pool": (len(pool) if pool else None, subnet.shape.num_experts),
+        }
     return all(
         value == whole or (value is not None and elastic.was_trained(axis, value))
         for axis, (value, whole) in values.items()

@@ -48,11 +48,14 @@ from elastic_moe.lab.frontier import (
     curves,
     decode_speed,
     decode_time,
+    finite,
     flops,
     format_value,
     frontier,
     full_point,
     full_values,
+    ranking,
+    use_layers,
 )
 from elastic_moe.lab.labels import Box, Segment, place_labels
 
@@ -253,11 +256,12 @@ def _title(figure: Figure, sweep: Sweep) -> None:
         weight="bold",
     )
     dtype = clean(sweep["points"][0]["dtype"], 20) + ", " if count else ""
+    ranked = f"; {ranking(sweep)}" if ranking(sweep) else ""
     figure.text(
         0.012,
         0.94,
         f"on {clean(corpus['name'], 60)}: {corpus['scored_tokens']:,} scored tokens, {dtype}"
-        f"{clean(sweep['machine'].get('cpu', 'unknown CPU'), 40)}",
+        f"{clean(sweep['machine'].get('cpu', 'unknown CPU'), 40)}{ranked}",
         color=MUTED,
         size=10,
         va="top",
@@ -320,7 +324,8 @@ def curve_figure(sweep: Sweep, axis: str | Axis) -> Figure:
             return figure
         top.axhline(0, color=MUTED, lw=1, ls=(0, (4, 3)))
         delta = [-float(p["delta_nats"]) for p in members]
-        error = [2 * float(p["standard_error"] or 0.0) for p in members]
+        known = any(finite(p["standard_error"]) is not None for p in members)
+        error = [2 * (finite(p["standard_error"]) or 0.0) for p in members] if known else None
         top.errorbar(
             x,
             delta,
@@ -343,7 +348,8 @@ def curve_figure(sweep: Sweep, axis: str | Axis) -> Figure:
         top.yaxis.set_major_formatter(
             FuncFormatter(lambda v, _: f"{-v:+.{digits}f}" if abs(v) > 1e-12 else "0")
         )
-        top.set_title("bars: ± 2 paired standard errors", size=9, color=MUTED, loc="right")
+        bars = "bars: ± 2 paired standard errors" if known else "one window: no standard error"
+        top.set_title(bars, size=9, color=MUTED, loc="right")
 
         series = (
             ("FLOPs per token", flops, VERMILION, "s-"),
@@ -363,11 +369,12 @@ def curve_figure(sweep: Sweep, axis: str | Axis) -> Figure:
 
 
 def expert_use_figure(sweep: Sweep) -> Figure:
-    """Which experts the routers choose: layers across, experts down, 1 = an even share.
+    """Which experts the routers choose: layers that route across, experts down, 1 = an even share.
 
     A cross marks an expert that was never chosen.
     """
-    rows = np.asarray((sweep.get("expert_use") or {}).get("layers") or [[0.0]], dtype=np.float64)
+    ids, layers = use_layers(sweep)
+    rows = np.asarray(layers or [[0.0]], dtype=np.float64)
     totals = rows.sum(axis=1, keepdims=True)
     share = rows * rows.shape[1] / np.where(totals > 0, totals, 1.0)  # (L, E), mean 1
     with drawing_style():
@@ -388,6 +395,9 @@ def expert_use_figure(sweep: Sweep) -> Figure:
         never_layers, never_experts = np.nonzero((share == 0) & (totals > 0))
         axes.plot(never_layers, never_experts, "x", color="white", ms=4, mew=1.2)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+        axes.xaxis.set_major_formatter(
+            FuncFormatter(lambda x, _: str(ids[int(x)]) if 0 <= x < len(ids) else "")
+        )
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.set_xlabel("layer")
         axes.set_ylabel("expert")

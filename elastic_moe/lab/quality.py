@@ -6,6 +6,7 @@ All sub-networks that differ only in how deep they go come from one pass over th
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from elastic_moe.errors import ElasticMoEError
 from elastic_moe.lab.text import EvaluationSet
 from elastic_moe.model.transformer import ElasticTransformer, Trace
 from elastic_moe.routing import Subnet
 
 BATCH_WINDOWS = 8
+# Log-probabilities that are in memory at once, for each of a few tensors: 128 MiB. The bundled
+# model's 4,096 x 4,096 of a batch fit twice; a vocabulary of 152,000 takes 220 rows at a time.
+CHUNK_NUMBERS = 1 << 25
 Floats = NDArray[np.float32]
 
 
@@ -49,11 +54,12 @@ class Quality:
         return float(self.losses.sum(dtype=np.float64)) / math.log(2) / scored_bytes
 
 
-def paired_difference(a: Quality, b: Quality, text: EvaluationSet) -> tuple[float, float]:
+def paired_difference(a: Quality, b: Quality, text: EvaluationSet) -> tuple[float, float | None]:
     """Mean of a's loss minus b's, nats per token, and its standard error.
 
     Tokens of one window are not independent, so the error is taken over windows: with sums s_w of
-    the differences and n_w scored tokens, sqrt(m/(m-1) sum (s_w - mean n_w)^2) / sum n_w.
+    the differences and n_w scored tokens, sqrt(m/(m-1) sum (s_w - mean n_w)^2) / sum n_w. One
+    window has no spread: None.
     """
     difference = a.losses.astype(np.float64) - b.losses.astype(np.float64)
     mean = float(difference.mean())
@@ -61,7 +67,7 @@ def paired_difference(a: Quality, b: Quality, text: EvaluationSet) -> tuple[floa
     sums = np.add.reduceat(difference, np.concatenate(([0], counts.cumsum()[:-1])))
     m = len(counts)
     if m < 2:
-        return mean, float("nan")
+        return mean, None
     spread = m / (m - 1) * float(((sums - mean * counts) ** 2).sum())
     return mean, math.sqrt(spread) / float(counts.sum())
 
@@ -71,9 +77,21 @@ class FullNetwork:
 
     (N, V) float32 in a temporary file that the system may page out; it has no name and goes with
     the process.
+
+    Raises:
+        ElasticMoEError: the folder for temporary files has no room; the file grows as it is
+            written, and a mapping that finds the disk full would end the process.
     """
 
     def __init__(self, scored_tokens: int, vocab_size: int) -> None:
+        folder, needed = tempfile.gettempdir(), 4 * scored_tokens * vocab_size
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise ElasticMoEError(
+                f"comparing with the full network needs {needed / 1e9:.1f} GB in {folder} "
+                f"({scored_tokens:,} tokens x {vocab_size:,} log-probabilities), and "
+                f"{free / 1e9:.1f} GB are free. Lower --tokens, or set TMPDIR to a larger disk."
+            )
         with tempfile.TemporaryFile(prefix="elastic-moe-") as file:  # the mapping outlives it
             self._logprobs: NDArray[np.float32] = np.memmap(
                 file, dtype=np.float32, mode="w+", shape=(scored_tokens, vocab_size)
@@ -117,20 +135,32 @@ def measure_depths(
         wanted = targets[scored]  # (n,)
         trace = Trace()
         with torch.inference_mode():
-            logprobs = {
-                layers: torch.log_softmax(model.logits(x[scored]), dim=-1)  # (n, V)
+            states = {
+                layers: x[scored]  # (n, D)
                 for layers, x in model.states(inputs, deepest, trace=trace)
                 if layers in sums
             }
-            if is_full:
-                full.store(start, logprobs[deepest.depth])
-            reference = full.read(start, len(wanted), device)
-            for depth, predicted in logprobs.items():
-                sums[depth].add(predicted, wanted, reference, trace, depth)
+            rows = max(1, CHUNK_NUMBERS // model.config.vocab_size)
+            for first in range(0, len(wanted), rows):
+                part = slice(first, first + rows)
+                if is_full:
+                    full.store(start + first, _logprobs(model, states[deepest.depth][part]))
+                reference = full.read(start + first, len(wanted[part]), device)
+                for depth, x in states.items():
+                    itself = is_full and depth == deepest.depth
+                    predicted = reference if itself else _logprobs(model, x[part])
+                    sums[depth].add(predicted, wanted[part], reference)
+        for depth, total in sums.items():
+            total.count_experts(trace, depth)
         start += len(wanted)
         done += len(batch)
         yield done, {}
     yield done, {depth: total.quality() for depth, total in sums.items()}
+
+
+def _logprobs(model: ElasticTransformer, x: Tensor) -> Tensor:
+    """Residual stream (n, D) -> log-probabilities (n, V)."""
+    return torch.log_softmax(model.logits(x), dim=-1)
 
 
 class _Sums:
@@ -144,13 +174,14 @@ class _Sums:
         self.choices: dict[int, Tensor] = {}
         self.rows: dict[int, int] = {}
 
-    def add(
-        self, predicted: Tensor, wanted: Tensor, full: Tensor, trace: Trace, depth: int
-    ) -> None:
+    def add(self, predicted: Tensor, wanted: Tensor, full: Tensor) -> None:
         """predicted, full (n, V) log-probabilities; wanted (n,) ids."""
         self.losses.append(-predicted.gather(1, wanted.unsqueeze(1)).squeeze(1).cpu())
         self.kl += float((full.exp() * (full - predicted)).sum(dim=1).double().sum())
         self.agreed += int((predicted.argmax(1) == full.argmax(1)).sum())
+
+    def count_experts(self, trace: Trace, depth: int) -> None:
+        """Add what the routers of the first `depth` layers chose for a batch."""
         for layer in trace.layers:
             if layer.layer < depth:
                 ids = layer.topk_ids[layer.topk_ids >= 0].long()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from pathlib import Path
@@ -15,9 +16,18 @@ from elastic_moe.engine import Engine
 from elastic_moe.lab.grid import is_trained
 from elastic_moe.lab.quality import Quality, paired_difference
 from elastic_moe.lab.text import WINDOW, EvaluationSet
+from elastic_moe.model.folder import file_in
 from elastic_moe.routing import Subnet
 
 SCHEMA_VERSION = 1
+POINT_FIELDS = tuple(
+    """
+    name depth top_k expert_width sparsity_threshold expert_pool trained active_params
+    active_params_max flops_per_token flops_per_token_max weight_bytes_per_token mean_experts
+    bits_per_byte nats_per_token perplexity delta_nats standard_error kl_to_full top1_agreement
+    prefill_tokens_per_second decode_tokens_per_second backend dtype pareto
+    """.split()  # noqa: SIM905  (one word each reads better)
+)
 BYTES_PER_WEIGHT = {"bfloat16": 2, "float32": 4}
 
 
@@ -78,6 +88,35 @@ def describe_model(engine: Engine) -> dict[str, Any]:
         "total_params": shape.total_params,
         "elastic_moe": config.elastic.to_json() if config.elastic else None,
     }
+
+
+def describe_settings(engine: Engine, *, quick: bool, ranked_on: str | None) -> dict[str, Any]:
+    """The `settings` entry: with corpus, machine and versions, all that a point depends on.
+
+    Args:
+        ranked_on: name of the text that the channels were ranked on, where it is known.
+    """
+    return {
+        "weights_sha256": engine.weights_sha256,
+        "config_sha256": _sha256(engine, "config.json"),
+        "tokenizer_sha256": _sha256(engine, "tokenizer.json"),
+        "backend": engine.backend,
+        "dtype": engine.dtype,
+        "device": str(engine.model.embed_tokens.weight.device),
+        "rank_channels": ranked_on,
+        "rank_channels_sha256": engine.calibration_sha256,
+        "quick": quick,
+    }
+
+
+def describe_expert_use(name: str, quality: Quality) -> dict[str, Any]:
+    """The `expert_use` entry: for each layer that routes, the share of each expert."""
+    ids = sorted(quality.expert_use)
+    return {"name": name, "layer_ids": ids, "layers": [quality.expert_use[i] for i in ids]}
+
+
+def _sha256(engine: Engine, name: str) -> str:
+    return hashlib.sha256(file_in(engine.folder, name).read_bytes()).hexdigest()
 
 
 def describe_machine() -> dict[str, Any]:

@@ -40,6 +40,7 @@ from elastic_moe.lab.frontier import (
     decode_speed,
     finite,
     flops,
+    format_error,
     format_percent,
     format_si,
     format_speed,
@@ -47,8 +48,10 @@ from elastic_moe.lab.frontier import (
     full_point,
     full_values,
     pick,
+    ranking,
     threshold_cost_is_measured,
     untrained_axes,
+    use_layers,
 )
 from elastic_moe.lab.plots import (
     Panel,
@@ -137,6 +140,7 @@ def render_report(sweep: Sweep) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return template.render(
         sweep=sweep,
+        ranking=ranking(sweep),
         script=Markup(script),
         script_hash=f"sha256-{digest}",
         summary=summary(sweep),
@@ -213,7 +217,7 @@ def curve_sections(sweep: Sweep) -> list[tuple[str, str, Markup | None]]:
             continue
         words = "; ".join(
             f"{format_value(p[axis.key])}: {p['delta_nats']:+.3f}"
-            f" ± {2 * (p['standard_error'] or 0):.3f}"
+            f" ± {format_error(p['standard_error'], 2)}"
             for p in on_axis
             if p["name"] != "full"
         )
@@ -225,10 +229,9 @@ def curve_sections(sweep: Sweep) -> list[tuple[str, str, Markup | None]]:
 
 def use_section(sweep: Sweep) -> tuple[str, Markup] | None:
     """The heat map and its extremes in words; None where expert use was not recorded."""
-    layers = (sweep.get("expert_use") or {}).get("layers") or []
     shares = [
         (use * len(row) / sum(row), layer, expert)
-        for layer, row in enumerate(layers)
+        for layer, row in zip(*use_layers(sweep), strict=True)
         if sum(row) > 0
         for expert, use in enumerate(row)
     ]
@@ -261,7 +264,7 @@ def table_row(index: int, sweep: Sweep, full: Point | None) -> Row:
     share = cost / base if cost is not None and base else None
     delta = number("delta_nats", "+.3f")
     if point.get("standard_error") is not None and delta.key != "":
-        delta = Cell(f"{delta.text} ± {2 * point['standard_error']:.3f}", delta.key)
+        delta = Cell(f"{delta.text} ± {format_error(point['standard_error'], 2)}", delta.key)
     speeds = [
         Cell(format_speed(s).removesuffix(" tok/s"), "" if s is None else s)
         for s in (decode_speed(point), finite(point.get("prefill_tokens_per_second")))

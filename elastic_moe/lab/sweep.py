@@ -2,6 +2,7 @@
 
 Writes `sweep.json`, `frontier.png` and `report.html`. `sweep.json` is written after every group of
 sub-networks, so an interrupted sweep keeps what it finished, and the same call goes on from there.
+The results of another sweep in the folder are kept as `sweep.previous.json`.
 """
 
 from __future__ import annotations
@@ -9,26 +10,33 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from elastic_moe.engine import Engine
-from elastic_moe.errors import ElasticMoEError
 from elastic_moe.files import write_text
 from elastic_moe.lab import record
 from elastic_moe.lab.frontier import mark_pareto
 from elastic_moe.lab.grid import Grid, default_grid, groups, product_grid
 from elastic_moe.lab.quality import FullNetwork, Quality, measure_depths
+from elastic_moe.lab.results import (
+    PREVIOUS,
+    RESULT,
+    keep_aside,
+    prepare_folder,
+    read_earlier,
+)
 from elastic_moe.lab.speed import measure_speed
 from elastic_moe.lab.text import EvaluationSet, evaluation_set, language_reference, read_corpus
 from elastic_moe.routing import Subnet
 
 Progress = Callable[[str, int, int], None]
-RESULT = "sweep.json"
+Notify = Callable[[str], None]
 
 
-def _silent(stage: str, done: int, total: int) -> None:
-    """The default progress: none."""
+def _silent(*_: object) -> None:
+    """The default for progress and notices: none."""
 
 
 def sweep(
@@ -43,7 +51,9 @@ def sweep(
     tokens: int | None = None,
     out: str | Path = "sweep-out",
     quick: bool = False,
+    rank_channels: str | Path | None = None,
     progress: Progress = _silent,
+    notify: Notify = _silent,
 ) -> dict[str, Any]:
     """Measure a grid of sub-networks and write `sweep.json`, `frontier.png`, `report.html`.
 
@@ -56,18 +66,26 @@ def sweep(
         tokens: tokens to score, at most (default 12,032; 1,024 with quick).
         out: folder for the results; a sweep that was interrupted there is continued.
         quick: fewer points and tokens: about a minute on two cores.
+        rank_channels: a UTF-8 file; each expert's channels are first ordered by their activation
+            on it, in the engine itself where one was passed.
         progress: called with (stage, done, total).
+        notify: called with a line about earlier results in `out`, and about an interruption.
 
     Returns:
         The content of `sweep.json`.
 
     Raises:
-        ElasticMoEError: the model or text cannot be used, or no point is possible.
+        ElasticMoEError: the model, a text or `out` cannot be used.
         KeyboardInterrupt: passed on, after the points that are done were written.
     """
     started = time.monotonic()
-    engine = model if isinstance(model, Engine) else Engine.from_pretrained(model)
+    folder = Path(out)
+    prepare_folder(folder)
     corpus = read_corpus(Path(text)) if text is not None else language_reference()
+    calibration = read_corpus(Path(rank_channels)) if rank_channels is not None else None
+    engine = model if isinstance(model, Engine) else Engine.from_pretrained(model)
+    if calibration is not None:
+        engine.rank_channels(calibration.text, progress=partial(progress, "ranking"))
     if tokens is None:
         tokens = 1_024 if quick else 12_032
     text_set = evaluation_set(corpus, engine.tokenizer, tokens)
@@ -81,13 +99,18 @@ def sweep(
     given = {axis: values for axis, values in axes.items() if values is not None}
     shape, elastic = engine.model.shape, engine.model.config.elastic
     grid = product_grid(shape, given) if given else default_grid(shape, elastic, quick=quick)
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    run = _Run(engine, text_set, grid, folder, quick, progress)
+    ranked_on = calibration.name if calibration is not None else None
+    settings = record.describe_settings(engine, quick=quick, ranked_on=ranked_on)
+    run = _Run(engine, text_set, grid, settings, folder, progress)
+    if news := run.news():
+        notify(news)
     try:
         run.measure_quality()
         run.measure_speed(rounds=1 if quick else 3, decode_tokens=4 if quick else 16)
         run.result["complete"] = True
+    except KeyboardInterrupt:
+        notify(run.state())
+        raise
     finally:
         run.result["seconds"] = round(time.monotonic() - started, 1)
         run.write()
@@ -102,8 +125,8 @@ class _Run:
         engine: Engine,
         text: EvaluationSet,
         grid: Grid,
+        settings: dict[str, Any],
         folder: Path,
-        quick: bool,
         progress: Progress,
     ) -> None:
         self.engine, self.text, self.grid = engine, text, grid
@@ -114,39 +137,40 @@ class _Run:
             "corpus": text.describe(),
             "machine": record.describe_machine(),
             "versions": record.describe_versions(),
-            "settings": {
-                "weights_sha256": engine.weights_sha256,
-                "backend": engine.backend,
-                "dtype": engine.dtype,
-                "quick": quick,
-            },
+            "settings": settings,
             "skipped": grid.skipped,
             "points": [],
             "expert_use": None,
             "complete": False,
             "seconds": 0.0,
         }
-        self._resume()
+        self.earlier = read_earlier(folder, self.result)
+        self.displace = bool(self.earlier.why_not)  # the old result, when there is a new one
+        self.result["points"] = self.earlier.points
+        self.result["expert_use"] = self.earlier.expert_use
 
-    def _resume(self) -> None:
-        """Take over the points of an interrupted sweep of the same model, text and settings."""
-        path = self.folder / RESULT
-        if not path.is_file():
-            return
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ElasticMoEError(
-                f"{path} is no JSON ({error}). Move it away or use --out."
-            ) from error
-        same = all(
-            before.get(key) == self.result[key]
-            for key in ("schema_version", "corpus", "settings", "machine", "versions")
+    def news(self) -> str:
+        """What becomes of the results that the folder held; "" where there were none."""
+        path, kept = self.folder / RESULT, len(self.earlier.points)
+        if self.earlier.why_not:
+            return f"{path} is not continued: {self.earlier.why_not}. It is kept as {PREVIOUS}."
+        if not kept:
+            return ""
+        wanted = {subnet.name for subnet in self.grid.subnets}
+        outside = sum(point["name"] not in wanted for point in self.earlier.points)
+        return f"{path} is continued: {kept} sub-networks are kept" + (
+            f", {outside} of them outside this grid." if outside else "."
         )
-        if same and not before.get("complete"):
-            wanted = {subnet.name for subnet in self.grid.subnets}
-            self.result["points"] = [p for p in before["points"] if p["name"] in wanted]
-            self.result["expert_use"] = before["expert_use"]
+
+    def state(self) -> str:
+        """Where an interrupted sweep stands."""
+        count = len(self.result["points"])
+        if not count:
+            return f"No sub-network was finished; {self.folder} is as it was."
+        return (
+            f"{self.folder / RESULT} holds the {count} sub-networks that are done; "
+            f"the same command goes on from there."
+        )
 
     def measure_quality(self) -> None:
         """Fill in the points, bundle by bundle; the full network's bundle is first."""
@@ -169,8 +193,7 @@ class _Run:
                 self.progress("quality", i * windows + done, total)
             if reference is None:
                 reference = measured[deepest.depth]
-                use = [reference.expert_use[layer] for layer in sorted(reference.expert_use)]
-                self.result["expert_use"] = {"name": deepest.name, "layers": use}
+                self.result["expert_use"] = record.describe_expert_use(deepest.name, reference)
             for subnet in members:
                 if subnet.name not in have:
                     quality = measured[subnet.depth]
@@ -180,14 +203,16 @@ class _Run:
             self.write_json()
 
     def _add(self, point: dict[str, Any]) -> None:
-        order = [subnet.name for subnet in self.grid.subnets]
+        order = {subnet.name: i for i, subnet in enumerate(self.grid.subnets)}
         points = [*self.result["points"], point]
-        self.result["points"] = sorted(points, key=lambda p: order.index(p["name"]))
+        points.sort(key=lambda p: order.get(p["name"], len(order)))  # outside the grid: last
+        self.result["points"] = points
 
     def measure_speed(self, *, rounds: int, decode_tokens: int) -> None:
-        """Fill in both speeds of every point, measured in turn."""
+        """Fill in both speeds of every point of the grid, measured in turn."""
         by_name: dict[str, Subnet] = {subnet.name: subnet for subnet in self.grid.subnets}
-        subnets = [by_name[point["name"]] for point in self.result["points"]]
+        points = [point for point in self.result["points"] if point["name"] in by_name]
+        subnets = [by_name[point["name"]] for point in points]
         ids = [token for window in self.text.windows[::2] for token in window.inputs]
         total = len(subnets) * rounds
         speeds: list[tuple[float, float]] = []
@@ -196,11 +221,17 @@ class _Run:
         )
         for done, speeds in timing:  # noqa: B007  (the last item is the result)
             self.progress("speed", done, total)
-        for point, (prefill, decode) in zip(self.result["points"], speeds, strict=True):
+        for point, (prefill, decode) in zip(points, speeds, strict=True):
             point["prefill_tokens_per_second"] = round(prefill, 2)
             point["decode_tokens_per_second"] = round(decode, 2)
 
     def write_json(self) -> None:
+        """Write what there is; never an empty result, which might replace one that is not."""
+        if not self.result["points"]:
+            return
+        if self.displace:
+            keep_aside(self.folder)
+            self.displace = False
         mark_pareto(self.result["points"])
         text = json.dumps(self.result, indent=1, ensure_ascii=False, allow_nan=False)
         write_text(self.folder / RESULT, text + "\n")

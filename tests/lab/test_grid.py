@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from elastic_moe.engine import Engine
 from elastic_moe.lab.grid import default_grid, groups, is_trained, product_grid
+from elastic_moe.model.config import ElasticBlock
 from elastic_moe.routing import parse_name
 from elastic_moe.train.mini import ELASTIC_MINI
 
@@ -24,6 +27,16 @@ def test_width_and_pool_stay_out_of_the_default_where_they_were_not_trained() ->
     assert not any("w" in name or "p" in name for name in names)
     assert "L12-k1" in names
     assert "t0.5" in names
+
+
+def test_quarters_of_the_pool_that_top_k_exceeds_are_listed() -> None:
+    shape = dataclasses.replace(SHAPE, num_experts=8, max_top_k=4)
+    elastic = ElasticBlock(width_granules=8, trained={"pool": (4, 8)})
+    grid = default_grid(shape, elastic)
+    assert {"p4", "p6"} <= {subnet.name for subnet in grid.subnets}
+    (skipped,) = grid.skipped
+    assert skipped["name"] == "p2"
+    assert "top_k must be an integer in [1, 2], got 4" in skipped["reason"]
 
 
 def test_given_values_are_combined_and_impossible_points_are_listed() -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 from elastic_moe.engine import Engine
+from elastic_moe.errors import ElasticMoEError
+from elastic_moe.lab import quality
 from elastic_moe.lab.quality import FullNetwork, Quality, measure_depths, paired_difference
 from elastic_moe.lab.text import Corpus, EvaluationSet, evaluation_set
+from elastic_moe.model.transformer import ElasticTransformer
 from elastic_moe.routing import Subnet
 
 
@@ -100,3 +104,63 @@ def test_the_standard_error_is_the_spread_between_windows(text: EvaluationSet) -
     _, smaller = paired_difference(quality(base + independent), quality(base), text)
     assert smaller < error / 3
     assert paired_difference(quality(base), quality(base), text) == (0.0, 0.0)
+
+
+def test_the_standard_error_is_its_formula(text: EvaluationSet) -> None:
+    """With plain loops over windows of unequal size: the first scores more than the others."""
+    generator = np.random.default_rng(1)
+    a = generator.normal(4, 2, text.scored_tokens).astype(np.float32)
+    b = generator.normal(4, 2, text.scored_tokens).astype(np.float32)
+    difference = [float(x) - float(y) for x, y in zip(a, b, strict=True)]
+    mean = sum(difference) / len(difference)
+    at, squares, counts = 0, 0.0, [window.scored for window in text.windows]
+    assert len(set(counts)) == 2
+    for count in counts:
+        squares += (sum(difference[at : at + count]) - mean * count) ** 2
+        at += count
+    m = len(counts)
+    expected = math.sqrt(m / (m - 1) * squares) / len(difference)
+    found = paired_difference(Quality(a, 0, 1, 1, {}), Quality(b, 0, 1, 1, {}), text)
+    assert found == pytest.approx((mean, expected), rel=1e-9)
+
+
+def test_one_window_has_no_standard_error(tiny: Engine) -> None:
+    words = " ".join(f"{n} squared is {n * n}," for n in range(400))
+    one = evaluation_set(Corpus("squares", words), tiny.tokenizer, 700)
+    losses = np.ones(one.scored_tokens, np.float32)
+    assert paired_difference(
+        Quality(losses, 0, 1, 1, {}), Quality(losses * 2, 0, 1, 1, {}), one
+    ) == (-1.0, None)
+
+
+def test_a_disk_without_room_is_named_before_anything_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(quality.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 10))
+    with pytest.raises(ElasticMoEError, match=r"needs 7\.3 GB in .* 0\.0 GB are free\. Lower"):
+        FullNetwork(12_032, 152_000)
+    FullNetwork(1, 2)  # 8 bytes
+
+
+def test_rows_in_chunks_give_what_all_at_once_gives(
+    tiny: Engine, text: EvaluationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = measure(tiny, text, tiny.resolve("full"), [6, 3], None)
+    monkeypatch.setattr(quality, "CHUNK_NUMBERS", 100 * tiny.model.config.vocab_size)
+    largest = 0
+    logits = ElasticTransformer.logits
+
+    def watched(model: ElasticTransformer, x: torch.Tensor) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, x.shape[0])
+        return logits(model, x)
+
+    monkeypatch.setattr(ElasticTransformer, "logits", watched)
+    chunked, _ = measure(tiny, text, tiny.resolve("full"), [6, 3], None)
+    assert largest == 100
+    for depth in (6, 3):
+        np.testing.assert_allclose(chunked[depth].losses, whole[depth].losses, atol=1e-5)
+        assert chunked[depth].kl_to_full == pytest.approx(whole[depth].kl_to_full, abs=1e-6)
+        assert chunked[depth].top1_agreement == whole[depth].top1_agreement
+        assert chunked[depth].expert_use == whole[depth].expert_use
+        assert chunked[depth].mean_experts == whole[depth].mean_experts

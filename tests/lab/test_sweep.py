@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from pathlib import Path
 
 import pytest
 
+from elastic_moe.cli.sweep import show
 from elastic_moe.engine import Engine
-from elastic_moe.errors import ElasticMoEError
 from elastic_moe.lab import sweep
 
 FIELDS = set(
@@ -95,24 +97,100 @@ def test_an_interrupted_sweep_keeps_its_points_and_goes_on_from_there(
     assert {p["name"]: p for p in again["points"]}["L2"]["bits_per_byte"] < 100
 
 
-def test_an_interrupted_sweep_of_another_text_is_not_continued(
-    tiny: Engine, text: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("axes", "names"),
+    [
+        ({"depth": [3]}, ["full", "L3"]),
+        ({"top_k": [2]}, ["full", "k2"]),
+        ({"expert_width": [2]}, ["full", "w2"]),
+        ({"sparsity": [0.5]}, ["full", "t0.5"]),
+        ({"expert_pool": [4]}, ["full", "p4"]),
+        (
+            {
+                "depth": [3],
+                "top_k": [2],
+                "expert_width": [2],
+                "sparsity": [0.5],
+                "expert_pool": [4],
+            },
+            ["full", "L3-k2-w2-t0.5-p4"],
+        ),
+    ],
+)
+def test_every_axis_that_is_given_is_swept(
+    tiny: Engine, text: Path, tmp_path: Path, axes: dict, names: list[str]
 ) -> None:
-    quick(tiny, text, tmp_path)
-    kept = json.loads((tmp_path / "sweep.json").read_text())
-    kept["complete"] = False
-    kept["points"][1]["bits_per_byte"] = 123.0
-    kept["corpus"]["sha256"] = "0" * 64
-    (tmp_path / "sweep.json").write_text(json.dumps(kept))
+    none = {"depth": None, "top_k": None}
+    result = quick(tiny, text, tmp_path, **{**none, **axes, "tokens": 512})
+    assert [p["name"] for p in result["points"]] == names
+
+
+def test_points_agree_with_their_definitions(tiny: Engine, text: Path, tmp_path: Path) -> None:
+    for point in quick(tiny, text, tmp_path)["points"]:
+        subnet = tiny.resolve(point["name"])
+        assert point["perplexity"] == pytest.approx(math.exp(point["nats_per_token"]))
+        assert point["weight_bytes_per_token"] == subnet.weight_bytes_per_token(4)  # float32
+        assert point["flops_per_token_max"] == round(subnet.flops_per_token(512))
+
+
+def test_a_bfloat16_weight_has_two_bytes(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    engine = Engine.from_pretrained(tiny_folder, dtype="bfloat16")
+    (full,) = quick(engine, text, tmp_path, depth=[6], top_k=None, tokens=512)["points"]
+    assert full["weight_bytes_per_token"] == engine.resolve("full").weight_bytes_per_token(2)
+
+
+def test_one_window_has_no_standard_error_and_everything_copes(
+    tiny: Engine, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = quick(tiny, text, tmp_path, tokens=700, top_k=None)
+    assert [p["standard_error"] for p in result["points"]] == [None] * 3
+    report = (tmp_path / "report.html").read_text()
+    assert "± 0.000" not in report
+    assert "one window: no standard error" in report
+    assert "± -" in report
+    show(result, tmp_path)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "%" in line]
+    assert rows
+    assert all(row[-3] == "-" for row in rows)
+
+
+def test_points_that_were_not_timed_show_a_dash(
+    tiny: Engine, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = quick(tiny, text, tmp_path)
-    assert all(p["bits_per_byte"] < 100 for p in result["points"])
+    for point in result["points"][1:]:
+        point["decode_tokens_per_second"] = None
+    show(result, tmp_path)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "%" in line]
+    assert [row[-1] == "-" for row in rows] == [False] + [True] * (len(rows) - 1)
 
 
-def test_a_damaged_result_is_named_and_left_alone(tiny: Engine, text: Path, tmp_path: Path) -> None:
-    (tmp_path / "sweep.json").write_text("{")
-    with pytest.raises(ElasticMoEError, match=r"sweep\.json is no JSON"):
-        quick(tiny, text, tmp_path)
-    assert (tmp_path / "sweep.json").read_text() == "{"
+def test_channels_are_ranked_before_and_the_text_is_recorded(
+    tiny_folder: Path, tiny: Engine, text: Path, tmp_path: Path
+) -> None:
+    def widths(out: Path, engine: Engine, **changes: object) -> dict:
+        return quick(engine, text, out, depth=None, top_k=None, expert_width=[2], **changes)
+
+    plain = widths(tmp_path / "plain", tiny)
+    engine = Engine.from_pretrained(tiny_folder, dtype="float32")
+    stages: list[str] = []
+    ranked = widths(
+        tmp_path / "ranked", engine, rank_channels=text, progress=lambda s, *_: stages.append(s)
+    )
+    assert stages[0] == "ranking"
+    assert ranked["settings"]["rank_channels"] == "squares.txt"
+    digest = hashlib.sha256(text.read_bytes()).hexdigest()
+    assert ranked["settings"]["rank_channels_sha256"] == digest
+    (full, narrow), (plain_full, plain_narrow) = ranked["points"], plain["points"]
+    assert full["bits_per_byte"] == pytest.approx(plain_full["bits_per_byte"], rel=1e-5)
+    assert narrow["kl_to_full"] < 0.9 * plain_narrow["kl_to_full"]
+    words = "channels of each expert ranked on squares.txt"
+    assert words in (tmp_path / "ranked" / "report.html").read_text()
+    assert "ranked on" not in (tmp_path / "plain" / "report.html").read_text()
+
+    again = widths(tmp_path / "again", engine)  # an engine that was ranked before
+    assert again["settings"]["rank_channels_sha256"] == digest
+    assert f"a text of SHA-256 {digest[:12]}" in (tmp_path / "again" / "report.html").read_text()
 
 
 def test_skipped_points_are_listed(tiny: Engine, text: Path, tmp_path: Path) -> None:

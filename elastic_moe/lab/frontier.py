@@ -224,21 +224,28 @@ class Pick:
     speed: float | None
 
 
+def trained_points(points: Sequence[Point]) -> list[Point]:
+    """The points that training drew; [] where that is the full network alone."""
+    trained = [point for point in points if point.get("trained", True)]
+    return trained if any(point["name"] != "full" for point in trained) else []
+
+
 def pick(points: Sequence[Point], full: Point) -> Pick | None:
     """The point to name first: the cheapest within 2 %, else 5, 10 or 25 %, of the full's quality.
 
     A tolerance is passed over when its cheapest point saves less than a quarter of the FLOPs, and
-    the last answer is None. Untrained points are not named: nobody would run them on purpose.
+    the last answer is None. Untrained points are not named, as nobody would run them on purpose,
+    unless the checkpoint was not trained for any.
     """
+    candidates = trained_points(points) or points
     full_flops, full_bits, full_speed = flops(full), bits(full), decode_speed(full)
     if not full_flops or not full_bits:
         return None
     for tolerance in (0.02, 0.05, 0.10, 0.25):
         near = [
             (c / full_flops, b / full_bits, p)
-            for p in points
-            if p.get("trained", True)
-            and (c := flops(p)) is not None
+            for p in candidates
+            if (c := flops(p)) is not None
             and (b := bits(p)) is not None
             and b <= full_bits * (1 + tolerance)
         ]

@@ -50,6 +50,7 @@ from elastic_moe.lab.frontier import (
     pick,
     ranking,
     threshold_cost_is_measured,
+    trained_points,
     untrained_axes,
     use_layers,
 )
@@ -191,18 +192,20 @@ def summary(sweep: Sweep) -> str:
             f"Only the full network has been measured: {full['bits_per_byte']:.3f} bits per byte "
             f"for {format_si(flops(full), 'FLOP')} per token."
         )
-    found = pick(points, full)
+    found, trained = pick(points, full), bool(trained_points(points))
+    note = "" if trained else " The checkpoint was not trained for smaller sub-networks."
     if found is None:
         return (
-            "No trained sub-network of this sweep saves a quarter of the full network's FLOPs and "
-            f"stays within 25 % of its {full['bits_per_byte']:.3f} bits per byte."
+            f"No {'trained ' if trained else ''}sub-network of this sweep saves a quarter of the "
+            f"full network's FLOPs and stays within 25 % of its {full['bits_per_byte']:.3f} bits "
+            f"per byte.{note}"
         )
     speed = f" and decodes {found.speed:.2g} times as fast" if found.speed else ""
     change = f"{format_percent(abs(found.bits - 1), 1)} {'worse' if found.bits > 1 else 'better'}"
     return (
         f"{clean(found.point['name'], 30)} needs {format_percent(found.flops)} of the full "
         f"network's FLOPs per token{speed}; its bits per byte are {change} "
-        f"({found.point['bits_per_byte']:.3f} against {full['bits_per_byte']:.3f})."
+        f"({found.point['bits_per_byte']:.3f} against {full['bits_per_byte']:.3f}).{note}"
     )
 
 

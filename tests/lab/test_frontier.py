@@ -135,9 +135,12 @@ def test_pick_is_the_cheapest_near_the_full_network_and_trained():
     assert found.point in near
     assert found.point["flops_per_token"] == min(p["flops_per_token"] for p in near)
     assert found.flops <= 0.75
-    for point in points:
-        point["trained"] = point["name"] == "full"
+    for point in points:  # trained, but for nothing that saves a quarter
+        point["trained"] = point["name"] in ("full", "k3")
     assert pick(points, full) is None
+    for point in points:  # for nothing at all, as in ordinary checkpoints: then all may be named
+        point["trained"] = point["name"] == "full"
+    assert pick(points, full) == found
 
 
 def test_threshold_cost_is_told_from_the_figures():

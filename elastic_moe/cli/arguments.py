@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from elastic_moe.engine import Engine
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """MODEL, and how it runs."""
+def add_model_name(parser: argparse.ArgumentParser) -> None:
+    """MODEL and --download."""
     parser.add_argument(
         "model",
         nargs="?",
@@ -25,6 +25,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     add_download(parser)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """MODEL, and how it runs."""
+    add_model_name(parser)
     parser.add_argument(
         "--dtype",
         default="auto",

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from elastic_moe.cli.arguments import add_download, add_routing, positive_integer, read_routing
+from elastic_moe.cli.arguments import add_model_name, add_routing, positive_integer, read_routing
 
 EXAMPLES = """examples:
   elastic-moe info                                   the bundled model and this install
@@ -18,15 +18,7 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of this command."""
-    parser.add_argument(
-        "model",
-        nargs="?",
-        default="elastic-mini",
-        metavar="MODEL",
-        help="a bundled model, a Hugging Face folder, or an id in the Hugging Face cache "
-        "(default: %(default)s)",
-    )
-    add_download(parser)
+    add_model_name(parser)
     add_routing(parser)
     parser.add_argument(
         "--context",

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-# Before torch loads OpenMP: a waiting thread sleeps instead of spinning. On a machine that others
-# use too, spinning makes small models tens of times slower; the processes that tests start inherit
-# it. No test measures speed.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Before torch loads OpenMP: a waiting thread spins for microseconds, then sleeps. Spinning on, which
+# is the default, makes small models tens of times slower on a machine that others use too; sleeping
+# at once makes them twice as slow on an idle one. Processes that tests start inherit it.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-# Before torch loads OpenMP: a waiting thread spins for microseconds, then sleeps. Spinning on, which
+# Before torch loads OpenMP: a waiting thread spins for microseconds, then sleeps. To spin on, as
 # is the default, makes small models tens of times slower on a machine that others use too; sleeping
 # at once makes them twice as slow on an idle one. Processes that tests start inherit it.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")

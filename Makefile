@@ -57,7 +57,8 @@ build/interop/.installed: constraints.txt
 	build/interop/venv/bin/python -m pip download --quiet --no-deps \
 		--no-binary llama-cpp-python -d build/interop $(LLAMA_CPP)
 	tar -xzf build/interop/llama_cpp_python-*.tar.gz -C build/interop
-	build/interop/venv/bin/python -m pip install --quiet build/interop/llama_cpp_python-*.tar.gz
+	CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) CMAKE_ARGS=-DGGML_NATIVE=ON \
+		build/interop/venv/bin/python -m pip install --quiet build/interop/llama_cpp_python-*.tar.gz
 	touch $@
 
 interop: .venv/.installed build/interop/.installed  ## compare extracted checkpoints with llama.cpp

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError("the prompt is empty. Use --prompt, --chat or standard input.")
     engine = load_engine(args)
     if args.chat is not None:
-        prompt = engine.tokenizer.render_chat([{"role": "user", "content": args.chat}])
+        prompt = engine.tokenizer.encode_chat([{"role": "user", "content": args.chat}])
     completion = None
     for delta in engine.stream(prompt, routing, sampling):
         if not args.json:

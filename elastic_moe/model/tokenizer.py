@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
 
 from elastic_moe.errors import CheckpointError, ElasticMoEError, RequestError
+from elastic_moe.model.chat import read_chat_template
 from elastic_moe.model.folder import CONFIG, file_in, read_json_if_there, read_text
 from elastic_moe.routing import shorten
 
@@ -42,7 +43,7 @@ class Tokenizer:
         self.bos_id = _one(ids.get("bos_token_id"), "bos_token_id", where)
         self.pad_id = _one(ids.get("pad_token_id"), "pad_token_id", where)
         self.eos_ids = _ids(ids.get("eos_token_id"), "eos_token_id", where)
-        self.chat_template = _chat_template(folder)
+        self.chat_template = read_chat_template(folder)
 
     @property
     def vocab_size(self) -> int:
@@ -76,21 +77,36 @@ class Tokenizer:
         return TextStream(self.fast, prompt)
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
     ) -> str:
-        """The prompt text of a conversation, by the checkpoint's chat template in a sandbox."""
+        """The prompt text of a conversation, by the checkpoint's chat template in a sandbox.
+
+        Args:
+            variables: what else the template may look at, such as tools or enable_thinking.
+
+        Raises:
+            RequestError: there is no template, or it refuses the messages.
+        """
         if self.chat_template is None:
             raise RequestError("this checkpoint has no chat template. Send a plain prompt.")
-        from jinja2.sandbox import ImmutableSandboxedEnvironment  # deferred: few uses need it
+        return self.chat_template.render(
+            messages, add_generation_prompt=add_generation_prompt, **variables
+        )
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        try:
-            template = environment.from_string(self.chat_template)
-            return template.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # a template may fail in any way that an expression can
-            raise RequestError(f"the chat template refused these messages: {error}.") from error
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+        """Ids of a conversation. BOS comes once, whether the template or the tokenizer writes it.
+
+        Raises:
+            RequestError: as `render_chat`.
+        """
+        text = self.render_chat(messages, **variables)
+        ids = self.encode(text, add_special_tokens=False)
+        has_bos = tuple(ids[: len(self.prefix)]) == self.prefix
+        return ids if has_bos else [*self.prefix, *ids]
 
 
 class TextStream:
@@ -123,22 +139,6 @@ def _prefix(fast: FastTokenizer) -> tuple[int, ...]:
     encoding = fast.encode("a")
     marks = [*encoding.special_tokens_mask, 0]
     return tuple(encoding.ids[: marks.index(0)])
-
-
-def _chat_template(folder: Path) -> str | None:
-    """From a file of its own, as transformers 5 saves it, or from tokenizer_config.json."""
-    if (folder / "chat_template.jinja").exists():
-        return read_text(folder, "chat_template.jinja")
-    template = read_json_if_there(folder, "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):  # several by name
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    if template is not None and not isinstance(template, str):
-        raise CheckpointError(
-            f"{folder / 'tokenizer_config.json'}: chat_template must be text, or a list of named "
-            f"templates, got {shorten(template)}."
-        )
-    return template
 
 
 def _ids(value: Any, key: str, where: str) -> frozenset[int]:

@@ -107,3 +107,56 @@ def test_template_that_fails_in_any_way_is_a_request_error(template: str, folder
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     with pytest.raises(RequestError, match="the chat template refused these messages"):
         Tokenizer(folder).render_chat([{"role": "user", "content": "hello"}])
+
+
+# Chat templates of published checkpoints
+
+
+def with_template(folder: Path, template: str, **settings: object) -> Tokenizer:
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return Tokenizer(folder)
+
+
+MESSAGES = [{"role": "user", "content": "a<b"}]
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}", "<|bos|>a<b<|endoftext|>"),
+        ("{{ messages | tojson }}", '[{"role": "user", "content": "a<b"}]'),
+        ("{% for i in [1, 2, 3] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "1"),
+        ("{% if tools %}tools{% else %}none{% endif %}", "none"),
+        ("{% if add_generation_prompt %}go{% endif %}", "go"),
+    ],
+)
+def test_templates_find_the_names_that_transformers_gives_them(
+    template: str, text: str, folder: Path
+) -> None:
+    special = {"bos_token": {"content": "<|bos|>"}, "eos_token": "<|endoftext|>"}
+    assert with_template(folder, template, **special).render_chat(MESSAGES) == text
+
+
+def test_a_template_may_refuse_in_its_own_words(folder: Path) -> None:
+    template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(RequestError, match="refused these messages: roles must alternate"):
+        with_template(folder, template).render_chat(MESSAGES)
+
+
+def test_a_template_may_ask_for_the_date(folder: Path) -> None:
+    text = with_template(folder, "{{ strftime_now('%Y') }}").render_chat(MESSAGES)
+    assert text.isdigit()
+
+
+def test_variables_reach_the_template(folder: Path) -> None:
+    tokenizer = with_template(folder, "{{ enable_thinking }}")
+    assert tokenizer.render_chat(MESSAGES, enable_thinking=False) == "False"
+
+
+@pytest.mark.parametrize("start", ["", "{{ bos_token }}"])
+def test_a_chat_has_bos_once_whoever_writes_it(start: str, folder: Path) -> None:
+    tokenizer = with_template(folder, start + "{{ messages[0].content }}", bos_token="<|bos|>")
+    ids = tokenizer.encode_chat(MESSAGES)
+    assert ids == tokenizer.encode("a<b")
+    assert ids.count(tokenizer.prefix[0]) == 1

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from elastic_moe import __version__
 from elastic_moe.engine import Engine
 from elastic_moe.lab.quality import FullNetwork, Quality, measure_depths, paired_difference
+from elastic_moe.lab.record import describe_commit
 from elastic_moe.lab.text import EvaluationSet, evaluation_set, language_reference, read_corpus
 from elastic_moe.train.bigram import fit_bigram
 from elastic_moe.train.checkpoint import load_state
@@ -99,18 +99,6 @@ def judge(found: dict[str, Quality], text: EvaluationSet, bigram: float | None) 
     return bars
 
 
-def commit() -> str | None:
-    """Of this project, wherever the command runs; None outside a clone."""
-    done = subprocess.run(
-        ["git", "rev-parse", "--verify", "--quiet", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or None
-
-
 def record(engine: Engine, text: EvaluationSet, found: dict[str, Quality]) -> dict[str, Any]:
     points = {}
     for name, quality in found.items():
@@ -133,7 +121,7 @@ def record(engine: Engine, text: EvaluationSet, found: dict[str, Quality]) -> di
         "points": points,
         "machine": platform.processor() or platform.machine(),
         "versions": {"elastic_moe": __version__, "torch": str(torch.__version__)},
-        "commit": commit(),
+        "commit": describe_commit(),
     }
 
 

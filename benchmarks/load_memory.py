@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from elastic_moe.lab.record import describe_machine, describe_versions
+from elastic_moe.lab.record import describe_commit, describe_machine, describe_versions
 from elastic_moe.model.checkpoint import load_model
 from elastic_moe.model.families import FAMILIES, parameter_shapes, read_config
 from elastic_moe.model.saving import Item, write_config_json, write_tensors
@@ -104,6 +104,7 @@ def main() -> int:
                 "bar": BAR,
                 "machine": describe_machine(),
                 "versions": describe_versions(),
+                "commit": describe_commit(),
             }
         )
     )

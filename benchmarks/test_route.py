@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +19,8 @@ import torch
 from elastic_moe_kernels import cpu, ops, reference
 from elastic_moe_kernels.table import LayerTable
 from pytest_benchmark.fixture import BenchmarkFixture
+
+from elastic_moe.lab.record import describe_commit
 
 TOP_K = {16: 4, 64: 8, 128: 8}  # elastic-mini, OLMoE, Qwen3-MoE
 
@@ -43,20 +43,13 @@ def results(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
     """Collects a record per benchmark; ends with one JSON line for all of them."""
     records: list[dict[str, Any]] = []
     yield records
-    commit = subprocess.run(
-        ["git", "rev-parse", "--verify", "--quiet", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     line = {
         "benchmark": "route",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}",
         "level": cpu.level(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": commit.stdout.strip() or None,
+        "commit": describe_commit(),
         "records": records,
     }
     capture = request.config.pluginmanager.getplugin("capturemanager")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from elastic_moe.engine import Engine
+from elastic_moe.lab.record import describe_commit
 from elastic_moe.lab.text import evaluation_set, language_reference
 from elastic_moe.model.folder import BUNDLED
 from elastic_moe.train.bigram import Bigram, fit_bigram
@@ -77,13 +78,13 @@ def test_a_card_without_a_bigram_says_nothing_of_one(
     assert "bigram" not in module.card()
 
 
-def test_the_benchmark_names_the_commit_of_this_project(
+def test_benchmarks_name_the_commit_of_this_project(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["git", "-C", str(ROOT), "rev-parse", "--verify", "--quiet", "HEAD"]
     head = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     monkeypatch.chdir(tmp_path)
-    assert benchmark("elastic_mini").commit() == (head or None)
+    assert describe_commit() == (head or None)
 
 
 def test_the_bigram_reads_the_steps_that_were_done_not_the_plan(

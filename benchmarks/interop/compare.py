@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from elastic_moe import Engine
-from elastic_moe.lab.record import describe_machine, describe_versions
+from elastic_moe.lab.record import describe_commit, describe_machine, describe_versions
 from elastic_moe.lab.text import language_reference
 from elastic_moe.model.extract import extract
 from elastic_moe.model.folder import BUNDLED
@@ -158,6 +158,7 @@ def main() -> int:
                 "bar_mean_kl": MAX_MEAN_KL,
                 "machine": describe_machine(),
                 "versions": {**describe_versions(), "llama_cpp_python": version},
+                "commit": describe_commit(),
             }
         worst = max(worst, record["mean_kl"])
         lines.append(json.dumps(record))

@@ -124,7 +124,8 @@ def measure_depths(
     Yields:
         (windows done, {}) after each batch, and last (windows, {depth: quality}).
     """
-    sums = {depth: _Sums(model.shape.num_experts) for depth in depths}
+    sums = {depth: _Sums() for depth in depths}
+    use = _ExpertUse(model.shape.num_experts)
     done = start = 0
     for batch in text.batches(BATCH_WINDOWS):
         device = model.embed_tokens.weight.device
@@ -150,12 +151,11 @@ def measure_depths(
                     itself = is_full and depth == deepest.depth
                     predicted = reference if itself else _logprobs(model, x[part])
                     sums[depth].add(predicted, wanted[part], reference)
-        for depth, total in sums.items():
-            total.count_experts(trace, depth)
+        use.add(trace)
         start += len(wanted)
         done += len(batch)
         yield done, {}
-    yield done, {depth: total.quality() for depth, total in sums.items()}
+    yield done, {depth: total.quality(use, depth) for depth, total in sums.items()}
 
 
 def _logprobs(model: ElasticTransformer, x: Tensor) -> Tensor:
@@ -166,13 +166,10 @@ def _logprobs(model: ElasticTransformer, x: Tensor) -> Tensor:
 class _Sums:
     """Running sums of one sub-network's quality."""
 
-    def __init__(self, num_experts: int) -> None:
-        self.num_experts = num_experts
+    def __init__(self) -> None:
         self.losses: list[Tensor] = []
         self.kl = 0.0
         self.agreed = 0
-        self.choices: dict[int, Tensor] = {}
-        self.rows: dict[int, int] = {}
 
     def add(self, predicted: Tensor, wanted: Tensor, full: Tensor) -> None:
         """predicted, full (n, V) log-probabilities; wanted (n,) ids."""
@@ -180,22 +177,43 @@ class _Sums:
         self.kl += float((full.exp() * (full - predicted)).sum(dim=1).double().sum())
         self.agreed += int((predicted.argmax(1) == full.argmax(1)).sum())
 
-    def count_experts(self, trace: Trace, depth: int) -> None:
-        """Add what the routers of the first `depth` layers chose for a batch."""
-        for layer in trace.layers:
-            if layer.layer < depth:
-                ids = layer.topk_ids[layer.topk_ids >= 0].long()
-                counts = torch.bincount(ids, minlength=self.num_experts).cpu()
-                self.choices[layer.layer] = self.choices.get(layer.layer, 0) + counts
-                self.rows[layer.layer] = self.rows.get(layer.layer, 0) + len(layer.topk_ids)
-
-    def quality(self) -> Quality:
+    def quality(self, use: _ExpertUse, depth: int) -> Quality:
         losses = torch.cat(self.losses).numpy()
-        ran, rows = sum(int(c.sum()) for c in self.choices.values()), sum(self.rows.values())
         return Quality(
             losses=losses,
             kl_to_full=self.kl / len(losses),
             top1_agreement=self.agreed / len(losses),
-            mean_experts=ran / rows if rows else 0.0,
-            expert_use={i: (c / c.sum()).tolist() for i, c in sorted(self.choices.items())},
+            mean_experts=use.mean(depth),
+            expert_use=use.shares(depth),
         )
+
+
+class _ExpertUse:
+    """What the routers of each layer chose in one pass, whichever depths are measured in it."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self.choices: dict[int, Tensor] = {}  # layer -> (E,) tokens that chose each expert
+        self.rows: dict[int, int] = {}  # layer -> tokens
+
+    def add(self, trace: Trace) -> None:
+        """Count the choices of a batch."""
+        for layer in trace.layers:
+            ids = layer.topk_ids[layer.topk_ids >= 0].long()
+            counts = torch.bincount(ids, minlength=self.num_experts).cpu()
+            self.choices[layer.layer] = self.choices.get(layer.layer, 0) + counts
+            self.rows[layer.layer] = self.rows.get(layer.layer, 0) + len(layer.topk_ids)
+
+    def mean(self, depth: int) -> float:
+        """Experts that ran, per token and MoE layer of the first `depth` layers."""
+        ran = sum(int(c.sum()) for layer, c in self.choices.items() if layer < depth)
+        rows = sum(count for layer, count in self.rows.items() if layer < depth)
+        return ran / rows if rows else 0.0
+
+    def shares(self, depth: int) -> dict[int, list[float]]:
+        """Layer -> fraction of its choices that fell on each expert, of the first `depth`."""
+        return {
+            layer: (counts / counts.sum()).tolist()
+            for layer, counts in sorted(self.choices.items())
+            if layer < depth
+        }

@@ -23,6 +23,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from elastic_moe.files import write_text
+from elastic_moe.lab.details import curve_figure, expert_use_figure
 from elastic_moe.lab.drawing import (
     LIGHT,
     SHAPE_NAMES,
@@ -54,12 +55,7 @@ from elastic_moe.lab.frontier import (
     untrained_axes,
     use_layers,
 )
-from elastic_moe.lab.plots import (
-    Panel,
-    curve_figure,
-    expert_use_figure,
-    frontier_figure,
-)
+from elastic_moe.lab.plots import Panel, frontier_figure
 
 DARK = {
     "ink": "#e8eaed",

@@ -102,17 +102,23 @@ class Checkpoint:
         stored = self.files.entries
         ways = list(FAMILIES[self.config.model_type].sources(self.config, name, shape))
         for way in ways:
-            if all(s.tensor in stored and stored[s.tensor].shape == s.shape for s in way):
+            if not self._misfit(way):
                 return way
         nearest = next((way for way in ways if any(s.tensor in stored for s in way)), ways[0])
-        for source in nearest:
-            got = self.files.entry(source.tensor)
+        raise CheckpointError(self._misfit(nearest))
+
+    def _misfit(self, way: list[Source]) -> str:
+        """What of a way of storing a parameter the files do not bear out; "" if they do."""
+        for source in way:
+            got = self.files.entries.get(source.tensor)
+            if got is None:
+                return f"{self.files.path}: tensor {source.tensor!r} is missing."
             if got.shape != source.shape:
-                raise CheckpointError(
+                return (
                     f"{got.path}: tensor {source.tensor!r} has shape {got.shape}, config.json asks "
                     f"for {source.shape}."
                 )
-        raise AssertionError("a way that is borne out was passed over")
+        return ""
 
     def _check_rest(self, used: set[str]) -> None:
         """Refuse tensors that no parameter uses, unless they repeat one or are known not to run."""

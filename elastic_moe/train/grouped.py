@@ -23,6 +23,7 @@ class _GroupedExperts(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor
     ) -> Tensor:
+        """x (T, D), ids and weights (T, K), gate and up (E, c, D), down (E, D, c) -> (T, D)."""
         T, K = ids.shape
         E, c, D = gate.shape
         # Dropped slots (-1) sort behind the last expert and take part in no product.
@@ -57,6 +58,7 @@ class _GroupedExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of x, weights, gate, up and down, from that of the output (T, D)."""
         rows, hidden, product, weighted, weight, gate_up, down, order, place, token = (
             ctx.saved_tensors
         )

@@ -13,7 +13,7 @@ import pytest
 from elastic_moe.cli.sweep import show
 from elastic_moe.engine import Engine
 from elastic_moe.lab import sweep
-from elastic_moe.lab.plots import expert_use_figure
+from elastic_moe.lab.details import expert_use_figure
 from elastic_moe.lab.report import summary
 from elastic_moe.model.folder import BUNDLED
 from tests.model.theirs import their_model

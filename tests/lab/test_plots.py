@@ -6,18 +6,23 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import matplotlib
 import pytest
 
+from elastic_moe.lab.details import curve_figure, expert_use_figure
 from elastic_moe.lab.drawing import figure_to_svg
-from elastic_moe.lab.frontier import AXES, decode_time, frontier
-from elastic_moe.lab.plots import (
-    curve_figure,
-    expert_use_figure,
-    frontier_figure,
-    write_frontier_png,
+from elastic_moe.lab.frontier import (
+    AXES,
+    curves,
+    decode_time,
+    format_value,
+    frontier,
+    full_point,
+    full_values,
 )
+from elastic_moe.lab.plots import frontier_figure, write_frontier_png
 
 # Tests are imported one by one (--import-mode=importlib), so a neighbour is run by its path.
 synthetic = runpy.run_path(str(Path(__file__).with_name("synthetic.py")))
@@ -30,6 +35,19 @@ def label_boxes(figure):
         [(t.get_text(), t.get_window_extent()) for t in axes.texts if t.get_gid() == "label"]
         for axes in figure.axes
     ]
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def points_drawn(axes):
+    """Which points of the sweep have a dot here."""
+    gids = [line.get_gid() or "" for line in axes.lines]
+    return sorted(int(gid.removeprefix("point-")) for gid in gids if gid.startswith("point-"))
+
+
+def assert_is_svg(text):
+    assert ElementTree.fromstring(text).tag.endswith("svg")
 
 
 def test_both_panels_name_their_own_frontier_without_overlaps():
@@ -59,8 +77,7 @@ def test_quality_points_up_in_both_panels():
 def test_every_point_is_drawn_once_in_each_panel():
     sweep = synthetic_sweep()
     for axes in frontier_figure(sweep).axes:
-        drawn = [ln.get_gid() for ln in axes.lines if (ln.get_gid() or "").startswith("point-")]
-        assert sorted(drawn) == sorted(f"point-{i}" for i in range(len(sweep["points"])))
+        assert points_drawn(axes) == list(range(len(sweep["points"])))
 
 
 def test_untrained_points_are_hollow():
@@ -79,22 +96,33 @@ def test_without_timings_only_the_flops_are_drawn():
 
 
 @pytest.mark.parametrize(("count", "timings"), [(0, True), (1, True), (2, False), (7, True)])
-def test_a_partial_sweep_draws(tmp_path, count, timings):
+def test_a_partial_sweep_draws_the_points_that_it_has(tmp_path, count, timings):
     sweep = synthetic_sweep(timings=timings, complete=False)
     sweep["points"] = sweep["points"][:count]
     sweep["expert_use"] = None
     write_frontier_png(sweep, tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").read_bytes().startswith(PNG)
+    for axes in frontier_figure(sweep).axes:
+        assert points_drawn(axes) == list(range(count))
     for axis in AXES:
-        figure_to_svg(curve_figure(sweep, axis))
-    figure_to_svg(expert_use_figure(sweep))
+        figure = curve_figure(sweep, axis)
+        full = full_point(sweep["points"]) or full_values(sweep["model"])
+        values = [format_value(p[axis.key]) for p in curves(sweep["points"], full)[axis.key]]
+        ticks = [tick.get_text() for tick in figure.axes[1].get_xticklabels()]
+        assert ticks == values or not count  # without points the axis keeps its own ticks
+        assert_is_svg(figure_to_svg(figure))
+    assert_is_svg(figure_to_svg(expert_use_figure(sweep)))
 
 
-def test_without_the_full_network_everything_draws(tmp_path):
+def test_without_the_full_network_all_other_points_are_drawn(tmp_path):
     sweep = synthetic_sweep(complete=False)
     del sweep["points"][0]
     write_frontier_png(sweep, tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").read_bytes().startswith(PNG)
+    for axes in frontier_figure(sweep).axes:
+        assert points_drawn(axes) == list(range(len(sweep["points"])))
     for axis in AXES:
-        figure_to_svg(curve_figure(sweep, axis.key))
+        assert_is_svg(figure_to_svg(curve_figure(sweep, axis.key)))
 
 
 def test_some_points_untimed_and_a_wide_range(tmp_path):

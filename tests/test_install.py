@@ -168,7 +168,7 @@ def test_with_a_compiler_the_extension_is_used(with_compiler: Install) -> None:
         for name in with_compiler.files
         if re.fullmatch(r"elastic_moe_kernels/_native.*\.so", name)
     ]
-    seen = json.loads(with_compiler.run(USE + "\nassert '_native' in str(cpu._native())"))
+    seen = json.loads(with_compiler.run(USE + "\nassert '_native' in str(cpu.native())"))
     assert seen["where"].startswith(str(with_compiler.target))
     assert seen["ids"] == [[1, 3]]
     assert seen["warnings"] == []

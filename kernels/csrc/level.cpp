@@ -1,12 +1,79 @@
 // Compiled once per instruction-set level, with that level's flags and ELASTIC_MOE_LEVEL set to
 // its name: everything but the one table below has internal linkage, so levels cannot mix.
 #include "levels.h"
-#include "route.h"
+#include "step.h"
 
 #define ELASTIC_MOE_JOIN_(a, b) a##b
 #define ELASTIC_MOE_JOIN(a, b) ELASTIC_MOE_JOIN_(a, b)
 #define ELASTIC_MOE_STRING_(a) #a
 #define ELASTIC_MOE_STRING(a) ELASTIC_MOE_STRING_(a)
+
+namespace {
+
+using elastic_moe::ExpertsArgs;
+using elastic_moe::LinearArgs;
+
+template <class Kind>
+void linear_as(Member& member, const LinearArgs& args) {
+    multiply_rows<Kind>(
+        member, args.matrix, args.rows,
+        [&](int row) {
+            return static_cast<const typename Kind::Value*>(args.inputs) + args.input_stride * row;
+        },
+        [&](int row, int column, int count, const float* sums) {
+            store_panel(args.out + static_cast<int64_t>(row) * args.matrix.outputs + column, sums,
+                        count);
+        });
+}
+
+void linear(const LinearArgs& args) {
+    run_team(args.threads, [&](Member& member) {
+        if (args.bf16) linear_as<Bf16>(member, args);
+        else linear_as<Float32>(member, args);
+    });
+}
+
+template <class Kind>
+void experts_as(Member& member, ExpertsArgs& args) {
+    member.barrier([&] {
+        plan_experts<Kind>(args.plan, args.ffn, args.topk_ids, args.topk_weights, args.channels,
+                           args.rows, args.slots);
+        count_plan<Kind>(args.plan, args.weight_bytes, args.flops);
+    });
+    run_gate_up<Kind>(member, args.plan, [&](int row) {
+        return static_cast<const typename Kind::Value*>(args.inputs) + args.input_stride * row;
+    });
+    member.barrier();
+    run_down<Kind>(
+        member, args.plan, args.rows, args.ffn.hidden,
+        args.sums + static_cast<int64_t>(member.id) * args.rows * (kDownPanels * kPanel),
+        [&](int row) { return args.out + static_cast<int64_t>(row) * args.ffn.hidden; });
+}
+
+void experts(ExpertsArgs& args) {
+    run_team(args.threads, [&](Member& member) {
+        if (args.bf16) experts_as<Bf16>(member, args);
+        else experts_as<Float32>(member, args);
+    });
+}
+
+void attention(const AttentionArgs& args) {
+    run_team(args.threads, [&](Member& member) {
+        if (args.bf16) run_attention<Bf16>(member, args);
+        else run_attention<Float32>(member, args);
+    });
+}
+
+void rms_norm_rows(const float* x, const float* gain, int64_t rows, int n, float eps, float* out,
+                   int threads) {
+    run_team(rows * n <= kAlone ? 1 : threads, [&](Member& member) {
+        share(member, rows, 16, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) rms_norm(x + i * n, gain, n, eps, out + i * n);
+        });
+    });
+}
+
+}  // namespace
 
 namespace elastic_moe {
 
@@ -17,6 +84,15 @@ constexpr bool kOpenMP = false;
 #endif
 
 extern const Kernels ELASTIC_MOE_JOIN(kernels_, ELASTIC_MOE_LEVEL) = {
-    ELASTIC_MOE_STRING(ELASTIC_MOE_LEVEL), kLanes, kOpenMP, &::route};
+    ELASTIC_MOE_STRING(ELASTIC_MOE_LEVEL),
+    kLanes,
+    kOpenMP,
+    &::route,
+    &::linear,
+    &::experts,
+    &::attention,
+    &::rms_norm_rows,
+    &::step,
+};
 
 }  // namespace elastic_moe

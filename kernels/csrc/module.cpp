@@ -12,6 +12,9 @@
 #include <vector>
 
 #include "levels.h"
+#include "native_model.h"
+#include "pack.h"
+#include "plan_room.h"
 
 namespace nb = nanobind;
 using namespace elastic_moe;
@@ -105,10 +108,105 @@ std::tuple<int, int64_t, double> route(
     return {kFine, 0, 0.0};
 }
 
+const Kernels* kernels_of(int level) { return compiled().at(static_cast<size_t>(level)); }
+
+void pack_matrix(uintptr_t from, int64_t row_stride, int64_t outputs, int64_t inputs,
+                 int value_bytes, uintptr_t to, int64_t panel_stride) {
+    nb::gil_scoped_release release;
+    pack(reinterpret_cast<const char*>(from), row_stride, outputs, inputs, value_bytes,
+         reinterpret_cast<char*>(to), panel_stride);
+}
+
+void linear(int level, bool bf16, uintptr_t matrix, int outputs, int inputs, uintptr_t x,
+            int64_t input_stride, int rows, uintptr_t out, int threads) {
+    nb::gil_scoped_release release;
+    LinearArgs args{};
+    args.matrix = {reinterpret_cast<const void*>(matrix), outputs, inputs};
+    args.inputs = reinterpret_cast<const void*>(x);
+    args.input_stride = input_stride;
+    args.rows = rows;
+    args.out = reinterpret_cast<float*>(out);
+    args.threads = threads;
+    args.bf16 = bf16;
+    kernels_of(level)->linear(args);
+}
+
+void rms_norm(int level, uintptr_t x, uintptr_t gain, int64_t rows, int size, float eps,
+              uintptr_t out, int threads) {
+    nb::gil_scoped_release release;
+    kernels_of(level)->rms_norm(reinterpret_cast<const float*>(x),
+                                reinterpret_cast<const float*>(gain), rows, size, eps,
+                                reinterpret_cast<float*>(out), threads);
+}
+
+// (weight bytes, FLOPs). Ids are in [-1, experts) and channels in [1, channels]: checked by cpu.py.
+std::tuple<int64_t, int64_t> experts(int level, bool bf16, uintptr_t weights, int num_experts,
+                                     int hidden, int channels, uintptr_t x, int64_t input_stride,
+                                     int rows, int slots, uintptr_t topk_ids,
+                                     uintptr_t topk_weights, uintptr_t row_channels, uintptr_t out,
+                                     int threads) {
+    nb::gil_scoped_release release;
+    static thread_local Room room;
+    ExpertsArgs args{};
+    args.ffn = {reinterpret_cast<const void*>(weights), num_experts, hidden, channels};
+    args.inputs = reinterpret_cast<const void*>(x);
+    args.input_stride = input_stride;
+    args.rows = rows;
+    args.slots = slots;
+    args.topk_ids = reinterpret_cast<const int32_t*>(topk_ids);
+    args.topk_weights = reinterpret_cast<const float*>(topk_weights);
+    args.channels = reinterpret_cast<const int32_t*>(row_channels);
+    args.out = reinterpret_cast<float*>(out);
+    args.threads = threads;
+    args.bf16 = bf16;
+    room.measure();
+    for (int pass = 0; pass < 2; ++pass) {
+        if (pass) room.hand_out();
+        take_plan(room, args.plan, rows, static_cast<int64_t>(rows) * slots, num_experts, channels,
+                  bf16 ? 2 : 4);
+        args.sums = room.take<float>(static_cast<int64_t>(rows) * 64 * threads);
+    }
+    kernels_of(level)->experts(args);
+    return {args.weight_bytes, args.flops};
+}
+
+// Spans are rows of int32: (row, rows, position, index of its first entry in `blocks`).
+void attention(int level, bool bf16, uintptr_t kv, int kv_heads, int head_dim, int heads,
+               float scale, uintptr_t queries, uintptr_t spans, int span_count, uintptr_t blocks,
+               uintptr_t out, int threads) {
+    nb::gil_scoped_release release;
+    const int32_t* const numbers = reinterpret_cast<const int32_t*>(spans);
+    std::vector<Span> list;
+    for (int i = 0; i < span_count; ++i)
+        list.push_back({numbers[4 * i], numbers[4 * i + 1], numbers[4 * i + 2],
+                        reinterpret_cast<const int32_t*>(blocks) + numbers[4 * i + 3]});
+    AttentionArgs args{};
+    const int64_t padded_head = (head_dim + 15) / 16 * 16;
+    args.kv = {reinterpret_cast<void*>(kv), 16 * kv_heads * (head_dim + padded_head), kv_heads,
+               head_dim};
+    args.heads = heads;
+    args.scale = scale;
+    args.queries = reinterpret_cast<const void*>(queries);
+    args.query_stride = args.out_stride = static_cast<int64_t>(heads) * head_dim;
+    args.spans = list.data();
+    args.span_count = span_count;
+    args.out = reinterpret_cast<void*>(out);
+    args.threads = threads;
+    args.bf16 = bf16;
+    kernels_of(level)->attention(args);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
     m.attr("MAX_EXPERTS") = kMaxExperts;
+    m.attr("BLOCK_POSITIONS") = kBlockPositions;
     m.def("levels", &levels);
     m.def("route", &route);
+    m.def("pack", &pack_matrix);
+    m.def("linear", &linear);
+    m.def("rms_norm", &rms_norm);
+    m.def("experts", &experts);
+    m.def("attention", &attention);
+    define_model(m, &kernels_of);
 }

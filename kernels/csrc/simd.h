@@ -41,6 +41,19 @@ static inline VFloat load_partial(const float* p, int count, float fill) {
     return load(lanes);
 }
 
+// a * b + c: rounded once where the level has FMA, twice elsewhere, and never as the compiler
+// pleases (kernels are compiled with -ffp-contract=off): a row's bits must not depend on which
+// instance of a template computed it.
+static inline VFloat fma(VFloat a, VFloat b, VFloat c) {
+#if defined(__AVX512F__)
+    return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+    return _mm256_fmadd_ps(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 // Lane by lane; b where either is NaN. This is what x86's max instruction does.
 static inline VFloat max(VFloat a, VFloat b) { return a > b ? a : b; }
 
@@ -116,18 +129,18 @@ static inline float reduce_sum(VFloat v) {
 // exp(r) by the polynomial of Cephes' expf; times 2^n through the exponent bits.
 static inline VFloat exp_nonpositive(VFloat x) {
     const VFloat rounder = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    const VFloat shifted = x * 1.44269504088896341f + rounder;
+    const VFloat shifted = fma(x, broadcast(1.44269504088896341f), rounder);
     const VFloat n = shifted - rounder;
-    VFloat r = x - n * 0.693359375f;
-    r = r - n * -2.12194440e-4f;
+    VFloat r = fma(n, broadcast(-0.693359375f), x);
+    r = fma(n, broadcast(2.12194440e-4f), r);
 
     VFloat p = broadcast(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
+    p = fma(p, r, broadcast(1.3981999507e-3f));
+    p = fma(p, r, broadcast(8.3334519073e-3f));
+    p = fma(p, r, broadcast(4.1665795894e-2f));
+    p = fma(p, r, broadcast(1.6666665459e-1f));
+    p = fma(p, r, broadcast(5.0000001201e-1f));
+    p = fma(p, r * r, r) + 1.0f;
 
     VInt exponent;  // n sits in the low mantissa bits of `shifted`
     std::memcpy(&exponent, &shifted, sizeof exponent);
@@ -135,6 +148,50 @@ static inline VFloat exp_nonpositive(VFloat x) {
     VFloat power;
     std::memcpy(&power, &exponent, sizeof power);
     return x < -87.3365447f ? VFloat{} : p * power;  // NaN is not below, and stays
+}
+
+// x * sigmoid(x); NaN stays.
+static inline VFloat silu(VFloat x) {
+    const VFloat e = exp_nonpositive(x > 0.0f ? -x : x);
+    return x * (x > 0.0f ? broadcast(1.0f) : e) / (e + 1.0f);
+}
+
+// bfloat16: the upper half of a float.
+typedef uint16_t VHalf __attribute__((vector_size(2 * kLanes)));
+
+static inline VFloat as_floats(VInt bits) {
+    VFloat v;
+    std::memcpy(&v, &bits, sizeof v);
+    return v;
+}
+
+static inline VFloat load_bf16(const uint16_t* p) {
+    VHalf halves;
+    std::memcpy(&halves, p, sizeof halves);
+    return as_floats(__builtin_convertvector(halves, VInt) << 16);
+}
+
+static inline float from_bf16(uint16_t x) {
+    const uint32_t bits = static_cast<uint32_t>(x) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// Rounded to nearest, ties to even; NaN stays NaN.
+static inline void store_bf16(uint16_t* p, VFloat v) {
+#if defined(__AVX512BF16__)
+    const __m256bh halves = _mm512_cvtneps_pbh(v);
+    std::memcpy(p, &halves, sizeof halves);
+#else
+    typedef uint32_t VBits __attribute__((vector_size(4 * kLanes)));
+    VBits bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    const VBits rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    const VBits quiet = VBits{} + 0x7FC0u;
+    const VHalf halves = __builtin_convertvector(v == v ? rounded : quiet, VHalf);
+    std::memcpy(p, &halves, sizeof halves);
+#endif
 }
 
 }  // namespace

@@ -64,7 +64,7 @@ def build_info() -> BuildInfo:
 def missing() -> str:
     """Why the C++ kernels cannot be used, "" if they can."""
     try:
-        _native()
+        native()
     except KernelError as error:
         return str(error)
     return ""
@@ -116,12 +116,12 @@ def route(
         KernelError: a row names no sub-network of the table, the bias is not finite, or the level
             is not there.
     """
-    native = _native()
+    module = native()
     rows, experts = router_logits.shape
     topk_ids = torch.empty(rows, table.max_top_k, dtype=torch.int32)
     topk_weights = torch.empty(rows, table.max_top_k, dtype=torch.float32)
-    refusal, where, value = native.route(
-        _level_index(level),
+    refusal, where, value = module.route(
+        level_index(level),
         router_logits.data_ptr(),
         subnet_of_row.data_ptr(),
         subnet_of_row.element_size(),
@@ -158,7 +158,12 @@ _REFUSALS = {
 
 
 @cache
-def _level_index(name: str | None) -> int:
+def level_index(name: str | None) -> int:
+    """Position of a level (None: `level()`) in the extension's list.
+
+    Raises:
+        KernelError: it is not there.
+    """
     runnable = _runnable()
     name = level() if name is None else name
     if name not in runnable:
@@ -169,13 +174,17 @@ def _level_index(name: str | None) -> int:
 @cache
 def _runnable() -> dict[str, int]:
     """Position in the extension's list of each level that this machine runs."""
-    found = enumerate(_native().levels())
+    found = enumerate(native().levels())
     return {name: i for i, (name, runs, _, _) in found if runs}
 
 
 @cache
-def _native() -> ModuleType:
-    """The extension, with an OpenMP library for it to find."""
+def native() -> ModuleType:
+    """The extension, with an OpenMP library for it to find.
+
+    Raises:
+        KernelError: it is not installed or does not load.
+    """
     info = build_info()
     if not info.levels:
         raise KernelError(

@@ -58,7 +58,7 @@ def test_level_that_the_machine_lacks_is_refused() -> None:
     if not lacking:
         pytest.skip("this machine runs every level")
     with pytest.raises(KernelError, match=rf"level must be one of .*, got '{lacking[0]}'"):
-        cpu._level_index(lacking[0])
+        cpu.level_index(lacking[0])
 
 
 def test_backends_say_what_there_is() -> None:

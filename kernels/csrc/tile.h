@@ -1,0 +1,102 @@
+// The product that everything is made of: a few rows times a few panels.
+//
+// Each sum is one chain over all inputs in their order, whatever the number of rows and panels of
+// the tile: a row's bits do not depend on its neighbours. Sixteen chains at once hide the latency
+// of the multiply-add and read each weight once per `kTileRows` rows.
+#pragma once
+
+#include "values.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kTileRows = 8;  // 8 rows x 2 panels of one register each
+constexpr int tile_panels(int rows) { return rows <= 4 ? 4 : 2; }
+#elif defined(__AVX2__)
+constexpr int kTileRows = 4;  // 4 rows x 1 panel of two registers
+constexpr int tile_panels(int rows) { return rows == 1 ? 2 : 1; }
+#else
+constexpr int kTileRows = 2;  // 2 rows x 1 panel of four registers
+constexpr int tile_panels(int rows) { return rows == 0 ? 2 : 1; }
+#endif
+constexpr int kTilePanels = tile_panels(1);
+constexpr int kTileSums = kTileRows * 4 * kPanel;  // room for the sums of any tile
+
+// How far ahead of its use a weight is fetched into the cache; what is read past the end of a
+// matrix belongs to the next one, or to nothing: a prefetch cannot fault.
+constexpr int kPrefetchBytes = 2048;
+
+// sums[r][c] = panel c . x[r]. `stride`: values from one panel to the next.
+template <class Kind, int R, int C>
+static __attribute__((noinline)) void tile(const typename Kind::Value* const* x,
+                                           const typename Kind::Value* w, int64_t stride, int steps,
+                                           float* sums) {
+    Panel acc[R][C] = {};
+    const typename Kind::Value* row[R];
+    for (int r = 0; r < R; ++r) row[r] = x[r];
+    for (int step = 0; step < steps; ++step) {
+        typename Kind::Weights weights[C];
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+            const typename Kind::Value* p =
+                w + c * stride + static_cast<int64_t>(step) * (kPanel * Kind::kDepth);
+            if (R <= 4) __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes);
+            weights[c] = Kind::weights(p);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c) Kind::add(acc[r][c], weights[c], row[r] + step * Kind::kDepth);
+    }
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c)
+            for (int i = 0; i < kParts; ++i)
+                store(sums + (r * C + c) * kPanel + i * kLanes, acc[r][c].part[i]);
+}
+
+template <class Kind, int R>
+static inline void tile_of(const typename Kind::Value* const* x, const typename Kind::Value* w,
+                           int64_t stride, int steps, int panels, float* sums) {
+    if (panels == tile_panels(R)) return tile<Kind, R, tile_panels(R)>(x, w, stride, steps, sums);
+    if (tile_panels(R) == 4 && panels == 2) return tile<Kind, R, 2>(x, w, stride, steps, sums);
+    for (int c = 0; c < panels; ++c) {  // few panels are left: one by one
+        float one[R * kPanel];
+        tile<Kind, R, 1>(x, w + c * stride, stride, steps, one);
+        for (int r = 0; r < R; ++r)
+            std::memcpy(sums + (r * panels + c) * kPanel, one + r * kPanel, 4 * kPanel);
+    }
+}
+
+// 1 <= rows <= kTileRows, 1 <= panels <= tile_panels(rows); sums is [rows][panels][16].
+template <class Kind>
+static inline void multiply(int rows, const typename Kind::Value* const* x,
+                            const typename Kind::Value* w, int64_t stride, int steps, int panels,
+                            float* sums) {
+    switch (rows) {
+        case 1: return tile_of<Kind, 1>(x, w, stride, steps, panels, sums);
+        case 2: return tile_of<Kind, 2>(x, w, stride, steps, panels, sums);
+#if defined(__AVX2__)
+        case 3: return tile_of<Kind, 3>(x, w, stride, steps, panels, sums);
+        case 4: return tile_of<Kind, 4>(x, w, stride, steps, panels, sums);
+#endif
+#if defined(__AVX512F__)
+        case 5: return tile_of<Kind, 5>(x, w, stride, steps, panels, sums);
+        case 6: return tile_of<Kind, 6>(x, w, stride, steps, panels, sums);
+        case 7: return tile_of<Kind, 7>(x, w, stride, steps, panels, sums);
+        case 8: return tile_of<Kind, 8>(x, w, stride, steps, panels, sums);
+#endif
+    }
+}
+
+// Cuts n rows into ceil(n / kTileRows) tiles of nearly equal height.
+struct RowTiles {
+    int rows, tiles;
+
+    explicit RowTiles(int n) : rows(n), tiles((n + kTileRows - 1) / kTileRows) {}
+    int begin(int tile) const {
+        return static_cast<int>(static_cast<int64_t>(rows) * tile / tiles);
+    }
+    int widest() const { return tiles ? (rows + tiles - 1) / tiles : 0; }
+};
+
+}  // namespace

@@ -1,0 +1,358 @@
+"""A whole model in C++: packed once, then one call per step runs all layers.
+
+A step is a flat batch of tokens from many sequences, prefill chunks and single tokens mixed, each
+with a sub-network of its own. The step is batch-invariant: a sequence's logits are bit for bit
+those that it gets alone, whatever runs beside it, however its prompt is cut into chunks, and on
+any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from elastic_moe_kernels import cpu
+from elastic_moe_kernels.errors import KernelError
+from elastic_moe_kernels.packing import (
+    Arena,
+    PackedExperts,
+    PackedMatrix,
+    pack_experts,
+    pack_matrix,
+)
+from elastic_moe_kernels.table import SubnetTable
+from elastic_moe_kernels.weights import Experts, LayerTensors, ModelDims, check_dims
+
+BLOCK_POSITIONS = 16
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """What one step did.
+
+    Attributes:
+        weight_bytes: of matrices and gains, each counted once however many rows used it.
+        kv_bytes: of keys and values that attention read.
+        flops: 2 per multiply-add of matrices (each row at its own width) and attention, 4 per
+            normed channel.
+        experts_run: (token, expert) pairs.
+        rows_routed: (token, layer) pairs.
+    """
+
+    weight_bytes: int
+    kv_bytes: int
+    flops: int
+    experts_run: int
+    rows_routed: int
+
+    @property
+    def mean_experts(self) -> float:
+        """Experts per token and MoE layer."""
+        return self.experts_run / self.rows_routed if self.rows_routed else 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepResult:
+    """What one step gives.
+
+    Attributes:
+        logits: (n, V) float32, of the rows asked for.
+        states: (m, T, D) float32, the stream after each of the layer counts asked for.
+        topk_ids: (L, T, K) int32 if asked for: experts that ran, -1 elsewhere.
+    """
+
+    logits: Tensor
+    states: Tensor | None
+    topk_ids: Tensor | None
+    counters: Counters
+
+
+class CpuModel:
+    """Packed weights and their step.
+
+    Calls of `step` must not overlap; a second one at the same time raises `KernelError`.
+
+    Args:
+        dims: sizes.
+        dtype: of matrices, their inputs, keys and values: torch.bfloat16 or torch.float32.
+        level: instruction-set level; None for `cpu.level()`.
+
+    Raises:
+        KernelError: sizes that the kernels do not take, or the C++ kernels are missing.
+    """
+
+    def __init__(self, dims: ModelDims, dtype: torch.dtype, level: str | None = None) -> None:
+        check_dims(dims)
+        native = cpu.native()
+        self.dims, self.dtype = dims, dtype
+        self.level = level or cpu.level()
+        self._native = native.Model(
+            cpu.level_index(self.level),
+            dtype == torch.bfloat16,
+            dims.hidden_size,
+            dims.num_heads,
+            dims.num_kv_heads,
+            dims.head_dim,
+            dims.num_experts,
+            dims.vocab_size,
+            dims.num_layers,
+            dims.rms_norm_eps,
+            ("none", "head", "all").index(dims.qk_norm),
+            dims.rope == "interleaved",
+            dims.renormalize,
+            dims.routing_epsilon,
+        )
+        self._inputs = native.StepInputs()
+        self._arena: Arena | None = None
+        self._kept: dict[object, Any] = {}  # what the native model holds addresses of
+        self._angles: tuple[Tensor, Tensor] | None = None
+
+    # Weights
+
+    def reserve(self, size_bytes: int) -> None:
+        """Make room for all packed weights on huge pages; `packed_bytes` tells how much."""
+        self._arena = Arena(size_bytes)
+
+    def set_layer(self, index: int, tensors: LayerTensors) -> None:
+        """Pack one layer; the tensors given may be dropped afterwards."""
+        dims = self.dims
+        qkv = self._matrix([tensors.q, tensors.k, tensors.v])
+        out = self._matrix(tensors.out)
+        _expect("q, k and v", (qkv.outputs, qkv.inputs), (dims.qkv_size, dims.hidden_size))
+        _expect("out", (out.outputs, out.inputs), (dims.hidden_size, dims.query_size))
+        router = None
+        if tensors.router is not None:
+            router = pack_matrix(tensors.router, dtype=torch.float32, arena=self._arena)
+            _expect("router", (router.outputs, router.inputs), (dims.num_experts, dims.hidden_size))
+        experts = self._experts(tensors.experts)
+        everyone = self._experts(tensors.everyone)
+        if experts is not None:
+            _expect(
+                "experts",
+                (experts.num_experts, experts.channels, experts.hidden),
+                (dims.num_experts, dims.expert_hidden, dims.hidden_size),
+            )
+        vectors = [
+            None if v is None else v.detach().float().contiguous().clone()
+            for v in (
+                tensors.attention_norm,
+                tensors.q_norm,
+                tensors.k_norm,
+                tensors.mlp_norm,
+                tensors.correction_bias,
+            )
+        ]
+        attention_norm, q_norm, k_norm, mlp_norm, bias = map(_address, vectors)
+        self._kept[index] = (qkv, out, router, experts, everyone, vectors)
+        self._native.set_layer(
+            index,
+            attention_norm,
+            q_norm,
+            k_norm,
+            qkv.data.data_ptr(),
+            out.data.data_ptr(),
+            mlp_norm,
+            0 if router is None else router.data.data_ptr(),
+            bias,
+            0 if experts is None else experts.data.data_ptr(),
+            0 if experts is None else experts.channels,
+            0 if everyone is None else everyone.data.data_ptr(),
+            0 if everyone is None else everyone.channels,
+        )
+
+    def set_ends(self, embeddings: Tensor, final_norm: Tensor, head: Tensor) -> None:
+        """Embeddings (V, D), the final norm (D,), and the head (V, D), which is packed."""
+        rows = embeddings.detach().to(self.dtype).contiguous()
+        gain = final_norm.detach().float().contiguous().clone()
+        packed = self._matrix(head)
+        shape = (self.dims.vocab_size, self.dims.hidden_size)
+        _expect("embeddings", tuple(rows.shape), shape)
+        _expect("head", (packed.outputs, packed.inputs), shape)
+        self._kept["ends"] = (rows, gain, packed)
+        self._native.set_ends(rows.data_ptr(), gain.data_ptr(), packed.data.data_ptr())
+
+    def _matrix(self, parts: Tensor | Sequence[Tensor]) -> PackedMatrix:
+        return pack_matrix(parts, dtype=self.dtype, arena=self._arena)
+
+    def _experts(self, experts: Experts | None) -> PackedExperts | None:
+        if experts is None:
+            return None
+        return pack_experts(
+            experts.gate, experts.up, experts.down, dtype=self.dtype, arena=self._arena
+        )
+
+    def set_angles(self, cos: Tensor, sin: Tensor) -> None:
+        """Cosines and sines of the rotary angles, (positions, d/2) float32."""
+        self._angles = (cos.contiguous(), sin.contiguous())
+
+    # Cache
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of keys and values: 16 positions of one layer."""
+        dims = self.dims
+        padded = -(-dims.head_dim // 16) * 16
+        return 16 * dims.num_kv_heads * (dims.head_dim + padded) * self.dtype.itemsize
+
+    def new_blocks(self, count: int) -> Tensor:
+        """Room for `count` blocks of keys and values, (count, block_bytes) uint8."""
+        return torch.empty(count, self.block_bytes, dtype=torch.uint8)
+
+    # Running
+
+    def step(
+        self,
+        token_ids: Ints,
+        positions: Ints,
+        sequences: Ints,
+        subnets: Ints,
+        table: SubnetTable,
+        blocks: Tensor,
+        block_tables: Ints,
+        logits_rows: Ints,
+        *,
+        states_after: Sequence[int] = (),
+        trace: bool = False,
+        threads: int | None = None,
+    ) -> StepResult:
+        """Run T tokens through the layers of their sub-networks.
+
+        Args:
+            token_ids, positions: (T,).
+            sequences: (T,) which row of `block_tables`; the tokens of a sequence are consecutive
+                rows at consecutive positions, and all earlier positions are in the cache.
+            subnets: (T,) which entry of `table`; within a sequence the same layers run.
+            table: the sub-networks.
+            blocks: from `new_blocks`.
+            block_tables: (S, L, B): block i of a row holds positions 16i..16i+15 of one sequence in
+                one layer; entries of layers that do not run are not looked at.
+            logits_rows: (n,) rows to give logits of.
+            states_after: ascending layer counts in [0, L] after which to copy the stream.
+            trace: whether to return which experts ran.
+
+        Raises:
+            KernelError: an id is out of range; nothing was computed.
+        """
+        dims, inputs = self.dims, self._inputs
+        T, (S, L, B) = len(token_ids), block_tables.shape
+        if self._angles is None:
+            raise KernelError("no rotary angles are set. Call set_angles first.")
+        for name, array, shape in (
+            ("token_ids", token_ids, (T,)),
+            ("positions", positions, (T,)),
+            ("sequences", sequences, (T,)),
+            ("subnets", subnets, (T,)),
+            ("block_tables", block_tables, (S, dims.num_layers, B)),
+            ("logits_rows", logits_rows, logits_rows.shape[:1]),
+        ):
+            if array.dtype != np.int32 or array.shape != shape or not array.flags.c_contiguous:
+                raise KernelError(
+                    f"{name} must be contiguous int32 with shape {shape}, got {array.dtype} with "
+                    f"shape {array.shape}."
+                )
+        self._check_table(table)
+        if blocks.dtype != torch.uint8 or blocks.shape[1:] != (self.block_bytes,):
+            raise KernelError(
+                f"blocks must be uint8 with {self.block_bytes} bytes each, got {blocks.dtype} with "
+                f"shape {tuple(blocks.shape)}. Make them with new_blocks."
+            )
+        logits = torch.empty(len(logits_rows), dims.vocab_size)
+        flags = states = topk_ids = None
+        if states_after:
+            flags = np.zeros(L + 1, dtype=np.uint8)
+            flags[list(states_after)] = 1
+            states = torch.empty(int(flags.sum()), T, dims.hidden_size)
+        if trace:
+            slots = max(table.layer(i).max_top_k for i in range(L))
+            topk_ids = torch.full((L, T, slots), -1, dtype=torch.int32)
+        cos, sin = self._angles
+
+        inputs.rows = T
+        inputs.token_ids = token_ids.ctypes.data
+        inputs.positions = positions.ctypes.data
+        inputs.sequences = sequences.ctypes.data
+        inputs.subnets = subnets.ctypes.data
+        inputs.sequence_count, inputs.table_blocks = S, B
+        inputs.block_tables = block_tables.ctypes.data
+        inputs.kv, inputs.kv_blocks = blocks.data_ptr(), len(blocks)
+        inputs.cos, inputs.sin = cos.data_ptr(), sin.data_ptr()
+        inputs.angle_positions = len(cos)
+        inputs.logits_count, inputs.logits_rows = len(logits_rows), logits_rows.ctypes.data
+        inputs.logits = logits.data_ptr()
+        inputs.state_layers = 0 if flags is None else flags.ctypes.data
+        inputs.states = 0 if states is None else states.data_ptr()
+        inputs.trace_ids = 0 if topk_ids is None else topk_ids.data_ptr()
+        inputs.trace_slots = 0 if topk_ids is None else topk_ids.shape[2]
+        inputs.threads = torch.get_num_threads() if threads is None else threads
+        refusal, where, value, detail, counters = self._native.step(inputs)
+        if refusal:
+            raise KernelError(
+                _REFUSALS[refusal].format(
+                    where=where,
+                    value=value,
+                    detail=detail,
+                    vocab=dims.vocab_size - 1,
+                    positions=min(len(cos), 16 * B) - 1,
+                    sequences=S - 1,
+                    subnets=len(table.active) - 1,
+                    blocks=len(blocks) - 1,
+                    rows=T - 1,
+                )
+            )
+        return StepResult(logits, states, topk_ids, Counters(*counters))
+
+    def _check_table(self, table: SubnetTable) -> None:
+        """Look at a table once, and remember it with its addresses."""
+        if self._kept.get("table") is table:
+            return
+        shape = (self.dims.num_layers, self.dims.num_experts)
+        _expect("the table's pool", tuple(table.pool.shape[1:]), shape)
+        routed = table.active & (table.top_k > 0)
+        most = int(table.channels.where(routed, 0).max()) if routed.any() else 0
+        if most > self.dims.expert_hidden:
+            raise KernelError(
+                f"channels must be in [1, {self.dims.expert_hidden}], the experts' hidden size, "
+                f"got {most}."
+            )
+        inputs = self._inputs
+        columns = {
+            name: getattr(table, name).contiguous()
+            for name in ("active", "top_k", "min_experts", "threshold", "channels", "pool")
+        }
+        for name, column in columns.items():
+            setattr(inputs, name, column.data_ptr())
+        inputs.subnet_count = len(table.active)
+        self._kept["table"], self._kept["columns"] = table, columns
+
+
+_REFUSALS = {
+    1: "token_ids[{where}] must be in [0, {vocab}], got {value}.",
+    2: "positions[{where}] must be in [0, {positions}], which the angles and the block tables "
+    "cover, got {value}.",
+    3: "sequences[{where}] must be in [0, {sequences}], got {value}.",
+    4: "row {where}: the tokens of sequence {value} must be consecutive rows at consecutive "
+    "positions.",
+    5: "subnets[{where}] must be in [0, {subnets}], got {value}.",
+    6: "row {where}: sub-network {value} runs other layers than the one of the row before, which "
+    "belongs to the same sequence.",
+    7: "block_tables: sequence {where}, layer {detail} must name blocks in [0, {blocks}], "
+    "got {value}.",
+    8: "logits_rows[{where}] must be in [0, {rows}], got {value}.",
+    9: "a step of this model is already running. Make all calls from one thread.",
+}
+
+
+def _expect(name: str, got: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if got != wanted:
+        raise KernelError(f"{name} must have shape {wanted}, got {got}.")
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -21,13 +21,12 @@ from elastic_moe_kernels import cpu
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.packing import (
     Arena,
-    PackedExperts,
     PackedMatrix,
     pack_experts,
     pack_matrix,
 )
 from elastic_moe_kernels.table import SubnetTable
-from elastic_moe_kernels.weights import Experts, LayerTensors, ModelDims, check_dims
+from elastic_moe_kernels.weights import LayerTensors, ModelDims, check_dims
 
 BLOCK_POSITIONS = 16
 Ints = NDArray[np.int32]
@@ -131,13 +130,25 @@ class CpuModel:
         if tensors.router is not None:
             router = pack_matrix(tensors.router, dtype=torch.float32, arena=self._arena)
             _expect("router", (router.outputs, router.inputs), (dims.num_experts, dims.hidden_size))
-        experts = self._experts(tensors.experts)
-        everyone = self._experts(tensors.everyone)
-        if experts is not None:
-            _expect(
-                "experts",
-                (experts.num_experts, experts.channels, experts.hidden),
-                (dims.num_experts, dims.expert_hidden, dims.hidden_size),
+        experts = everyone = None
+        if tensors.experts is not None:
+            experts = pack_experts(
+                tensors.experts,
+                dims.num_experts,
+                dims.hidden_size,
+                dims.expert_hidden,
+                dtype=self.dtype,
+                arena=self._arena,
+            )
+        if tensors.everyone is not None:
+            channels = len(tensors.everyone[0])
+            everyone = pack_experts(
+                [tensors.everyone],
+                1,
+                dims.hidden_size,
+                channels,
+                dtype=self.dtype,
+                arena=self._arena,
             )
         vectors = [
             None if v is None else v.detach().float().contiguous().clone()
@@ -180,13 +191,6 @@ class CpuModel:
 
     def _matrix(self, parts: Tensor | Sequence[Tensor]) -> PackedMatrix:
         return pack_matrix(parts, dtype=self.dtype, arena=self._arena)
-
-    def _experts(self, experts: Experts | None) -> PackedExperts | None:
-        if experts is None:
-            return None
-        return pack_experts(
-            experts.gate, experts.up, experts.down, dtype=self.dtype, arena=self._arena
-        )
 
     def set_angles(self, cos: Tensor, sin: Tensor) -> None:
         """Cosines and sines of the rotary angles, (positions, d/2) float32."""
@@ -307,6 +311,45 @@ class CpuModel:
                 )
             )
         return StepResult(logits, states, topk_ids, Counters(*counters))
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Final norm and head: residual stream (n, D) float32 -> logits (n, V) float32.
+
+        The bits are those that `step` gives for the same stream.
+        """
+        dims = self.dims
+        _expect("states", tuple(states.shape), (len(states), dims.hidden_size))
+        if states.dtype != torch.float32 or not states.is_contiguous():
+            states = states.float().contiguous()
+        _, gain, head = self._kept["ends"]
+        native, level, threads = cpu.native(), cpu.level_index(self.level), torch.get_num_threads()
+        normed = torch.empty_like(states)
+        native.rms_norm(
+            level,
+            states.data_ptr(),
+            gain.data_ptr(),
+            len(states),
+            dims.hidden_size,
+            dims.rms_norm_eps,
+            normed.data_ptr(),
+            threads,
+        )
+        inputs = torch.zeros(len(states), -(-dims.hidden_size // 2) * 2, dtype=self.dtype)
+        inputs[:, : dims.hidden_size] = normed
+        logits = torch.empty(len(states), dims.vocab_size)
+        native.linear(
+            level,
+            self.dtype == torch.bfloat16,
+            head.data.data_ptr(),
+            dims.vocab_size,
+            dims.hidden_size,
+            inputs.data_ptr(),
+            inputs.shape[1],
+            len(states),
+            logits.data_ptr(),
+            threads,
+        )
+        return logits
 
     def _check_table(self, table: SubnetTable) -> None:
         """Look at a table once, and remember it with its addresses."""

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import os
 import threading
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -88,11 +89,11 @@ class Engine:
         place = _check_device(device)
         chosen = _choose_backend(backend, place)
         folder = find_checkpoint(model, download=download)
-        runner = (
-            NativeRunner(folder, dtype)
-            if chosen == "cpu"
-            else ReferenceRunner(load_model(folder, dtype=dtype, device=place))
-        )
+        runner: Runner | None = None
+        if chosen == "cpu":
+            runner = _native_runner(folder, dtype, backend)
+        if runner is None:
+            runner = ReferenceRunner(load_model(folder, dtype=dtype, device=place))
         return cls(runner, Tokenizer(folder), folder)
 
     @cached_property
@@ -296,6 +297,21 @@ def _choose_backend(backend: Backend, device: torch.device) -> Literal["referenc
     except KernelError as error:
         raise EngineError(str(error)) from error
     return "cpu"
+
+
+def _native_runner(folder: Path, dtype: DTypeName, backend: Backend) -> Runner | None:
+    """The C++ step; None if this model's sizes are not for it and 'auto' may choose another."""
+    try:
+        return NativeRunner(folder, dtype)
+    except KernelError as error:
+        if backend == "cpu":
+            raise EngineError(f"{folder}: {error} Use backend='reference'.") from error
+        warnings.warn(
+            f"{folder} runs on the PyTorch reference, which is slower: {error}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
 
 
 def _check_device(device: torch.device | str) -> torch.device:

@@ -31,15 +31,15 @@ class NativeRunner(Runner):
 
     backend = "cpu"
 
-    def __init__(self, folder: Path, dtype: DTypeName = "auto") -> None:
+    def __init__(self, folder: Path, dtype: DTypeName = "auto", level: str | None = None) -> None:
         self.folder = folder
         self.config = load_config(folder)
-        self.model: CpuModel = load_packed(folder, dtype=dtype)
+        self.model: CpuModel = load_packed(folder, dtype=dtype, level=level)
         self.dtype = self.model.dtype
         self.device = torch.device("cpu")
         self._pool = _BlockPool(self.model)
         self._angles = 0  # positions whose rotary angles the model has
-        self._tables: OrderedDict[tuple[Subnet, ...], SubnetTable] = OrderedDict()
+        self._tables: OrderedDict[tuple[str, ...], SubnetTable] = OrderedDict()  # by fingerprint
 
     def open(self, subnet: Subnet, capacity: int) -> SequenceState:
         return _Paged(subnet, capacity, self._pool)
@@ -48,14 +48,17 @@ class NativeRunner(Runner):
         self, chunks: Sequence[Chunk], *, states_after: Iterable[int] = (), trace: bool = False
     ) -> StepOutput:
         wanted = sorted(set(states_after))
-        distinct: dict[Subnet, int] = {}
+        distinct: dict[str, int] = {}  # fingerprint of each sub-network, in order
+        subnets_used: list[Subnet] = []
         paged: list[_Paged] = []
         for chunk in chunks:
             sequence = chunk.sequence
             assert isinstance(sequence, _Paged)
             sequence.grow(len(chunk.token_ids))
             paged.append(sequence)
-            distinct.setdefault(sequence.subnet, len(distinct))
+            if sequence.subnet.fingerprint not in distinct:
+                distinct[sequence.subnet.fingerprint] = len(distinct)
+                subnets_used.append(sequence.subnet)
         sizes = [len(chunk.token_ids) for chunk in chunks]
         ends = (s.length + size for s, size in zip(paged, sizes, strict=True))
         self._extend_angles(max(ends, default=0))
@@ -75,7 +78,7 @@ class NativeRunner(Runner):
             )
             numbers = np.arange(len(chunks), dtype=np.int32)
             sequences = np.repeat(numbers, sizes)
-            own = np.array([distinct[s.subnet] for s in paged], dtype=np.int32)
+            own = np.array([distinct[s.subnet.fingerprint] for s in paged], dtype=np.int32)
             subnets = np.repeat(own, sizes)
             block_tables = _stack([s.tables for s in paged])
         result = self.model.step(
@@ -83,7 +86,7 @@ class NativeRunner(Runner):
             positions,
             sequences,
             subnets,
-            self._table(tuple(distinct)),
+            self._table(tuple(distinct), subnets_used),
             self._pool.blocks,
             block_tables,
             _wanted_rows(chunks, sizes),
@@ -132,14 +135,15 @@ class NativeRunner(Runner):
                 *rotary_angles(every, self.config.head_dim, self.config.rope_theta)
             )
 
-    def _table(self, subnets: tuple[Subnet, ...]) -> SubnetTable:
-        table = self._tables.get(subnets)
+    def _table(self, fingerprints: tuple[str, ...], subnets: Sequence[Subnet]) -> SubnetTable:
+        """The kernels' table of these sub-networks; making one takes longer than a small step."""
+        table = self._tables.get(fingerprints)
         if table is None:
-            table = self._tables[subnets] = build_table(subnets)
+            table = self._tables[fingerprints] = build_table(subnets)
             if len(self._tables) > TABLES_KEPT:
                 self._tables.popitem(last=False)
         else:
-            self._tables.move_to_end(subnets)
+            self._tables.move_to_end(fingerprints)
         return table
 
 

@@ -8,6 +8,7 @@ any number of threads.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,6 +113,8 @@ class CpuModel:
         self._arena: Arena | None = None
         self._kept: dict[object, Any] = {}  # what the native model holds addresses of
         self._angles: tuple[Tensor, Tensor] | None = None
+        self._routing_layers: set[int] = set()
+        self._running = threading.Lock()
 
     # Weights
 
@@ -161,6 +164,8 @@ class CpuModel:
             )
         ]
         attention_norm, q_norm, k_norm, mlp_norm, bias = map(_address, vectors)
+        if router is not None:
+            self._routing_layers.add(index)
         self._kept[index] = (qkv, out, router, experts, everyone, vectors)
         self._native.set_layer(
             index,
@@ -242,12 +247,41 @@ class CpuModel:
             trace: whether to return which experts ran.
 
         Raises:
-            KernelError: an id is out of range; nothing was computed.
+            KernelError: an argument is outside what is said above, or another step is running;
+                nothing was computed.
         """
+        if not self._running.acquire(blocking=False):
+            raise KernelError(_REFUSALS[9])
+        try:
+            return self._step(
+                (token_ids, positions, sequences, subnets, block_tables, logits_rows),
+                table,
+                blocks,
+                states_after,
+                trace,
+                torch.get_num_threads() if threads is None else threads,
+            )
+        finally:
+            self._running.release()
+
+    def _step(
+        self,
+        arrays: tuple[Ints, Ints, Ints, Ints, Ints, Ints],
+        table: SubnetTable,
+        blocks: Tensor,
+        states_after: Sequence[int],
+        trace: bool,
+        threads: int,
+    ) -> StepResult:
         dims, inputs = self.dims, self._inputs
-        T, (S, L, B) = len(token_ids), block_tables.shape
+        token_ids, positions, sequences, subnets, block_tables, logits_rows = arrays
         if self._angles is None:
             raise KernelError("no rotary angles are set. Call set_angles first.")
+        if block_tables.ndim != 3:
+            raise KernelError(f"block_tables must be (S, L, B), got shape {block_tables.shape}.")
+        if threads < 1:
+            raise KernelError(f"threads must be at least 1, got {threads}.")
+        T, (S, L, B) = len(token_ids), block_tables.shape
         for name, array, shape in (
             ("token_ids", token_ids, (T,)),
             ("positions", positions, (T,)),
@@ -269,9 +303,14 @@ class CpuModel:
             )
         logits = torch.empty(len(logits_rows), dims.vocab_size)
         flags = states = topk_ids = None
-        if states_after:
+        if len(states_after):
+            wanted = list(states_after)
+            if wanted != sorted(set(wanted)) or not 0 <= wanted[0] <= wanted[-1] <= L:
+                raise KernelError(
+                    f"states_after must be ascending layer counts in [0, {L}], got {wanted}."
+                )
             flags = np.zeros(L + 1, dtype=np.uint8)
-            flags[list(states_after)] = 1
+            flags[wanted] = 1
             states = torch.empty(int(flags.sum()), T, dims.hidden_size)
         if trace:
             slots = max(table.layer(i).max_top_k for i in range(L))
@@ -294,7 +333,7 @@ class CpuModel:
         inputs.states = 0 if states is None else states.data_ptr()
         inputs.trace_ids = 0 if topk_ids is None else topk_ids.data_ptr()
         inputs.trace_slots = 0 if topk_ids is None else topk_ids.shape[2]
-        inputs.threads = torch.get_num_threads() if threads is None else threads
+        inputs.threads = threads
         refusal, where, value, detail, counters = self._native.step(inputs)
         if refusal:
             raise KernelError(
@@ -357,6 +396,13 @@ class CpuModel:
             return
         shape = (self.dims.num_layers, self.dims.num_experts)
         _expect("the table's pool", tuple(table.pool.shape[1:]), shape)
+        for i in sorted(self._routing_layers):
+            idle = table.active[:, i] & (table.top_k[:, i] < 1)
+            if bool(idle.any()):
+                raise KernelError(
+                    f"sub-network {int(idle.int().argmax())}, layer {i}: top_k must be at least 1 "
+                    f"in an active layer that has experts, got 0. Make it inactive, or choose one."
+                )
         routed = table.active & (table.top_k > 0)
         most = int(table.channels.where(routed, 0).max()) if routed.any() else 0
         if most > self.dims.expert_hidden:

@@ -63,16 +63,17 @@ def attention(
             f"lengths must add up to the {rows} rows of queries, got {int(lengths.sum())}."
         )
     runs = lengths > 0
-    check_range("starts", starts, 0, max(most - 1, 0), "positions that block_tables covers")
-    ends = starts + lengths
+    first = starts.masked_fill(~runs, 0)
+    check_range("starts", first, 0, max(most - 1, 0), "positions that block_tables covers")
+    ends = first + lengths
     if bool((ends > most).any()):
         at = int((ends > most).int().argmax())
         raise KernelError(
             f"sequence {at} ends at position {int(ends[at]) - 1}, but its row of block_tables "
             f"covers positions 0 to {most - 1}. Give it more blocks."
         )
-    first = torch.arange(width, dtype=torch.int32, device=device) * BLOCK_POSITIONS  # (B,)
-    read = (first < ends.unsqueeze(1)) & runs.unsqueeze(1)  # (S, B): the others are not looked at
+    begins = torch.arange(width, dtype=torch.int32, device=device) * BLOCK_POSITIONS  # (B,)
+    read = (begins < ends.unsqueeze(1)) & runs.unsqueeze(1)  # (S, B): the others are not looked at
     check_range(
         "block_tables", block_tables.masked_fill(~read, 0), 0, max(len(blocks) - 1, 0), "the blocks"
     )

@@ -65,7 +65,13 @@ def _weights(experts: int, hidden: int, channels: int, dtype: torch.dtype) -> We
 
 @cache
 def _packed(experts: int, hidden: int, channels: int, dtype: torch.dtype) -> PackedExperts:
-    return pack_experts(*_weights(experts, hidden, channels, dtype))
+    return pack_stacked(*_weights(experts, hidden, channels, dtype), dtype)
+
+
+def pack_stacked(gate: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype) -> PackedExperts:
+    """Stacked weights as packed ones."""
+    experts, channels, hidden = gate.shape
+    return pack_experts(zip(gate, up, down, strict=True), experts, hidden, channels, dtype=dtype)
 
 
 def union_bytes(

@@ -13,6 +13,7 @@ from elastic_moe_kernels.table import SubnetTable
 from torch import Tensor
 
 from elastic_moe.model.config import ElasticBlock
+from elastic_moe.model.layers import rotary_angles
 from elastic_moe.model.native import pack_model
 from elastic_moe.model.transformer import ElasticTransformer, Trace, build_table
 from elastic_moe.routing import Subnet, resolve
@@ -93,7 +94,10 @@ def runner_of(
     sequences: int = 1,
     positions: int = 64,
 ) -> Runner:
-    return Runner(pack_model(model, level), build_table(subnets), sequences, positions)
+    packed = pack_model(model, level)
+    angles = torch.arange(model.config.max_positions)
+    packed.set_angles(*rotary_angles(angles, model.config.head_dim, model.config.rope_theta))
+    return Runner(packed, build_table(subnets), sequences, positions)
 
 
 def run_reference(

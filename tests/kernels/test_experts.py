@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from elastic_moe_kernels import ops, reference
-from elastic_moe_kernels.packing import pack_experts, unpack_experts
+from elastic_moe_kernels.packing import unpack_experts
 
 from tests.kernels.compare import assert_as_good, assert_same_bits
-from tests.kernels.expert_cases import CASES, ExpertsCase, union_bytes
+from tests.kernels.expert_cases import CASES, ExpertsCase, pack_stacked, union_bytes
 
 MIXED = ExpertsCase(45, 9, 50, 64, 3, widths=(64, 7, 40, 16, 33), dropped=1)
 
@@ -56,7 +56,7 @@ def test_exact_where_arithmetic_is(dtype: torch.dtype, level: str) -> None:
     gate[..., 1:] = 0.0
     gate[..., 0] = 64.0
     weights = torch.tensor([0.5, 1.0, 2.0]).expand(29, 3).contiguous()
-    packed = pack_experts(gate, up, down, dtype=dtype)
+    packed = pack_stacked(gate, up, down, dtype)
     got = ops.experts(x, ids, weights, channels, packed, implementation="cpu", level=level)
     want = reference.experts(
         x.double(), ids, weights.double(), channels, *(w.double() for w in (gate, up, down))
@@ -85,7 +85,9 @@ def test_weights_that_no_row_uses_are_not_read(dtype: torch.dtype, level: str) -
     gate[:, 36:] = up[:, 36:] = torch.nan
     down[:, :, 36:] = torch.nan
     inputs = case.inputs()
-    got = ops.experts(*inputs, pack_experts(gate, up, down), implementation="cpu", level=level)
+    got = ops.experts(
+        *inputs, pack_stacked(gate, up, down, dtype), implementation="cpu", level=level
+    )
     want = ops.experts(*inputs, case.packed(dtype), implementation="cpu", level=level)
     assert_same_bits(got.out, want.out)
 

@@ -38,9 +38,10 @@ def check_tensor(
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], why: str) -> None:
     """Raise `KernelError` unless the tensor has the shape; `why` says what gives it."""
+    shape = tuple(shape)
     if tensor.shape != shape:
         raise KernelError(
-            f"{name} must have shape {shape}: {why}. Got shape {tuple(tensor.shape)}."
+            f"{name} must have shape {shape}, {why}, got shape {tuple(tensor.shape)}."
         )
 
 

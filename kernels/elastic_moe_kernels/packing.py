@@ -163,6 +163,31 @@ def pack_experts(
     return PackedExperts(data, count, hidden, channels, dtype)
 
 
+def unpack_matrix(matrix: PackedMatrix) -> Tensor:
+    """The (outputs, inputs) matrix again, in its dtype."""
+    return _unpack(matrix.data, matrix.outputs, matrix.inputs, matrix.dtype)
+
+
+def unpack_experts(experts: PackedExperts) -> tuple[Tensor, Tensor, Tensor]:
+    """gate and up (E, F, D) and down (E, D, F) again, in their dtype."""
+    hidden, channels, dtype = experts.hidden, experts.channels, experts.dtype
+    each = expert_bytes(hidden, channels, dtype)
+    gate_up = each - matrix_bytes(hidden, channels, dtype)
+    gates, ups, downs = [], [], []
+    for data in experts.data.view(-1, each):
+        # Gate and up alternate panel by panel.
+        pairs = data[:gate_up].view(panels(channels), 2, -1)
+        gates.append(_unpack(pairs[:, 0], channels, hidden, dtype))
+        ups.append(_unpack(pairs[:, 1], channels, hidden, dtype))
+        downs.append(_unpack(data[gate_up:], hidden, channels, dtype))
+    return torch.stack(gates), torch.stack(ups), torch.stack(downs)
+
+
+def _unpack(data: Tensor, outputs: int, inputs: int, dtype: torch.dtype) -> Tensor:
+    units = data.contiguous().view(dtype).view(panels(outputs), -1, PANEL, _depth(dtype))
+    return units.transpose(1, 2).flatten(2).flatten(0, 1)[:outputs, :inputs].contiguous()
+
+
 def _pack(matrix: Tensor, data: Tensor, start: int, panel_stride: int, dtype: torch.dtype) -> None:
     _depth(dtype)
     matrix = matrix.to(dtype)

@@ -12,10 +12,10 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sweep test check bench interop clean
+.PHONY: help sweep test test-sanitize check bench interop clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1  /p' $(MAKEFILE_LIST) | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
 
 # torch first and alone: it is large, and the rest changes more often.
 .venv/.torch: constraints.txt
@@ -43,6 +43,22 @@ sweep: .venv/.installed  ## measure quality against cost on the bundled model, i
 
 test: .venv/.installed  ## run the tests
 	.venv/bin/python -m pytest $(ARGS)
+
+# Built beside the installed extension, which stays as it is.
+SANITIZERS := -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+build/sanitize/.built: .venv/.installed
+	.venv/bin/cmake -S kernels -B build/sanitize -G Ninja -DSKBUILD=1 \
+		-DCMAKE_MAKE_PROGRAM="$$PWD/.venv/bin/ninja" -DPython_EXECUTABLE="$$PWD/.venv/bin/python" \
+		-DCMAKE_CXX_FLAGS="$(SANITIZERS)"
+	.venv/bin/cmake --build build/sanitize
+	touch $@
+
+# The sanitizers' library must be the first that a process loads. Python itself never frees all.
+test-sanitize: build/sanitize/.built  ## run the kernels' tests with address and undefined-behaviour checks
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
+		.venv/bin/python -m pytest -p tests.kernels.sanitize tests/kernels \
+		--ignore tests/kernels/test_backends.py $(ARGS)
 
 check: .venv/.installed  ## lint, formatting, types
 	.venv/bin/ruff check

@@ -5,6 +5,12 @@
 #include <cstdlib>
 #include <new>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+
+#include <cstring>
+#endif
+
 namespace elastic_moe {
 
 // First every piece is measured, then handed out: run the same code twice.
@@ -30,6 +36,12 @@ class Room {
             if (!data_) throw std::bad_alloc();
             size_ = used_;
         }
+#if defined(__SANITIZE_ADDRESS__)
+        // Between the pieces is nobody's, and what was not written is no number.
+        ASAN_UNPOISON_MEMORY_REGION(data_, size_);
+        std::memset(data_, 0xFF, size_);
+        ASAN_POISON_MEMORY_REGION(data_, size_);
+#endif
         used_ = 0;
         measuring_ = false;
     }
@@ -38,7 +50,11 @@ class Room {
     T* take(int64_t count) {
         char* const at = data_ + used_;
         used_ += (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
-        return measuring_ ? nullptr : reinterpret_cast<T*>(at);
+        if (measuring_) return nullptr;
+#if defined(__SANITIZE_ADDRESS__)
+        ASAN_UNPOISON_MEMORY_REGION(at, static_cast<size_t>(count) * sizeof(T));
+#endif
+        return reinterpret_cast<T*>(at);
     }
 
     void* take_bytes(int64_t count) { return take<char>(count); }

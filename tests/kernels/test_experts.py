@@ -13,7 +13,8 @@ from tests.kernels.expert_cases import CASES, ExpertsCase, pack_stacked, union_b
 MIXED = ExpertsCase(45, 9, 50, 64, 3, widths=(64, 7, 40, 16, 33), dropped=1)
 
 
-def check(case: ExpertsCase, dtype: torch.dtype, level: str) -> None:
+def check(case: ExpertsCase, dtype: torch.dtype, level: str, terms_cancel: bool = False) -> None:
+    """`terms_cancel`: shapes are so small that a result may be far below what it is a sum of."""
     weights, inputs = case.weights(dtype), case.inputs()
     x, ids, topk_weights, channels = inputs
     if dtype == torch.bfloat16:
@@ -24,7 +25,12 @@ def check(case: ExpertsCase, dtype: torch.dtype, level: str) -> None:
     same_dtype = reference.experts(*call, *weights)
     got = ops.experts(*call, case.packed(dtype), implementation="cpu", level=level)
     assert got.out.dtype == torch.float32
-    assert_as_good(got.out, same_dtype, want)
+    scale = None
+    if terms_cancel and case.rows:
+        sizes = [w.abs() for w in doubled]
+        terms = reference.experts(x.double().abs(), ids, topk_weights.double(), channels, *sizes)
+        scale = float(terms.max())
+    assert_as_good(got.out, same_dtype, want, 3e-7 if terms_cancel else 1e-6, scale)
     weight_bytes, flops, _ = union_bytes(ids, channels, case.hidden, dtype)
     assert (got.weight_bytes, got.flops) == (weight_bytes, flops)
 

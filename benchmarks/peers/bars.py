@@ -208,7 +208,7 @@ BARS: dict[str, list[Bar]] = {
     "layer512": [Bar("over zentorch", faster_than(ZENTORCH), 0.95, 1.05)],
     "mini": [
         Bar("over the fastest of the others", faster_than(REFERENCE, *TRANSFORMERS_SMALL), 15.0),
-        Bar("microseconds outside the native call", other("outside seconds", 1e6), 80, at_most=True),
+        Bar("us outside the native call", other("outside seconds", 1e6), 80.0, at_most=True),
         Bar("time over bytes at B", read_times, float("inf"), 2.0, at_most=True),
         *(Bar(f"{name} over full", times_faster_than_full(name), 1.0) for name in CONFIGURATIONS),
     ],

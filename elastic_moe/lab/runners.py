@@ -92,7 +92,7 @@ class NativeRunner:
         level: str | None = None,
     ) -> None:
         self.packed: CpuModel = pack_model(model, level)
-        self.level = self.packed.level
+        self.level: str | None = self.packed.level
         layers = self.packed.dims.num_layers
         each = -(-positions // BLOCK_POSITIONS)
         self._blocks = self.packed.new_blocks(sequences * layers * each)
@@ -166,7 +166,7 @@ class ReferenceRunner:
     """
 
     backend = "reference"
-    level = None
+    level: str | None = None
 
     def __init__(self, model: ElasticTransformer, *, positions: int = 640) -> None:
         self.model, self._positions = model, positions

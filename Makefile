@@ -26,11 +26,17 @@ help:  ## list the targets
 
 # Editable: changed Python files count at once. What is compiled is installed again when one of
 # these changes. The build tools come from .venv, so they are the pinned ones.
-.venv/.installed: .venv/.torch pyproject.toml kernels/CMakeLists.txt kernels/build_info.py.in \
-		$(wildcard kernels/csrc/*)
+.venv/.installed: .venv/.torch .venv/.modules pyproject.toml kernels/CMakeLists.txt \
+		kernels/build_info.py.in $(wildcard kernels/csrc/*)
 	$(PIP_INSTALL) cmake nanobind ninja scikit-build-core
 	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
 	touch $@
+
+# Which modules there are: an editable install finds those that it knew of. Written when it changes.
+.venv/.modules: FORCE | .venv/.torch
+	@find elastic_moe kernels/elastic_moe_kernels -name '*.py' | sort > $@.now
+	@cmp -s $@.now $@ || cp $@.now $@
+FORCE:
 
 sweep: .venv/.installed  ## measure quality against cost on the bundled model, into sweep-out/
 	.venv/bin/elastic-moe sweep $(ARGS)

@@ -47,13 +47,13 @@ LEAST_GAIN_OVER_BIGRAM = 0.3
 
 
 def measure(engine: Engine, text: EvaluationSet) -> dict[str, Quality]:
-    full = FullNetwork(text.scored_tokens, engine.model.config.vocab_size)
+    full = FullNetwork(text.scored_tokens, engine.config.vocab_size)
     found: dict[str, Quality] = {}
     for name, depths in BUNDLES.items():
         deepest = engine.resolve(name)
         measured: dict[int, Quality] = {}
         for _, measured in measure_depths(  # noqa: B007  (the last item is the result)
-            engine.model, text, deepest, depths, full, is_full=name == "full"
+            engine.runner, text, deepest, depths, full, is_full=name == "full"
         ):
             pass
         found |= {deepest.at_depth(depth).name: quality for depth, quality in measured.items()}
@@ -140,7 +140,7 @@ def main() -> int:
     found = measure(engine, text)
     bigram, k = None, None
     if args.run:
-        bigram, k = bigram_nats(args.run, text, engine.model.config.vocab_size)
+        bigram, k = bigram_nats(args.run, text, engine.config.vocab_size)
     result = record(engine, text, found)
     result |= {"bigram_nats_per_token": bigram, "bigram_k": k}
     result["bars"] = judge(found, text, bigram)

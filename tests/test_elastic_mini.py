@@ -105,7 +105,7 @@ def test_the_bigram_reads_the_steps_that_were_done_not_the_plan(
         return fitted[0]
 
     monkeypatch.setattr(module, "fit_bigram", fit)
-    module.bigram_nats(tmp_path, text, mini.model.config.vocab_size)
+    module.bigram_nats(tmp_path, text, mini.config.vocab_size)
     assert int(fitted[0].counts.sum()) == trainer.tokens == 3 * 512
 
 

@@ -179,7 +179,7 @@ def test_with_a_compiler_the_extension_is_used(with_compiler: Install) -> None:
 def test_wheel_holds_what_it_needs_and_no_more(with_compiler: Install) -> None:
     files = with_compiler.files
     assert "elastic_moe/__init__.py" in files
-    assert "elastic_moe_kernels/ops.py" in files
+    assert "elastic_moe_kernels/ops/__init__.py" in files
     assert "elastic_moe_kernels/_build_info.py" in files
     for folder in ("elastic_moe/bundled", "elastic_moe/lab"):
         here = [

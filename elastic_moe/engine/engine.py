@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import os
 import threading
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,15 +23,15 @@ from elastic_moe_kernels.errors import KernelError
 from torch import Tensor
 
 from elastic_moe.config import Routing, resolve_routing
-from elastic_moe.engine.generation import Generation
+from elastic_moe.engine.generation import Generation, chunks
+from elastic_moe.engine.native_runner import NativeRunner
 from elastic_moe.engine.prompts import is_batch, token_ids
 from elastic_moe.engine.request import Completion, Delta, SamplingParams
+from elastic_moe.engine.runner import Chunk, ReferenceRunner, Runner
 from elastic_moe.errors import ContextLengthError, EngineError, RequestError
 from elastic_moe.model.checkpoint import DTypeName, load_model
 from elastic_moe.model.folder import checkpoint_name, find_checkpoint
-from elastic_moe.model.ranking import rank_channels, reorder_channels
 from elastic_moe.model.tokenizer import Tokenizer
-from elastic_moe.model.transformer import ElasticTransformer
 from elastic_moe.model.weights import TensorFiles
 from elastic_moe.routing import Subnet
 
@@ -44,23 +45,23 @@ class Engine:
     """One checkpoint, any sub-network per call. Make it with `Engine.from_pretrained`.
 
     Attributes:
-        backend: what runs: 'reference' (PyTorch alone) or 'cpu' (native kernels where there are).
+        backend: what runs: 'reference' (PyTorch alone) or 'cpu' (the C++ kernels).
+        runner: runs it.
         dtype: what matrix inputs, keys and values are rounded to: 'bfloat16' or 'float32'.
         calibration_sha256: SHA-256 of the text that channels were ranked on, None if they were not.
     """
 
     def __init__(
         self,
-        model: ElasticTransformer,
+        runner: Runner,
         tokenizer: Tokenizer,
         folder: Path,
-        backend: Backend = "auto",
     ) -> None:
-        self.model, self.tokenizer, self.folder = model, tokenizer, folder
+        self.runner, self.tokenizer, self.folder = runner, tokenizer, folder
+        self.config, self.shape = runner.config, runner.config.shape
         self.name = checkpoint_name(folder)
-        self.backend = _choose_backend(backend, model)
-        model.set_implementation(self.backend)
-        self.dtype = "bfloat16" if model.input_dtype == torch.bfloat16 else "float32"
+        self.backend = runner.backend
+        self.dtype = "bfloat16" if runner.dtype == torch.bfloat16 else "float32"
         self.calibration_sha256: str | None = None
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -86,9 +87,14 @@ class Engine:
             EngineError: the backend or device that was named cannot run here.
         """
         place = _check_device(device)
+        chosen = _choose_backend(backend, place)
         folder = find_checkpoint(model, download=download)
-        loaded = load_model(folder, dtype=dtype, device=place)
-        return cls(loaded, Tokenizer(folder), folder, backend)
+        runner: Runner | None = None
+        if chosen == "cpu":
+            runner = _native_runner(folder, dtype, backend)
+        if runner is None:
+            runner = ReferenceRunner(load_model(folder, dtype=dtype, device=place))
+        return cls(runner, Tokenizer(folder), folder)
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -107,7 +113,7 @@ class Engine:
 
     def resolve(self, routing: Routing) -> Subnet:
         """The sub-network that a configuration, a name or None means for this model."""
-        return resolve_routing(self.model.shape, routing)
+        return resolve_routing(self.shape, routing)
 
     def rank_channels(
         self,
@@ -133,13 +139,12 @@ class Engine:
             RequestError: the text gives no tokens.
         """
         ids = self.tokenizer.encode(text, add_special_tokens=False)[:tokens]
-        size = min(RANKING_WINDOW, self.model.config.max_positions)
+        size = min(RANKING_WINDOW, self.config.max_positions)
         windows = [ids[start : start + size] for start in range(0, len(ids), size)]
         if not windows:
             raise RequestError("the calibration text has no tokens; some thousand are needed.")
         with self._step():
-            order = rank_channels(self.model, windows, progress)
-            reorder_channels(self.model, order)
+            order = self.runner.rank_channels(windows, progress)
             self.calibration_sha256 = hashlib.sha256(text.encode()).hexdigest()
         return order
 
@@ -150,8 +155,9 @@ class Engine:
         subnet = self.resolve(routing)
         tokens = self._tokens(ids, new_tokens=0)
         with self._step(), torch.inference_mode():
-            logits: Tensor = self.model(tokens.unsqueeze(0), subnet)[0]
-            return logits
+            sequence = self.runner.open(subnet, len(tokens))
+            parts = [self.runner.run([Chunk(sequence, c, "all")]).logits for c in chunks(tokens)]
+            return torch.cat(parts)
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # an empty list is a batch
@@ -200,7 +206,7 @@ class Engine:
             raise RequestError(f"sampling must be a SamplingParams, got {type(sampling).__name__}.")
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt
         tokens = self._tokens(ids, new_tokens=sampling.max_tokens)
-        generation = Generation(self.model, self.tokenizer, tokens, subnet, sampling)
+        generation = Generation(self.runner, self.tokenizer, tokens, subnet, sampling)
         return self._deltas(generation)
 
     async def agenerate(self, prompt: Any, routing: Any = None, sampling: Any = _DEFAULT) -> Any:
@@ -249,16 +255,16 @@ class Engine:
                 "Make it in the process that uses it, or start processes with 'spawn'."
             )
 
-    def _tokens(self, prompt: object, new_tokens: int) -> Tensor:
-        limit, vocab_size = self.model.config.max_positions, self.model.config.vocab_size
+    def _tokens(self, prompt: object, new_tokens: int) -> list[int]:
+        limit, vocab_size = self.config.max_positions, self.config.vocab_size
         ids = token_ids(prompt, vocab_size)
         if len(ids) + new_tokens > limit:
             raise ContextLengthError(len(ids), new_tokens, limit)
-        return torch.tensor(ids, device=self.model.embed_tokens.weight.device)
+        return ids
 
     def _deltas(self, generation: Generation) -> Iterator[Delta]:
         while True:
-            with self._step(), torch.inference_mode():
+            with self._step():
                 delta = generation.step()
             yield delta
             if delta.finish_reason is not None:
@@ -274,8 +280,8 @@ class Engine:
         return completion
 
 
-def _choose_backend(backend: Backend, model: ElasticTransformer) -> Literal["reference", "cpu"]:
-    on_cpu = model.embed_tokens.weight.device.type == "cpu"
+def _choose_backend(backend: Backend, device: torch.device) -> Literal["reference", "cpu"]:
+    on_cpu = device.type == "cpu"
     if backend == "cpu" and not on_cpu:
         raise EngineError("backend 'cpu' needs the model on the CPU. Use device='cpu'.")
     if backend not in ("auto", "reference", "cpu"):
@@ -291,6 +297,21 @@ def _choose_backend(backend: Backend, model: ElasticTransformer) -> Literal["ref
     except KernelError as error:
         raise EngineError(str(error)) from error
     return "cpu"
+
+
+def _native_runner(folder: Path, dtype: DTypeName, backend: Backend) -> Runner | None:
+    """The C++ step; None if this model's sizes are not for it and 'auto' may choose another."""
+    try:
+        return NativeRunner(folder, dtype)
+    except KernelError as error:
+        if backend == "cpu":
+            raise EngineError(f"{folder}: {error} Use backend='reference'.") from error
+        warnings.warn(
+            f"{folder} runs on the PyTorch reference, which is slower: {error}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
 
 
 def _check_device(device: torch.device | str) -> torch.device:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 
-from torch import Tensor
+import torch
 
 from elastic_moe.engine.request import (
     AppliedRouting,
@@ -15,61 +17,79 @@ from elastic_moe.engine.request import (
     TokenLogprob,
     Usage,
 )
+from elastic_moe.engine.runner import Chunk, Runner
 from elastic_moe.engine.sampling import choose_token, token_logprob
 from elastic_moe.errors import EngineError
-from elastic_moe.model.cache import KVCache
 from elastic_moe.model.tokenizer import Tokenizer
-from elastic_moe.model.transformer import ElasticTransformer, Trace
 from elastic_moe.routing import Subnet
+
+PREFILL_CHUNK = 2048  # tokens of a prompt that one step takes: bounds the memory of a step
+
+
+def chunks(token_ids: Sequence[int]) -> list[Sequence[int]]:
+    """Cut a prompt into what one step takes."""
+    return [
+        token_ids[start : start + PREFILL_CHUNK]
+        for start in range(0, len(token_ids), PREFILL_CHUNK)
+    ]
 
 
 class Generation:
     """Generates one completion; each `step` runs the model once and returns the new text.
 
     Args:
-        prompt: (T,) token ids.
+        prompt: token ids.
     """
 
     def __init__(
         self,
-        model: ElasticTransformer,
+        runner: Runner,
         tokenizer: Tokenizer,
-        prompt: Tensor,
+        prompt: Sequence[int],
         subnet: Subnet,
         sampling: SamplingParams,
     ) -> None:
-        self._model, self._tokenizer = model, tokenizer
+        self._runner, self._tokenizer = runner, tokenizer
         self._subnet, self._sampling = subnet, sampling
-        self._input = prompt
+        self._input = list(prompt)
         self._prompt_tokens = len(prompt)
-        self._cache = KVCache(
-            model.config.num_layers, len(prompt) + sampling.max_tokens, model.input_dtype
-        )
+        self._sequence = runner.open(subnet, len(prompt) + sampling.max_tokens)
         self._stream = tokenizer.stream()
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._text = ""  # all text so far, up to and including a stop text
         self._sent = 0  # characters of it that left in deltas
-        self._experts = 0.0
-        self._rows = 0
+        self._experts_run = self._rows_routed = self._rows = 0
         self._started = time.perf_counter()
         self._first_token = 0.0
 
     def step(self) -> Delta:
         """Generate one token."""
-        trace = Trace()
-        x = self._model.last_state(
-            self._input.unsqueeze(0), self._subnet, cache=self._cache, trace=trace
-        )
-        logits = self._model.logits(x[0, -1])  # (V,)
-        if not logits.isfinite().all():
-            raise EngineError(
-                f"the logits after {self._cache.length} tokens are not numbers: weights or keys of "
-                f"config.json are so large or small that a sum overflows. Fetch or convert the "
-                f"checkpoint again."
-            )
-        self._experts += trace.mean_experts() * len(self._input)
-        self._rows += len(self._input)
+        with torch.inference_mode():
+            *earlier, last = chunks(self._input)
+            for part in earlier:
+                self._run(part, last=False)
+            logits = self._run(last, last=True)[0]  # (V,)
+            low, high = logits.aminmax()  # NaN passes through; one pass instead of two
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise EngineError(
+                    f"the logits after {self._sequence.length} tokens are not numbers: weights or "
+                    f"keys of config.json are so large or small that a sum overflows. Fetch or "
+                    f"convert the checkpoint again."
+                )
+            return self._choose(logits)
+
+    def _run(self, token_ids: Sequence[int], *, last: bool) -> torch.Tensor:
+        """Run the next tokens; logits (1, V) of the last one, or none."""
+        chunk = Chunk(self._sequence, token_ids, "last" if last else "none")
+        out = self._runner.run([chunk])
+        self._rows += len(token_ids)
+        self._experts_run += out.experts_run
+        self._rows_routed += out.rows_routed
+        return out.logits
+
+    def _choose(self, logits: torch.Tensor) -> Delta:
+        """Sample a token from logits (V,) and see what it means for the text."""
         sampling = self._sampling
         token = choose_token(logits, sampling, len(self._token_ids))
         if sampling.logprobs is not None:
@@ -77,7 +97,7 @@ class Generation:
         if not self._token_ids:
             self._first_token = time.perf_counter()
         self._token_ids.append(token)
-        self._input = self._input.new_tensor([token])
+        self._input = [token]
         ended = token in self._tokenizer.eos_ids and not sampling.ignore_eos
         if not ended:
             self._text += self._stream.step(token)
@@ -125,7 +145,7 @@ class Generation:
             ttft_seconds=self._first_token - self._started,
             tpot_seconds=(now - self._first_token) / (written - 1) if written > 1 else 0.0,
         )
-        mean_experts = self._experts / self._rows
+        mean_experts = self._experts_run / self._rows_routed if self._rows_routed else 0.0
         mean_context = (self._rows + 1) // 2
         completion = Completion(
             text=self._text,

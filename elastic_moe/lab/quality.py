@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from elastic_moe.engine.runner import Chunk, Runner, StepOutput
 from elastic_moe.errors import ElasticMoEError
 from elastic_moe.lab.text import EvaluationSet
-from elastic_moe.model.transformer import ElasticTransformer, Trace
 from elastic_moe.routing import Subnet
 
 BATCH_WINDOWS = 8
@@ -105,7 +105,7 @@ class FullNetwork:
 
 
 def measure_depths(
-    model: ElasticTransformer,
+    runner: Runner,
     text: EvaluationSet,
     deepest: Subnet,
     depths: Sequence[int],
@@ -125,42 +125,45 @@ def measure_depths(
         (windows done, {}) after each batch, and last (windows, {depth: quality}).
     """
     sums = {depth: _Sums() for depth in depths}
-    use = _ExpertUse(model.shape.num_experts)
+    use = _ExpertUse()
     done = start = 0
+    vocab_size = runner.config.vocab_size
     for batch in text.batches(BATCH_WINDOWS):
-        device = model.embed_tokens.weight.device
-        inputs = torch.tensor([window.inputs for window in batch], device=device)
+        device = runner.device
         targets = torch.tensor([window.targets for window in batch], device=device)
         firsts = torch.tensor([window.first_scored for window in batch], device=device)
         scored = torch.arange(targets.shape[1], device=device) >= firsts.unsqueeze(1)  # (B, T)
         wanted = targets[scored]  # (n,)
-        trace = Trace()
         with torch.inference_mode():
-            states = {
-                layers: x[scored]  # (n, D)
-                for layers, x in model.states(inputs, deepest, trace=trace)
-                if layers in sums
-            }
-            rows = max(1, CHUNK_NUMBERS // model.config.vocab_size)
+            out = runner.run(
+                [
+                    Chunk(runner.open(deepest, len(window.inputs)), window.inputs, "none")
+                    for window in batch
+                ],
+                states_after=depths,
+                trace=True,
+            )
+            states = {depth: x[scored.flatten()] for depth, x in out.states.items()}  # (n, D)
+            rows = max(1, CHUNK_NUMBERS // vocab_size)
             for first in range(0, len(wanted), rows):
                 part = slice(first, first + rows)
                 if is_full:
-                    full.store(start + first, _logprobs(model, states[deepest.depth][part]))
+                    full.store(start + first, _logprobs(runner, states[deepest.depth][part]))
                 reference = full.read(start + first, len(wanted[part]), device)
                 for depth, x in states.items():
                     itself = is_full and depth == deepest.depth
-                    predicted = reference if itself else _logprobs(model, x[part])
+                    predicted = reference if itself else _logprobs(runner, x[part])
                     sums[depth].add(predicted, wanted[part], reference)
-        use.add(trace)
+        use.add(out)
         start += len(wanted)
         done += len(batch)
         yield done, {}
     yield done, {depth: total.quality(use, depth) for depth, total in sums.items()}
 
 
-def _logprobs(model: ElasticTransformer, x: Tensor) -> Tensor:
+def _logprobs(runner: Runner, x: Tensor) -> Tensor:
     """Residual stream (n, D) -> log-probabilities (n, V)."""
-    return torch.log_softmax(model.logits(x), dim=-1)
+    return torch.log_softmax(runner.logits(x), dim=-1)
 
 
 class _Sums:
@@ -191,18 +194,15 @@ class _Sums:
 class _ExpertUse:
     """What the routers of each layer chose in one pass, whichever depths are measured in it."""
 
-    def __init__(self, num_experts: int) -> None:
-        self.num_experts = num_experts
+    def __init__(self) -> None:
         self.choices: dict[int, Tensor] = {}  # layer -> (E,) tokens that chose each expert
         self.rows: dict[int, int] = {}  # layer -> tokens
 
-    def add(self, trace: Trace) -> None:
+    def add(self, out: StepOutput) -> None:
         """Count the choices of a batch."""
-        for layer in trace.layers:
-            ids = layer.topk_ids[layer.topk_ids >= 0].long()
-            counts = torch.bincount(ids, minlength=self.num_experts).cpu()
-            self.choices[layer.layer] = self.choices.get(layer.layer, 0) + counts
-            self.rows[layer.layer] = self.rows.get(layer.layer, 0) + len(layer.topk_ids)
+        for layer, counts in out.choices.items():
+            self.choices[layer] = self.choices.get(layer, 0) + counts
+            self.rows[layer] = self.rows.get(layer, 0) + out.rows[layer]
 
     def mean(self, depth: int) -> float:
         """Experts that ran, per token and MoE layer of the first `depth` layers."""

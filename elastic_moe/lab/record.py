@@ -50,7 +50,7 @@ def describe_point(
         "expert_width": subnet.uniform("width"),
         "sparsity_threshold": subnet.uniform("threshold"),
         "expert_pool": len(pool) if pool else None,
-        "trained": is_trained(subnet, engine.model.config.elastic),
+        "trained": is_trained(subnet, engine.config.elastic),
         "active_params": round(subnet.active_params_at(experts)),
         "active_params_max": subnet.active_params,
         "flops_per_token": round(subnet.flops_per_token(WINDOW, experts)),
@@ -76,7 +76,7 @@ def describe_point(
 
 def describe_model(engine: Engine) -> dict[str, Any]:
     """The `model` entry: name and sizes, and what the checkpoint says of its training."""
-    config, shape = engine.model.config, engine.model.shape
+    config, shape = engine.config, engine.shape
     return {
         "name": engine.name,
         "model_type": config.model_type,
@@ -103,7 +103,7 @@ def describe_settings(engine: Engine, *, quick: bool, ranked_on: str | None) -> 
         "tokenizer_sha256": _sha256(engine, "tokenizer.json"),
         "backend": engine.backend,
         "dtype": engine.dtype,
-        "device": str(engine.model.embed_tokens.weight.device),
+        "device": str(engine.runner.device),
         "rank_channels": ranked_on,
         "rank_channels_sha256": engine.calibration_sha256,
         "quick": quick,

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from elastic_moe.model.cache import KVCache
-from elastic_moe.model.transformer import ElasticTransformer
+from elastic_moe.engine.runner import Chunk, Runner
 from elastic_moe.routing import Subnet
 
 PREFILL_TOKENS = 512
@@ -17,7 +16,7 @@ DECODE_CONTEXT_TOKENS = 64
 
 
 def measure_speed(
-    model: ElasticTransformer,
+    runner: Runner,
     subnets: Sequence[Subnet],
     ids: Sequence[int],
     *,
@@ -34,22 +33,21 @@ def measure_speed(
     Yields:
         (measurements done, []) after each, and last (all, [(prefill, decode) tokens per second]).
     """
-    device = model.embed_tokens.weight.device
-    prompt = torch.tensor([list(ids[:PREFILL_TOKENS])], device=device)
+    prompt = list(ids[:PREFILL_TOKENS])
     seconds: list[list[tuple[float, float]]] = [[] for _ in subnets]
     done = 0
     with torch.inference_mode():
-        _time_once(model, subnets[0], prompt, 1)  # warms up
+        _time_once(runner, subnets[0], prompt, 1)  # warms up
     for _ in range(rounds):
         for subnet, kept in zip(subnets, seconds, strict=True):
             with torch.inference_mode():
-                measured = _time_once(model, subnet, prompt, decode_tokens)
+                measured = _time_once(runner, subnet, prompt, decode_tokens)
             kept.append(measured)
             done += 1
             yield done, []
     speeds = [
         (
-            prompt.shape[1] / statistics.median(prefill for prefill, _ in kept),
+            len(prompt) / statistics.median(prefill for prefill, _ in kept),
             decode_tokens / statistics.median(decode for _, decode in kept),
         )
         for kept in seconds
@@ -58,19 +56,18 @@ def measure_speed(
 
 
 def _time_once(
-    model: ElasticTransformer, subnet: Subnet, prompt: torch.Tensor, decode_tokens: int
+    runner: Runner, subnet: Subnet, prompt: Sequence[int], decode_tokens: int
 ) -> tuple[float, float]:
     """Seconds of one prefill (last row's logits), and of decoding `decode_tokens` tokens."""
+    sequence = runner.open(subnet, len(prompt))
     started = time.perf_counter()
-    x = model.last_state(prompt, subnet)
-    _ = model.logits(x[:, -1]).argmax().item()
+    _ = runner.run([Chunk(sequence, prompt)]).logits.argmax().item()
     prefill = time.perf_counter() - started
 
-    context = prompt[:, :DECODE_CONTEXT_TOKENS]
-    cache = KVCache(model.config.num_layers, context.shape[1] + decode_tokens, model.input_dtype)
-    token = model(context, subnet, cache=cache)[:, -1].argmax(-1, keepdim=True)  # (1, 1)
+    context = prompt[:DECODE_CONTEXT_TOKENS]
+    sequence = runner.open(subnet, len(context) + decode_tokens)
+    token = int(runner.run([Chunk(sequence, context)]).logits.argmax())
     started = time.perf_counter()
     for _ in range(decode_tokens):
-        token = model(token, subnet, cache=cache)[:, -1].argmax(-1, keepdim=True)
-    _ = token.item()
+        token = int(runner.run([Chunk(sequence, [token])]).logits.argmax())
     return prefill, time.perf_counter() - started

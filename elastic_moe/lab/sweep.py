@@ -97,7 +97,7 @@ def sweep(
         "expert_pool": expert_pool,
     }
     given = {axis: values for axis, values in axes.items() if values is not None}
-    shape, elastic = engine.model.shape, engine.model.config.elastic
+    shape, elastic = engine.shape, engine.config.elastic
     grid = product_grid(shape, given) if given else default_grid(shape, elastic, quick=quick)
     ranked_on = calibration.name if calibration is not None else None
     settings = record.describe_settings(engine, quick=quick, ranked_on=ranked_on)
@@ -106,7 +106,10 @@ def sweep(
         notify(news)
     try:
         run.measure_quality()
-        run.measure_speed(rounds=1 if quick else 3, decode_tokens=4 if quick else 16)
+        decode_tokens = 16 if engine.backend == "reference" else 64  # a tenth of a second or so
+        run.measure_speed(
+            rounds=1 if quick else 3, decode_tokens=decode_tokens // 4 if quick else decode_tokens
+        )
         run.result["complete"] = True
     except KeyboardInterrupt:
         notify(run.state())
@@ -181,13 +184,13 @@ class _Run:
             todo.insert(0, bundles[0])
         windows = len(self.text.windows)
         total = windows * len(todo)
-        full = FullNetwork(self.text.scored_tokens, self.engine.model.config.vocab_size)
+        full = FullNetwork(self.text.scored_tokens, self.engine.config.vocab_size)
         reference: Quality | None = None
         for i, (deepest, members) in enumerate(todo):
             measured: dict[int, Quality] = {}
             depths = [subnet.depth for subnet in members]
             passes = measure_depths(
-                self.engine.model, self.text, deepest, depths, full, is_full=reference is None
+                self.engine.runner, self.text, deepest, depths, full, is_full=reference is None
             )
             for done, measured in passes:  # noqa: B007  (the last item is the result)
                 self.progress("quality", i * windows + done, total)
@@ -217,7 +220,7 @@ class _Run:
         total = len(subnets) * rounds
         speeds: list[tuple[float, float]] = []
         timing = measure_speed(
-            self.engine.model, subnets, ids, rounds=rounds, decode_tokens=decode_tokens
+            self.engine.runner, subnets, ids, rounds=rounds, decode_tokens=decode_tokens
         )
         for done, speeds in timing:  # noqa: B007  (the last item is the result)
             self.progress("speed", done, total)

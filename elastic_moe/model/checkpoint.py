@@ -17,6 +17,7 @@ from elastic_moe.model.transformer import ElasticTransformer
 from elastic_moe.model.weights import TensorFiles
 
 DTypeName = Literal["auto", "float32", "bfloat16"]
+Progress = Callable[[int, int], None] | None
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -147,7 +148,7 @@ def load_model(
     *,
     dtype: DTypeName = "auto",
     device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = None,
 ) -> ElasticTransformer:
     """Load a checkpoint folder into the reference model, ready for inference.
 
@@ -166,8 +167,7 @@ def load_model(
     checkpoint = Checkpoint(folder)
     with torch.device("meta"):
         model = ElasticTransformer(checkpoint.config)
-    stored = checkpoint.dtype
-    rounded = stored == torch.bfloat16 if dtype == "auto" else dtype == "bfloat16"
+    rounded = is_rounded(checkpoint, dtype)
     state: dict[str, Tensor] = {}
     for name in _in_order_of_files(checkpoint):
         kept = torch.bfloat16 if rounded else None
@@ -178,6 +178,11 @@ def load_model(
     model.load_state_dict(state, assign=True)
     model.set_input_dtype(torch.bfloat16 if rounded else None)
     return model.requires_grad_(False).eval()
+
+
+def is_rounded(checkpoint: Checkpoint, dtype: DTypeName) -> bool:
+    """Whether a dtype that was asked for means that matrix inputs are rounded to bf16."""
+    return checkpoint.dtype == torch.bfloat16 if dtype == "auto" else dtype == "bfloat16"
 
 
 def is_small(name: str, shape: tuple[int, ...]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,36 +126,66 @@ def pack_matrix(
 
 
 def pack_experts(
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
+    experts: Iterable[tuple[Tensor, Tensor, Tensor]],
+    count: int,
+    hidden: int,
+    channels: int,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype,
     arena: Arena | None = None,
 ) -> PackedExperts:
-    """Pack stacked experts: gate and up (E, F, D), down (E, D, F).
+    """Pack `count` experts, given one by one as gate and up (F, D) and down (D, F).
 
     Raises:
-        KernelError: the shapes do not fit together.
+        KernelError: there are fewer or more, or one has another shape.
     """
-    experts, channels, hidden = gate.shape
-    if up.shape != gate.shape or down.shape != (experts, hidden, channels):
-        raise KernelError(
-            f"gate, up and down must be (E, F, D), (E, F, D) and (E, D, F), got "
-            f"{tuple(gate.shape)}, {tuple(up.shape)} and {tuple(down.shape)}."
-        )
-    dtype = dtype or gate.dtype
     each = expert_bytes(hidden, channels, dtype)
-    size = experts * each
+    size = count * each
     data = arena.take(size) if arena is not None else torch.empty(size, dtype=torch.uint8)
     gate_up = each - matrix_bytes(hidden, channels, dtype)
     panel = -(-hidden // _depth(dtype)) * STEP_BYTES
-    for expert in range(experts):
-        start = expert * each
-        _pack(gate[expert], data, start, 2, dtype)
-        _pack(up[expert], data, start + panel, 2, dtype)
-        _pack(down[expert], data, start + gate_up, 1, dtype)
-    return PackedExperts(data, experts, hidden, channels, dtype)
+    packed = 0
+    for gate, up, down in experts:
+        shapes = (tuple(gate.shape), tuple(up.shape), tuple(down.shape))
+        if shapes != ((channels, hidden), (channels, hidden), (hidden, channels)):
+            raise KernelError(
+                f"expert {packed}: gate, up and down must be {(channels, hidden)} twice and "
+                f"{(hidden, channels)}, got {shapes[0]}, {shapes[1]} and {shapes[2]}."
+            )
+        if packed < count:
+            start = packed * each
+            _pack(gate, data, start, 2, dtype)
+            _pack(up, data, start + panel, 2, dtype)
+            _pack(down, data, start + gate_up, 1, dtype)
+        packed += 1
+    if packed != count:
+        raise KernelError(f"there must be {count} experts, got {packed}.")
+    return PackedExperts(data, count, hidden, channels, dtype)
+
+
+def unpack_matrix(matrix: PackedMatrix) -> Tensor:
+    """The (outputs, inputs) matrix again, in its dtype."""
+    return _unpack(matrix.data, matrix.outputs, matrix.inputs, matrix.dtype)
+
+
+def unpack_experts(experts: PackedExperts) -> tuple[Tensor, Tensor, Tensor]:
+    """gate and up (E, F, D) and down (E, D, F) again, in their dtype."""
+    hidden, channels, dtype = experts.hidden, experts.channels, experts.dtype
+    each = expert_bytes(hidden, channels, dtype)
+    gate_up = each - matrix_bytes(hidden, channels, dtype)
+    gates, ups, downs = [], [], []
+    for data in experts.data.view(-1, each):
+        # Gate and up alternate panel by panel.
+        pairs = data[:gate_up].view(panels(channels), 2, -1)
+        gates.append(_unpack(pairs[:, 0], channels, hidden, dtype))
+        ups.append(_unpack(pairs[:, 1], channels, hidden, dtype))
+        downs.append(_unpack(data[gate_up:], hidden, channels, dtype))
+    return torch.stack(gates), torch.stack(ups), torch.stack(downs)
+
+
+def _unpack(data: Tensor, outputs: int, inputs: int, dtype: torch.dtype) -> Tensor:
+    units = data.contiguous().view(dtype).view(panels(outputs), -1, PANEL, _depth(dtype))
+    return units.transpose(1, 2).flatten(2).flatten(0, 1)[:outputs, :inputs].contiguous()
 
 
 def _pack(matrix: Tensor, data: Tensor, start: int, panel_stride: int, dtype: torch.dtype) -> None:

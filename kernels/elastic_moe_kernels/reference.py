@@ -7,6 +7,7 @@ them in float64.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_moe_kernels.table import LayerTable
@@ -70,3 +71,81 @@ def route(
         weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(epsilon)
         weights = weights.masked_fill(~kept, 0.0)  # 0 / NaN in a row whose logits are not numbers
     return ids.masked_fill(~kept, -1).to(torch.int32), weights
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply every row by a matrix.
+
+    Args:
+        x: (T, D), first rounded to the weight's dtype.
+        weight: (N, D).
+
+    Returns:
+        (T, N) in x's dtype, in which sums are taken, too.
+    """
+    return F.linear(_rounded(x, weight), weight.to(x.dtype))
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * gain over the last axis, in x's dtype."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain
+
+
+def experts(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    channels: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+) -> Tensor:
+    """Sum of the chosen experts' outputs, times their weights.
+
+    Args:
+        x: (T, D) tokens, first rounded to the weights' dtype.
+        topk_ids: (T, K) integer in [-1, E), -1 where nothing runs.
+        topk_weights: (T, K).
+        channels: (T,) hidden channels of each expert that run for a token, in [1, F].
+        gate, up: (E, F, D).
+        down: (E, D, F); what it multiplies is rounded to its dtype.
+
+    Returns:
+        (T, D) in x's dtype, in which sums are taken, too.
+    """
+    out = torch.zeros_like(x)
+    x = _rounded(x, gate)
+    channel = torch.arange(gate.shape[1], device=x.device)  # (F,)
+    for expert in sorted(set(topk_ids.flatten().tolist()) - {-1}):
+        rows, slots = (topk_ids == expert).nonzero(as_tuple=True)  # (n,), (n,)
+        tokens = x[rows]  # (n, D)
+        hidden = F.silu(F.linear(tokens, gate[expert].to(x.dtype)))
+        hidden = hidden * F.linear(tokens, up[expert].to(x.dtype))  # (n, F)
+        hidden = hidden.masked_fill(channel >= channels[rows].unsqueeze(1), 0.0)
+        output = F.linear(_rounded(hidden, down), down[expert].to(x.dtype))  # (n, D)
+        weight = topk_weights[rows, slots].to(x.dtype).unsqueeze(1)  # (n, 1)
+        out = out.index_add(0, rows, output * weight)
+    return out
+
+
+def attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Causal attention of one sequence; the last query stands at the last position.
+
+    Args:
+        queries: (n, H, d), first rounded to the keys' dtype; query heads H/G*g.. share head g.
+        keys, values: (P, G, d) of all positions, P >= n.
+
+    Returns:
+        (n, H, d) in the queries' dtype, in which sums are taken, too.
+    """
+    n, positions, group = len(queries), len(keys), queries.shape[1] // keys.shape[1]
+    each = [t.to(queries.dtype).repeat_interleave(group, 1) for t in (keys, values)]  # (P, H, d)
+    scores = scale * torch.einsum("nhd,phd->hnp", _rounded(queries, keys), each[0])
+    seen = torch.ones(n, positions, dtype=torch.bool, device=scores.device).tril(positions - n)
+    probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("hnp,phd->nhd", probabilities, each[1])
+
+
+def _rounded(x: Tensor, like: Tensor) -> Tensor:
+    """x's values rounded to the dtype of `like`, in x's own dtype."""
+    return x.to(like.dtype).to(x.dtype)

@@ -8,70 +8,37 @@ any number of threads.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from elastic_moe_kernels import cpu
+from elastic_moe_kernels import cpu, cpu_ops
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.packing import (
     Arena,
-    PackedExperts,
     PackedMatrix,
     pack_experts,
     pack_matrix,
 )
+from elastic_moe_kernels.step_checks import (
+    REFUSALS,
+    Ints,
+    check_arrays,
+    check_blocks,
+    check_layer,
+    check_states,
+    check_table,
+    expect,
+)
+from elastic_moe_kernels.step_result import Counters, StepResult
 from elastic_moe_kernels.table import SubnetTable
-from elastic_moe_kernels.weights import Experts, LayerTensors, ModelDims, check_dims
+from elastic_moe_kernels.weights import LayerTensors, ModelDims, check_dims
 
 BLOCK_POSITIONS = 16
-Ints = NDArray[np.int32]
-
-
-@dataclass(frozen=True, slots=True)
-class Counters:
-    """What one step did.
-
-    Attributes:
-        weight_bytes: of matrices and gains, each counted once however many rows used it.
-        kv_bytes: of keys and values that attention read.
-        flops: 2 per multiply-add of matrices (each row at its own width) and attention, 4 per
-            normed channel.
-        experts_run: (token, expert) pairs.
-        rows_routed: (token, layer) pairs.
-    """
-
-    weight_bytes: int
-    kv_bytes: int
-    flops: int
-    experts_run: int
-    rows_routed: int
-
-    @property
-    def mean_experts(self) -> float:
-        """Experts per token and MoE layer."""
-        return self.experts_run / self.rows_routed if self.rows_routed else 0.0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class StepResult:
-    """What one step gives.
-
-    Attributes:
-        logits: (n, V) float32, of the rows asked for.
-        states: (m, T, D) float32, the stream after each of the layer counts asked for.
-        topk_ids: (L, T, K) int32 if asked for: experts that ran, -1 elsewhere.
-    """
-
-    logits: Tensor
-    states: Tensor | None
-    topk_ids: Tensor | None
-    counters: Counters
 
 
 class CpuModel:
@@ -113,6 +80,8 @@ class CpuModel:
         self._arena: Arena | None = None
         self._kept: dict[object, Any] = {}  # what the native model holds addresses of
         self._angles: tuple[Tensor, Tensor] | None = None
+        self._routing_layers: set[int] = set()
+        self._running = threading.Lock()
 
     # Weights
 
@@ -123,21 +92,34 @@ class CpuModel:
     def set_layer(self, index: int, tensors: LayerTensors) -> None:
         """Pack one layer; the tensors given may be dropped afterwards."""
         dims = self.dims
+        check_layer(dims, tensors)
         qkv = self._matrix([tensors.q, tensors.k, tensors.v])
         out = self._matrix(tensors.out)
-        _expect("q, k and v", (qkv.outputs, qkv.inputs), (dims.qkv_size, dims.hidden_size))
-        _expect("out", (out.outputs, out.inputs), (dims.hidden_size, dims.query_size))
+        expect("q, k and v", (qkv.outputs, qkv.inputs), (dims.qkv_size, dims.hidden_size))
+        expect("out", (out.outputs, out.inputs), (dims.hidden_size, dims.query_size))
         router = None
         if tensors.router is not None:
             router = pack_matrix(tensors.router, dtype=torch.float32, arena=self._arena)
-            _expect("router", (router.outputs, router.inputs), (dims.num_experts, dims.hidden_size))
-        experts = self._experts(tensors.experts)
-        everyone = self._experts(tensors.everyone)
-        if experts is not None:
-            _expect(
-                "experts",
-                (experts.num_experts, experts.channels, experts.hidden),
-                (dims.num_experts, dims.expert_hidden, dims.hidden_size),
+            expect("router", (router.outputs, router.inputs), (dims.num_experts, dims.hidden_size))
+        experts = everyone = None
+        if tensors.experts is not None:
+            experts = pack_experts(
+                tensors.experts,
+                dims.num_experts,
+                dims.hidden_size,
+                dims.expert_hidden,
+                dtype=self.dtype,
+                arena=self._arena,
+            )
+        if tensors.everyone is not None:
+            channels = len(tensors.everyone[0])
+            everyone = pack_experts(
+                [tensors.everyone],
+                1,
+                dims.hidden_size,
+                channels,
+                dtype=self.dtype,
+                arena=self._arena,
             )
         vectors = [
             None if v is None else v.detach().float().contiguous().clone()
@@ -150,6 +132,8 @@ class CpuModel:
             )
         ]
         attention_norm, q_norm, k_norm, mlp_norm, bias = map(_address, vectors)
+        if router is not None:
+            self._routing_layers.add(index)
         self._kept[index] = (qkv, out, router, experts, everyone, vectors)
         self._native.set_layer(
             index,
@@ -173,24 +157,21 @@ class CpuModel:
         gain = final_norm.detach().float().contiguous().clone()
         packed = self._matrix(head)
         shape = (self.dims.vocab_size, self.dims.hidden_size)
-        _expect("embeddings", tuple(rows.shape), shape)
-        _expect("head", (packed.outputs, packed.inputs), shape)
+        expect("final_norm", tuple(gain.shape), shape[1:])
+        expect("embeddings", tuple(rows.shape), shape)
+        expect("head", (packed.outputs, packed.inputs), shape)
         self._kept["ends"] = (rows, gain, packed)
         self._native.set_ends(rows.data_ptr(), gain.data_ptr(), packed.data.data_ptr())
 
     def _matrix(self, parts: Tensor | Sequence[Tensor]) -> PackedMatrix:
         return pack_matrix(parts, dtype=self.dtype, arena=self._arena)
 
-    def _experts(self, experts: Experts | None) -> PackedExperts | None:
-        if experts is None:
-            return None
-        return pack_experts(
-            experts.gate, experts.up, experts.down, dtype=self.dtype, arena=self._arena
-        )
-
     def set_angles(self, cos: Tensor, sin: Tensor) -> None:
         """Cosines and sines of the rotary angles, (positions, d/2) float32."""
-        self._angles = (cos.contiguous(), sin.contiguous())
+        shape = (len(cos), self.dims.head_dim // 2)
+        expect("cos", tuple(cos.shape), shape)
+        expect("sin", tuple(sin.shape), shape)
+        self._angles = (cos.float().contiguous(), sin.float().contiguous())
 
     # Cache
 
@@ -238,36 +219,47 @@ class CpuModel:
             trace: whether to return which experts ran.
 
         Raises:
-            KernelError: an id is out of range; nothing was computed.
+            KernelError: an argument is outside what is said above, or another step is running;
+                nothing was computed.
         """
+        if not self._running.acquire(blocking=False):
+            raise KernelError(REFUSALS[9])
+        try:
+            return self._step(
+                (token_ids, positions, sequences, subnets, block_tables, logits_rows),
+                table,
+                blocks,
+                states_after,
+                trace,
+                torch.get_num_threads() if threads is None else threads,
+            )
+        finally:
+            self._running.release()
+
+    def _step(
+        self,
+        arrays: tuple[Ints, Ints, Ints, Ints, Ints, Ints],
+        table: SubnetTable,
+        blocks: Tensor,
+        states_after: Sequence[int],
+        trace: bool,
+        threads: int,
+    ) -> StepResult:
         dims, inputs = self.dims, self._inputs
-        T, (S, L, B) = len(token_ids), block_tables.shape
+        token_ids, positions, sequences, subnets, block_tables, logits_rows = arrays
         if self._angles is None:
             raise KernelError("no rotary angles are set. Call set_angles first.")
-        for name, array, shape in (
-            ("token_ids", token_ids, (T,)),
-            ("positions", positions, (T,)),
-            ("sequences", sequences, (T,)),
-            ("subnets", subnets, (T,)),
-            ("block_tables", block_tables, (S, dims.num_layers, B)),
-            ("logits_rows", logits_rows, logits_rows.shape[:1]),
-        ):
-            if array.dtype != np.int32 or array.shape != shape or not array.flags.c_contiguous:
-                raise KernelError(
-                    f"{name} must be contiguous int32 with shape {shape}, got {array.dtype} with "
-                    f"shape {array.shape}."
-                )
+        check_arrays(dims, *arrays)
+        if threads < 1:
+            raise KernelError(f"threads must be at least 1, got {threads}.")
+        T, (S, L, B) = len(token_ids), block_tables.shape
         self._check_table(table)
-        if blocks.dtype != torch.uint8 or blocks.shape[1:] != (self.block_bytes,):
-            raise KernelError(
-                f"blocks must be uint8 with {self.block_bytes} bytes each, got {blocks.dtype} with "
-                f"shape {tuple(blocks.shape)}. Make them with new_blocks."
-            )
+        check_blocks(blocks, self.block_bytes)
         logits = torch.empty(len(logits_rows), dims.vocab_size)
         flags = states = topk_ids = None
-        if states_after:
+        if len(states_after):
             flags = np.zeros(L + 1, dtype=np.uint8)
-            flags[list(states_after)] = 1
+            flags[check_states(states_after, L)] = 1
             states = torch.empty(int(flags.sum()), T, dims.hidden_size)
         if trace:
             slots = max(table.layer(i).max_top_k for i in range(L))
@@ -290,11 +282,11 @@ class CpuModel:
         inputs.states = 0 if states is None else states.data_ptr()
         inputs.trace_ids = 0 if topk_ids is None else topk_ids.data_ptr()
         inputs.trace_slots = 0 if topk_ids is None else topk_ids.shape[2]
-        inputs.threads = torch.get_num_threads() if threads is None else threads
+        inputs.threads = threads
         refusal, where, value, detail, counters = self._native.step(inputs)
         if refusal:
             raise KernelError(
-                _REFUSALS[refusal].format(
+                REFUSALS[refusal].format(
                     where=where,
                     value=value,
                     detail=detail,
@@ -308,19 +300,30 @@ class CpuModel:
             )
         return StepResult(logits, states, topk_ids, Counters(*counters))
 
+    def logits(self, states: Tensor) -> Tensor:
+        """Final norm and head: residual stream (n, D) float32 -> logits (n, V) float32.
+
+        The bits are those that `step` gives for the same stream.
+        """
+        dims = self.dims
+        expect("states", tuple(states.shape), (len(states), dims.hidden_size))
+        if states.dtype != torch.float32 or not states.is_contiguous():
+            states = states.float().contiguous()
+        _, gain, head = self._kept["ends"]
+        normed = cpu_ops.rms_norm(states, gain, dims.rms_norm_eps, level=self.level)
+        return cpu_ops.linear(normed, head, level=self.level)
+
     def _check_table(self, table: SubnetTable) -> None:
         """Look at a table once, and remember it with its addresses."""
         if self._kept.get("table") is table:
             return
-        shape = (self.dims.num_layers, self.dims.num_experts)
-        _expect("the table's pool", tuple(table.pool.shape[1:]), shape)
-        routed = table.active & (table.top_k > 0)
-        most = int(table.channels.where(routed, 0).max()) if routed.any() else 0
-        if most > self.dims.expert_hidden:
+        missing = {*range(self.dims.num_layers), "ends"} - self._kept.keys()
+        if missing:
             raise KernelError(
-                f"channels must be in [1, {self.dims.expert_hidden}], the experts' hidden size, "
-                f"got {most}."
+                f"weights are missing: {', '.join(sorted(map(str, missing)))}. "
+                f"Call set_layer for every layer, and set_ends."
             )
+        check_table(self.dims, table, sorted(self._routing_layers))
         inputs = self._inputs
         columns = {
             name: getattr(table, name).contiguous()
@@ -330,28 +333,6 @@ class CpuModel:
             setattr(inputs, name, column.data_ptr())
         inputs.subnet_count = len(table.active)
         self._kept["table"], self._kept["columns"] = table, columns
-
-
-_REFUSALS = {
-    1: "token_ids[{where}] must be in [0, {vocab}], got {value}.",
-    2: "positions[{where}] must be in [0, {positions}], which the angles and the block tables "
-    "cover, got {value}.",
-    3: "sequences[{where}] must be in [0, {sequences}], got {value}.",
-    4: "row {where}: the tokens of sequence {value} must be consecutive rows at consecutive "
-    "positions.",
-    5: "subnets[{where}] must be in [0, {subnets}], got {value}.",
-    6: "row {where}: sub-network {value} runs other layers than the one of the row before, which "
-    "belongs to the same sequence.",
-    7: "block_tables: sequence {where}, layer {detail} must name blocks in [0, {blocks}], "
-    "got {value}.",
-    8: "logits_rows[{where}] must be in [0, {rows}], got {value}.",
-    9: "a step of this model is already running. Make all calls from one thread.",
-}
-
-
-def _expect(name: str, got: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    if got != wanted:
-        raise KernelError(f"{name} must have shape {wanted}, got {got}.")
 
 
 def _address(tensor: Tensor | None) -> int:

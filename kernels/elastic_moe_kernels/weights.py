@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,13 +50,8 @@ class ModelDims:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Experts:
-    """Stacked experts: gate and up (E, F, D), down (E, D, F)."""
-
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+# Gate and up (F, D) and down (D, F) of each expert in turn.
+Experts = Iterable[tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +59,8 @@ class LayerTensors:
     """One layer's weights as a checkpoint has them; matrices are (outputs, inputs).
 
     Attributes:
-        router, correction_bias, experts: None in a dense layer.
+        router, correction_bias, experts: None in a dense layer. Experts may come one by one, so
+            that a checkpoint need not be in memory beside what is packed of it.
         everyone: what every token runs, as one expert: shared experts, or the dense MLP.
     """
 
@@ -79,7 +75,7 @@ class LayerTensors:
     router: Tensor | None = None
     correction_bias: Tensor | None = None
     experts: Experts | None = None
-    everyone: Experts | None = None
+    everyone: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 def packed_bytes(dims: ModelDims, dtype: torch.dtype, layers: Sequence[tuple[bool, int]]) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from elastic_moe_kernels import cpu, ops, reference
@@ -15,18 +13,6 @@ from tests.kernels.cases import CASES, MIXED, Case, Entry, comparable, make_tabl
 def bits(topk_ids: Tensor, topk_weights: Tensor) -> tuple[list[list[int]], list[list[int]]]:
     """For comparing bit for bit, NaN included."""
     return topk_ids.tolist(), topk_weights.view(torch.int32).tolist()
-
-
-@pytest.fixture(params=cpu.levels())
-def level(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_this_machine_runs_a_level() -> None:

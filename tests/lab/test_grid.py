@@ -16,7 +16,7 @@ SHAPE = ELASTIC_MINI.shape
 def test_the_default_grid_crosses_depth_and_top_k_and_tries_each_other_axis_alone(
     mini: Engine,
 ) -> None:
-    names = {subnet.name for subnet in default_grid(SHAPE, mini.model.config.elastic).subnets}
+    names = {subnet.name for subnet in default_grid(SHAPE, mini.config.elastic).subnets}
     assert names >= {"full", "L12", "L24-k1", "L36-k2", "k3", "w2", "w4", "w6", "p4", "p8", "p12"}
     assert names >= {"t0.25", "t0.5", "t0.75", "t1"}
     assert len(names) == 16 + 3 + 4 + 3
@@ -62,7 +62,7 @@ def test_prefixes_are_bundled_and_the_full_network_comes_first() -> None:
 
 
 def test_trained_means_every_value_was_drawn_in_training(tiny: Engine) -> None:
-    elastic = tiny.model.config.elastic
+    elastic = tiny.config.elastic
     told = {
         name: is_trained(tiny.resolve(name), elastic)
         for name in ("full", "L2", "L1", "k1", "L3-k2-w2-p4", "w1", "p5", "t0.5", "Lx5")

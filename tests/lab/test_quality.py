@@ -14,7 +14,6 @@ from elastic_moe.errors import ElasticMoEError
 from elastic_moe.lab import quality
 from elastic_moe.lab.quality import FullNetwork, Quality, measure_depths, paired_difference
 from elastic_moe.lab.text import Corpus, EvaluationSet, evaluation_set
-from elastic_moe.model.transformer import ElasticTransformer
 from elastic_moe.routing import Subnet
 
 
@@ -27,8 +26,8 @@ def text(tiny: Engine) -> EvaluationSet:
 def measure(
     tiny: Engine, text: EvaluationSet, deepest: Subnet, depths: list[int], full: FullNetwork | None
 ) -> tuple[dict[int, Quality], FullNetwork]:
-    kept = full or FullNetwork(text.scored_tokens, tiny.model.config.vocab_size)
-    passes = list(measure_depths(tiny.model, text, deepest, depths, kept, is_full=full is None))
+    kept = full or FullNetwork(text.scored_tokens, tiny.config.vocab_size)
+    passes = list(measure_depths(tiny.runner, text, deepest, depths, kept, is_full=full is None))
     assert [done for done, _ in passes] == [8, 10, 10]
     return passes[-1][1], kept
 
@@ -146,16 +145,16 @@ def test_rows_in_chunks_give_what_all_at_once_gives(
     tiny: Engine, text: EvaluationSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = measure(tiny, text, tiny.resolve("full"), [6, 3], None)
-    monkeypatch.setattr(quality, "CHUNK_NUMBERS", 100 * tiny.model.config.vocab_size)
+    monkeypatch.setattr(quality, "CHUNK_NUMBERS", 100 * tiny.config.vocab_size)
     largest = 0
-    logits = ElasticTransformer.logits
+    logits = tiny.runner.logits
 
-    def watched(model: ElasticTransformer, x: torch.Tensor) -> torch.Tensor:
+    def watched(states: torch.Tensor) -> torch.Tensor:
         nonlocal largest
-        largest = max(largest, x.shape[0])
-        return logits(model, x)
+        largest = max(largest, states.shape[0])
+        return logits(states)
 
-    monkeypatch.setattr(ElasticTransformer, "logits", watched)
+    monkeypatch.setattr(tiny.runner, "logits", watched)
     chunked, _ = measure(tiny, text, tiny.resolve("full"), [6, 3], None)
     assert largest == 100
     for depth in (6, 3):

@@ -5,13 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from elastic_moe.engine import Engine
+from elastic_moe.engine.runner import Chunk
 from elastic_moe.lab import speed
 from elastic_moe.lab.speed import measure_speed
-from elastic_moe.model.transformer import ElasticTransformer
-from elastic_moe.routing import Subnet
 
 IDS = list(range(1, 601))
 
@@ -20,15 +18,16 @@ def test_every_point_is_timed_on_its_own_subnetwork(
     tiny: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[tuple[str, int]] = []
-    states = ElasticTransformer.states
+    run = tiny.runner.run
 
-    def watched(model: ElasticTransformer, ids: torch.Tensor, subnet: Subnet, **more: object):
-        ran.append((subnet.name, ids.shape[1]))
-        return states(model, ids, subnet, **more)
+    def watched(chunks: list[Chunk], **more: object):
+        (chunk,) = chunks
+        ran.append((chunk.sequence.subnet.name, len(chunk.token_ids)))
+        return run(chunks, **more)
 
-    monkeypatch.setattr(ElasticTransformer, "states", watched)
+    monkeypatch.setattr(tiny.runner, "run", watched)
     subnets = [tiny.resolve(name) for name in ("full", "L2", "k1")]
-    *_, (done, speeds) = measure_speed(tiny.model, subnets, IDS, rounds=2, decode_tokens=3)
+    *_, (done, speeds) = measure_speed(tiny.runner, subnets, IDS, rounds=2, decode_tokens=3)
     assert (done, len(speeds)) == (6, 3)
     one_round = [(s.name, tokens) for s in subnets for tokens in (512, 64, 1, 1, 1)]
     assert ran[3:] == one_round * 2  # the first three warm up: prefill, context, one token
@@ -47,7 +46,7 @@ def test_speeds_are_tokens_over_the_median_time(
     monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=iter(looks).__next__))
     subnet = tiny.resolve("L2")
     *_, (_, [(prefill, decode)]) = measure_speed(
-        tiny.model, [subnet], IDS, rounds=3, decode_tokens=3
+        tiny.runner, [subnet], IDS, rounds=3, decode_tokens=3
     )
     assert prefill == 512 / 2.0
     assert decode == 3 / 0.5

@@ -92,11 +92,13 @@ def test_elastic_mini_with_shuffled_channels_recovers_its_curve(tmp_path: Path) 
 
     On the first 12 of its layers, which it was trained to run alone, for the time that it takes.
     """
-    with Engine.from_pretrained(extract("elastic-mini", "L12", tmp_path / "L12")) as engine:
+    with Engine.from_pretrained(
+        extract("elastic-mini", "L12", tmp_path / "L12"), backend="reference"
+    ) as engine:
         text = evaluation_set(language_reference(), engine.tokenizer, 1024)
         calibration = language_reference().text[-60_000:]  # far behind what is scored
         trained = width_losses(engine, text)
-        reorder_channels(engine.model, shuffled_order(engine.model))
+        reorder_channels(engine.runner.model, shuffled_order(engine.runner.model))
         shuffled = width_losses(engine, text)
         engine.rank_channels(calibration, tokens=2048)
         ranked = width_losses(engine, text)
@@ -110,13 +112,13 @@ def test_elastic_mini_with_shuffled_channels_recovers_its_curve(tmp_path: Path) 
 
 def width_losses(engine: Engine, text: EvaluationSet) -> dict[str, float]:
     """Nats per token of three widths."""
-    shape = engine.model.shape
+    shape = engine.shape
     full = FullNetwork(text.scored_tokens, shape.vocab_size)
     losses: dict[str, float] = {}
     for name in ("full", "w4", "w2"):
         subnet = parse_name(shape, name)
         passes = measure_depths(
-            engine.model, text, subnet, [shape.num_layers], full, is_full=not losses
+            engine.runner, text, subnet, [shape.num_layers], full, is_full=not losses
         )
         *_, (_, measured) = passes
         losses[name] = measured[shape.num_layers].nats_per_token
@@ -124,12 +126,12 @@ def width_losses(engine: Engine, text: EvaluationSet) -> dict[str, float]:
 
 
 def test_the_order_may_leave_with_an_extracted_checkpoint(tmp_path: Path) -> None:
-    with Engine.from_pretrained("elastic-mini", dtype="float32") as engine:
-        order = shuffled_order(engine.model)
+    with Engine.from_pretrained("elastic-mini", dtype="float32", backend="reference") as engine:
+        order = shuffled_order(engine.runner.model)
         child = extract("elastic-mini", "L3-w4", tmp_path / "child", channel_order=order)
-        reorder_channels(engine.model, order)
+        reorder_channels(engine.runner.model, order)
         ids = tokens(1, 20, vocab_size=4096)
-        want = engine.model(ids, parse_name(engine.model.shape, "L3-w4"))
+        want = engine.runner.model(ids, parse_name(engine.shape, "L3-w4"))
     small = load_model(child, dtype="float32")
     got = small(ids, Subnet.full(small.shape))
     assert (got - want).abs().amax() <= 1e-4 * want.abs().amax()

@@ -1,100 +1,17 @@
-"""The face of the kernels: arguments are checked here, then the named implementation runs.
-
-Implementations: "reference" (PyTorch, any device, differentiable), "cpu" (C++), and "auto", which
-is "cpu" where that can run and "reference" elsewhere.
-"""
+"""`route`, behind checks of its arguments."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from dataclasses import dataclass
-from functools import cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from elastic_moe_kernels import cpu, reference
 from elastic_moe_kernels.errors import KernelError
+from elastic_moe_kernels.ops.checks import check_tensor
+from elastic_moe_kernels.ops.choice import Implementation, choose, warn_if_degraded
 from elastic_moe_kernels.table import LayerTable
-
-Implementation = Literal["auto", "reference", "cpu"]
-
-
-@dataclass(frozen=True, slots=True)
-class Backend:
-    """One implementation of the ops, and what this install and machine have of it.
-
-    Attributes:
-        level: the instruction-set level in use, None where there are none.
-        levels: all levels that are compiled and run here, weakest first.
-        detail: how it was built, or why it (or a part of it) is missing.
-    """
-
-    name: str
-    available: bool
-    level: str | None
-    levels: tuple[str, ...]
-    detail: str
-
-
-def backends() -> list[Backend]:
-    """Every implementation that exists, whether or not this install has it."""
-    reference_backend = Backend("reference", True, None, (), f"torch {torch.__version__}")
-    why_not = _why_not_cpu()
-    if why_not:
-        return [reference_backend, Backend("cpu", False, None, (), why_not)]
-    info = cpu.build_info()
-    detail = f"{info.compiler}, {'OpenMP' if info.openmp else 'one thread'}"
-    idle = [name for name in info.levels if name not in cpu.levels()]
-    if idle:
-        detail += f"; compiled, but this machine lacks it: {', '.join(idle)}"
-    if info.reason:
-        detail += f"; {info.reason}"
-    return [reference_backend, Backend("cpu", True, cpu.level(), cpu.levels(), detail)]
-
-
-def available(name: str) -> bool:
-    """Whether the implementation `name` can run in this install."""
-    return name == "reference" or (name == "cpu" and not _why_not_cpu())
-
-
-def require(name: str) -> None:
-    """Raise `KernelError` with the reason and the remedy unless `name` can run here."""
-    if name not in ("reference", "cpu"):
-        raise KernelError(f"implementation must be 'reference' or 'cpu', got {name!r}.")
-    if name == "cpu" and _why_not_cpu():
-        raise KernelError(_why_not_cpu())
-
-
-def _why_not_cpu() -> str:
-    """Why the C++ kernels cannot run (missing, or a wrong ELASTIC_MOE_ISA); "" if they can."""
-    if cpu.missing():
-        return cpu.missing()
-    try:
-        cpu.level()
-    except KernelError as error:
-        return str(error)
-    return ""
-
-
-@cache
-def warn_if_degraded() -> None:
-    """Warn, once per process, if the C++ kernels are not installed or lack OpenMP.
-
-    For whoever chose the implementation by "auto": it works all the same, but slower.
-    """
-    if cpu.missing():
-        problem = f"routing runs on the PyTorch reference, which is slower: {cpu.missing()}"
-    elif not cpu.build_info().openmp:
-        problem = (
-            f"the C++ kernels run on one thread: {cpu.build_info().reason}. With a compiler that "
-            f"has OpenMP, install elastic-moe again: `pip install .` in its source."
-        )
-    else:
-        return
-    warnings.warn(problem, RuntimeWarning, stacklevel=3)
 
 
 def route(
@@ -127,15 +44,10 @@ def route(
         KernelError: an argument is outside what is said above, or the implementation cannot run.
     """
     _check(router_logits, table, subnet_of_row, epsilon, correction_bias)
-    if implementation == "auto":
-        implementation = "reference" if _unfit_for_cpu(router_logits, correction_bias) else "cpu"
-        if implementation == "cpu":
-            warn_if_degraded()
-            implementation = "reference" if cpu.missing() else "cpu"
-    if implementation == "cpu":
-        unfit = _unfit_for_cpu(router_logits, correction_bias)
-        if unfit:
-            raise KernelError(f"implementation 'cpu' {unfit} Or use implementation='reference'.")
+    unfit = _unfit_for_cpu(router_logits, correction_bias)
+    if implementation == "auto" and not unfit:
+        warn_if_degraded()
+    if choose(implementation, unfit) == "cpu":
         return cpu.route(
             router_logits,
             table,
@@ -143,10 +55,6 @@ def route(
             renormalize=renormalize,
             epsilon=epsilon,
             correction_bias=correction_bias,
-        )
-    if implementation != "reference":
-        raise KernelError(
-            f"implementation must be 'auto', 'reference' or 'cpu', got {implementation!r}."
         )
     _check_values(table, subnet_of_row, correction_bias)
     return reference.route(
@@ -170,8 +78,8 @@ def _check(
     if not isinstance(table, LayerTable):
         raise KernelError(f"table must be a LayerTable, got {type(table).__name__}.")
     device = table.pool.device
-    _check_tensor("router_logits", router_logits, (torch.float32, torch.float64), 2, device)
-    _check_tensor("subnet_of_row", subnet_of_row, (torch.int64, torch.int32), 1, device)
+    check_tensor("router_logits", router_logits, (torch.float32, torch.float64), 2, device)
+    check_tensor("subnet_of_row", subnet_of_row, (torch.int64, torch.int32), 1, device)
     rows, experts = router_logits.shape
     if experts != table.num_experts:
         raise KernelError(
@@ -184,7 +92,7 @@ def _check(
             f"got {subnet_of_row.shape[0]}."
         )
     if correction_bias is not None:
-        _check_tensor("correction_bias", correction_bias, (router_logits.dtype,), 1, device)
+        check_tensor("correction_bias", correction_bias, (router_logits.dtype,), 1, device)
         if correction_bias.shape[0] != experts:
             raise KernelError(
                 f"correction_bias must have one entry for each of the {experts} experts, "
@@ -192,29 +100,6 @@ def _check(
             )
     if not (0.0 <= epsilon < math.inf):
         raise KernelError(f"epsilon must be finite and at least 0, got {epsilon}.")
-
-
-def _check_tensor(
-    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], dim: int, device: torch.device
-) -> None:
-    if not isinstance(tensor, Tensor):
-        raise KernelError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
-    if tensor.dtype not in dtypes:
-        raise KernelError(
-            f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}. "
-            f"Convert it with .to()."
-        )
-    if tensor.dim() != dim:
-        raise KernelError(f"{name} must have {dim} dimensions, got shape {tuple(tensor.shape)}.")
-    if tensor.device != device:
-        raise KernelError(
-            f"{name} is on {tensor.device} and the table on {device}. Move one to the other."
-        )
-    if not tensor.is_contiguous():
-        raise KernelError(
-            f"{name} must be contiguous, got strides {tensor.stride()} for shape "
-            f"{tuple(tensor.shape)}. Call .contiguous()."
-        )
 
 
 def _unfit_for_cpu(router_logits: Tensor, correction_bias: Tensor | None) -> str:

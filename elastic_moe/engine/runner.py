@@ -1,0 +1,206 @@
+"""Running a batch of tokens: the same interface over the PyTorch reference and the C++ step.
+
+A runner knows tokens, sub-networks and cached keys and values; nothing of text, sampling or
+requests. One thread at a time may call it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from elastic_moe_kernels.step_result import Counters
+from numpy.typing import NDArray
+from torch import Tensor
+
+from elastic_moe.model.cache import KVCache
+from elastic_moe.model.config import ModelConfig
+from elastic_moe.model.ranking import rank_channels, reorder_channels
+from elastic_moe.model.transformer import ElasticTransformer, Trace
+from elastic_moe.routing import Subnet
+
+Ints = NDArray[np.int32]
+Wanted = Literal["none", "last", "all"]
+Progress = Callable[[int, int], None] | None
+
+
+class SequenceState:
+    """A sequence under one sub-network: how far it has come, and its keys and values.
+
+    Attributes:
+        length: tokens whose keys and values are stored.
+    """
+
+    def __init__(self, subnet: Subnet, capacity: int) -> None:
+        self.subnet, self.capacity = subnet, capacity
+        self.length = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values that it holds."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next tokens of one sequence.
+
+    Attributes:
+        token_ids: (t,) at least one.
+        logits: of which of them.
+    """
+
+    sequence: SequenceState
+    token_ids: Sequence[int] | Ints
+    logits: Wanted = "last"
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """What one step gave.
+
+    Attributes:
+        logits: (n, V) float32, in the order of the chunks and their tokens.
+        states: layers done -> (T, D) float32, the residual stream of all tokens; as asked for.
+        choices: layer -> (E,) how many tokens chose each expert; if asked for.
+        rows: layer -> tokens that it routed; if asked for.
+        experts_run, rows_routed: sums over all layers.
+        counters: of the native step.
+    """
+
+    logits: Tensor
+    states: dict[int, Tensor] = field(default_factory=dict)
+    choices: dict[int, Tensor] = field(default_factory=dict)
+    rows: dict[int, int] = field(default_factory=dict)
+    experts_run: int = 0
+    rows_routed: int = 0
+    counters: Counters | None = None
+
+    def count(self, layer: int, topk_ids: Tensor, num_experts: int) -> None:
+        """Add what one layer's router chose: (n, K) ids, -1 where nothing ran."""
+        ids = topk_ids[topk_ids >= 0].long()
+        counts = torch.bincount(ids, minlength=num_experts).cpu()
+        self.choices[layer] = self.choices.get(layer, 0) + counts
+        self.rows[layer] = self.rows.get(layer, 0) + len(topk_ids)
+
+
+class Runner(ABC):
+    """Executes steps of one loaded model.
+
+    Attributes:
+        backend: 'reference' or 'cpu'.
+        config: of the model.
+        dtype: what matrix inputs, keys and values are rounded to; float32 is not rounded.
+        device: where logits come out.
+    """
+
+    backend: Literal["reference", "cpu"]
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+
+    @abstractmethod
+    def open(self, subnet: Subnet, capacity: int) -> SequenceState:
+        """A new sequence that may grow to `capacity` tokens."""
+
+    @abstractmethod
+    def run(
+        self, chunks: Sequence[Chunk], *, states_after: Iterable[int] = (), trace: bool = False
+    ) -> StepOutput:
+        """Run the next tokens of some sequences, each under its own sub-network.
+
+        Args:
+            chunks: at most one per sequence.
+            states_after: layer counts after which to return the residual stream.
+            trace: whether to count which experts ran.
+        """
+
+    @abstractmethod
+    def logits(self, states: Tensor) -> Tensor:
+        """Final norm and head: residual stream (n, D) -> (n, V) float32."""
+
+    @abstractmethod
+    def rank_channels(
+        self, windows: Sequence[Sequence[int]], progress: Progress
+    ) -> dict[int, Tensor]:
+        """Order every expert's channels by what they contribute on a text, in place.
+
+        Returns:
+            The order in terms of the checkpoint's channels: layer -> (E, F).
+        """
+
+
+class ReferenceRunner(Runner):
+    """The PyTorch model, one sequence at a time."""
+
+    backend = "reference"
+
+    def __init__(self, model: ElasticTransformer) -> None:
+        self.model = model
+        self.config = model.config
+        self.dtype = model.input_dtype or torch.float32
+        self.device = model.embed_tokens.weight.device
+
+    def open(self, subnet: Subnet, capacity: int) -> SequenceState:
+        return _Cached(
+            subnet, capacity, KVCache(self.config.num_layers, capacity, self.model.input_dtype)
+        )
+
+    def run(
+        self, chunks: Sequence[Chunk], *, states_after: Iterable[int] = (), trace: bool = False
+    ) -> StepOutput:
+        wanted = set(states_after)
+        states: dict[int, list[Tensor]] = {layers: [] for layers in sorted(wanted)}
+        logits: list[Tensor] = []
+        out = StepOutput(torch.empty(0, self.config.vocab_size, device=self.device))
+        with torch.inference_mode():
+            for chunk in chunks:
+                sequence = chunk.sequence
+                assert isinstance(sequence, _Cached)
+                seen = Trace()
+                ids = torch.tensor(list(map(int, chunk.token_ids)), device=self.device)
+                passes = self.model.states(
+                    ids.unsqueeze(0), sequence.subnet, cache=sequence.cache, trace=seen
+                )
+                x = torch.empty(0)
+                for layers, state in passes:
+                    x = state[0]
+                    if layers in states:
+                        states[layers].append(x)
+                sequence.length += len(ids)
+                if chunk.logits != "none":
+                    logits.append(self.model.logits(x if chunk.logits == "all" else x[-1:]))
+                for layer in seen.layers:
+                    out.experts_run += int((layer.topk_ids >= 0).sum())
+                    out.rows_routed += len(layer.topk_ids)
+                    if trace:
+                        out.count(layer.layer, layer.topk_ids, self.config.num_experts)
+            if logits:
+                out.logits = torch.cat(logits)
+            out.states = {layers: torch.cat(parts) for layers, parts in states.items()}
+        return out
+
+    def logits(self, states: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return self.model.logits(states)
+
+    def rank_channels(
+        self, windows: Sequence[Sequence[int]], progress: Progress
+    ) -> dict[int, Tensor]:
+        order = rank_channels(self.model, windows, progress)
+        reorder_channels(self.model, order)
+        return order
+
+
+class _Cached(SequenceState):
+    def __init__(self, subnet: Subnet, capacity: int, cache: KVCache) -> None:
+        super().__init__(subnet, capacity)
+        self.cache = cache
+
+    @property
+    def nbytes(self) -> int:
+        return self.cache.nbytes

@@ -1,0 +1,116 @@
+"""`attention`, behind checks of its arguments."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from elastic_moe_kernels import cpu_ops, reference
+from elastic_moe_kernels.errors import KernelError
+from elastic_moe_kernels.kv_blocks import BLOCK_POSITIONS, KVBlocks
+from elastic_moe_kernels.ops.checks import check_range, check_shape, check_tensor, no_backward
+from elastic_moe_kernels.ops.choice import Implementation, choose
+from elastic_moe_kernels.weights import MAX_HEAD_DIM, MAX_HEADS_PER_GROUP
+
+
+def attention(
+    queries: Tensor,
+    blocks: KVBlocks,
+    block_tables: Tensor,
+    lengths: Tensor,
+    starts: Tensor,
+    *,
+    scale: float | None = None,
+    implementation: Implementation = "auto",
+    level: str | None = None,
+) -> Tensor:
+    """Causal grouped-query attention of S sequences over their cached positions.
+
+    Args:
+        queries: (T, H, d) float32, contiguous, rotated: of sequence 0's tokens, then 1's, and so
+            on; d even, H at most 64 times the key/value heads G.
+        blocks: keys and values. Those of a sequence's positions up to its last query's are there.
+        block_tables: (S, B) int32, contiguous: entry i names the block of positions 16i..16i+15.
+        lengths: (S,) int32 >= 0, tokens of each sequence; their sum is T.
+        starts: (S,) int32 >= 0, position of each sequence's first token here.
+        scale: of the scores, finite; None for 1 / sqrt(d).
+        implementation: "auto", "reference" or "cpu".
+        level: the instruction-set level of "cpu"; None for `cpu.level()`.
+
+    Returns:
+        (T, H, d) in the dtype of the blocks.
+
+    Raises:
+        KernelError: an argument is outside what is said above, or the implementation cannot run.
+    """
+    if not isinstance(blocks, KVBlocks):
+        raise KernelError(f"blocks must be KVBlocks, got {type(blocks).__name__}.")
+    device = blocks.data.device
+    check_tensor("queries", queries, (torch.float32,), 3, device)
+    check_tensor("block_tables", block_tables, (torch.int32,), 2, device)
+    check_tensor("lengths", lengths, (torch.int32,), 1, device)
+    check_tensor("starts", starts, (torch.int32,), 1, device)
+    sequences, width = block_tables.shape
+    check_shape("lengths", lengths, (sequences,), "one entry for each row of block_tables")
+    check_shape("starts", starts, (sequences,), "one entry for each row of block_tables")
+    _check_heads(queries, blocks)
+    rows, most = len(queries), width * BLOCK_POSITIONS
+    check_range("lengths", lengths, 0, rows, "tokens of a sequence")
+    if int(lengths.sum()) != rows:
+        raise KernelError(
+            f"lengths must add up to the {rows} rows of queries, got {int(lengths.sum())}."
+        )
+    runs = lengths > 0
+    first = starts.masked_fill(~runs, 0)
+    check_range("starts", first, 0, max(most - 1, 0), "positions that block_tables covers")
+    ends = first + lengths
+    if bool((ends > most).any()):
+        at = int((ends > most).int().argmax())
+        raise KernelError(
+            f"sequence {at} ends at position {int(ends[at]) - 1}, but its row of block_tables "
+            f"covers positions 0 to {most - 1}. Give it more blocks."
+        )
+    begins = torch.arange(width, dtype=torch.int32, device=device) * BLOCK_POSITIONS  # (B,)
+    read = (begins < ends.unsqueeze(1)) & runs.unsqueeze(1)  # (S, B): the others are not looked at
+    check_range(
+        "block_tables", block_tables.masked_fill(~read, 0), 0, max(len(blocks) - 1, 0), "the blocks"
+    )
+    if not len(blocks) and bool(read.any()):
+        raise KernelError("blocks must hold at least one block, got 0.")
+    scale = blocks.head_dim**-0.5 if scale is None else scale
+    if not math.isfinite(scale):
+        raise KernelError(f"scale must be finite, got {scale}.")
+
+    if choose(implementation, no_backward(queries), level) == "cpu":
+        return cpu_ops.attention(
+            queries, blocks, block_tables, lengths, starts, scale=scale, level=level
+        )
+    out = torch.empty(queries.shape, dtype=blocks.dtype, device=device)
+    row = 0
+    for table, length, end in zip(block_tables, lengths.tolist(), ends.tolist(), strict=True):
+        keys, values = blocks.read(table, end if length else 0)
+        mine = slice(row, row + length)
+        out[mine] = reference.attention(queries[mine], keys, values, scale).to(blocks.dtype)
+        row += length
+    return out
+
+
+def _check_heads(queries: Tensor, blocks: KVBlocks) -> None:
+    _, heads, head_dim = queries.shape
+    if head_dim != blocks.head_dim:
+        raise KernelError(
+            f"queries must have heads of {blocks.head_dim} channels like the blocks, "
+            f"got {head_dim}."
+        )
+    if head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
+        raise KernelError(
+            f"heads must have an even number of channels in [2, {MAX_HEAD_DIM}], got {head_dim}."
+        )
+    group, left = divmod(heads, blocks.kv_heads)
+    if left or not 1 <= group <= MAX_HEADS_PER_GROUP:
+        raise KernelError(
+            f"queries must have 1 to {MAX_HEADS_PER_GROUP} times the {blocks.kv_heads} key/value "
+            f"heads of the blocks, got {heads}."
+        )

@@ -1,0 +1,120 @@
+"""Which implementations there are, and which of them runs."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+
+from elastic_moe_kernels import cpu
+from elastic_moe_kernels.errors import KernelError
+
+Implementation = Literal["auto", "reference", "cpu"]
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One implementation of the ops, and what this install and machine have of it.
+
+    Attributes:
+        level: the instruction-set level in use, None where there are none.
+        levels: all levels that are compiled and run here, weakest first.
+        detail: how it was built, or why it (or a part of it) is missing.
+    """
+
+    name: str
+    available: bool
+    level: str | None
+    levels: tuple[str, ...]
+    detail: str
+
+
+def backends() -> list[Backend]:
+    """Every implementation that exists, whether or not this install has it."""
+    reference_backend = Backend("reference", True, None, (), f"torch {torch.__version__}")
+    why_not = _why_not_cpu()
+    if why_not:
+        return [reference_backend, Backend("cpu", False, None, (), why_not)]
+    info = cpu.build_info()
+    detail = f"{info.compiler}, {'OpenMP' if info.openmp else 'one thread'}"
+    idle = [name for name in info.levels if name not in cpu.levels()]
+    if idle:
+        detail += f"; compiled, but this machine lacks it: {', '.join(idle)}"
+    if info.reason:
+        detail += f"; {info.reason}"
+    return [reference_backend, Backend("cpu", True, cpu.level(), cpu.levels(), detail)]
+
+
+def available(name: str) -> bool:
+    """Whether the implementation `name` can run in this install."""
+    return name == "reference" or (name == "cpu" and not _why_not_cpu())
+
+
+def require(name: str) -> None:
+    """Raise `KernelError` with the reason and the remedy unless `name` can run here."""
+    if name not in ("reference", "cpu"):
+        raise KernelError(f"implementation must be 'reference' or 'cpu', got {name!r}.")
+    if name == "cpu" and _why_not_cpu():
+        raise KernelError(_why_not_cpu())
+
+
+def _why_not_cpu() -> str:
+    """Why the C++ kernels cannot run (missing, or a wrong ELASTIC_MOE_ISA); "" if they can."""
+    if cpu.missing():
+        return cpu.missing()
+    try:
+        cpu.level()
+    except KernelError as error:
+        return str(error)
+    return ""
+
+
+@cache
+def warn_if_degraded() -> None:
+    """Warn, once per process, if the C++ kernels are not installed or lack OpenMP.
+
+    For whoever chose the implementation by "auto": it works all the same, but slower.
+    """
+    if cpu.missing():
+        problem = f"routing runs on the PyTorch reference, which is slower: {cpu.missing()}"
+    elif not cpu.build_info().openmp:
+        problem = (
+            f"the C++ kernels run on one thread: {cpu.build_info().reason}. With a compiler that "
+            f"has OpenMP, install elastic-moe again: `pip install .` in its source."
+        )
+    else:
+        return
+    warnings.warn(problem, RuntimeWarning, stacklevel=3)
+
+
+def choose(
+    implementation: Implementation, unfit: str, level: str | None = None
+) -> Literal["reference", "cpu"]:
+    """Settle "auto".
+
+    Args:
+        unfit: why the C++ kernel cannot take these arguments, as the end of a sentence; "" if it
+            can.
+        level: the instruction-set level that the caller named, if any.
+
+    Raises:
+        KernelError: the implementation does not exist, cannot take the arguments, or has no levels
+            though one was named.
+    """
+    if implementation == "auto":
+        implementation = "reference" if unfit or cpu.missing() else "cpu"
+    elif implementation == "cpu" and unfit:
+        raise KernelError(f"implementation 'cpu' {unfit} Or use implementation='reference'.")
+    elif implementation not in ("reference", "cpu"):
+        raise KernelError(
+            f"implementation must be 'auto', 'reference' or 'cpu', got {implementation!r}."
+        )
+    if level is not None and implementation == "reference":
+        raise KernelError(
+            f"level {level!r} was named, but this call runs on the reference, which has none. "
+            f"Leave level out, or use implementation='cpu'."
+        )
+    return implementation

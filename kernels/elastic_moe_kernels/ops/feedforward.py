@@ -1,0 +1,102 @@
+"""`experts`, behind checks of its arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elastic_moe_kernels import cpu_ops, reference
+from elastic_moe_kernels.errors import KernelError
+from elastic_moe_kernels.ops.checks import check_range, check_shape, check_tensor, no_backward
+from elastic_moe_kernels.ops.choice import Implementation, choose
+from elastic_moe_kernels.packing import PackedExperts, expert_bytes, unpack_experts
+
+MAX_SLOTS = 2**31 - 1  # the kernel counts (row, expert) pairs in int32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertsResult:
+    """What `experts` gives.
+
+    Attributes:
+        out: (T, D) float32.
+        weight_bytes: packed weights read: of every expert that any row names, once, as far as the
+            widest of those rows goes.
+        flops: 2 per multiply-add, each row at its own width.
+    """
+
+    out: Tensor
+    weight_bytes: int
+    flops: int
+
+
+def experts(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    channels: Tensor,
+    experts: PackedExperts,
+    *,
+    implementation: Implementation = "auto",
+    level: str | None = None,
+) -> ExpertsResult:
+    """Sum every row's experts: weight * down(silu(gate x) * (up x)), in ascending order of ids.
+
+    Args:
+        x: (T, D) float32, contiguous.
+        topk_ids: (T, K) int32 in [-1, E), contiguous; -1 runs nothing. A row that names an expert
+            twice gets it with the sum of both weights.
+        topk_weights: (T, K) float32, contiguous.
+        channels: (T,) int32 in [1, F]: of every expert's hidden channels, how many a row runs.
+        experts: E experts of D inputs and F hidden channels.
+        implementation: "auto", "reference" or "cpu".
+        level: the instruction-set level of "cpu"; None for `cpu.level()`.
+
+    Raises:
+        KernelError: an argument is outside what is said above, or the implementation cannot run.
+    """
+    if not isinstance(experts, PackedExperts):
+        raise KernelError(
+            f"experts must be PackedExperts, got {type(experts).__name__}. "
+            f"Pack them with pack_experts."
+        )
+    device = experts.data.device
+    check_tensor("x", x, (torch.float32,), 2, device)
+    check_tensor("topk_ids", topk_ids, (torch.int32,), 2, device)
+    check_tensor("topk_weights", topk_weights, (torch.float32,), 2, device)
+    check_tensor("channels", channels, (torch.int32,), 1, device)
+    rows = len(x)
+    check_shape("x", x, (rows, experts.hidden), "one column per input of the experts")
+    check_shape("topk_ids", topk_ids, (rows, topk_ids.shape[1]), "one row for each of x")
+    check_shape("topk_weights", topk_weights, tuple(topk_ids.shape), "one weight per id")
+    check_shape("channels", channels, (rows,), "one entry for each row of x")
+    if topk_ids.numel() > MAX_SLOTS:
+        raise KernelError(
+            f"topk_ids must hold at most {MAX_SLOTS} ids, got {topk_ids.numel()}. "
+            f"Run fewer rows at once."
+        )
+    check_range("topk_ids", topk_ids, -1, experts.num_experts - 1, "an expert, or -1 for none")
+    check_range("channels", channels, 1, experts.channels, "the experts' hidden channels")
+    unfit = no_backward(x, topk_weights)
+    if choose(implementation, unfit, level) == "cpu":
+        out, weight_bytes, flops = cpu_ops.experts(
+            x, topk_ids, topk_weights, channels, experts, level=level
+        )
+        return ExpertsResult(out, weight_bytes, flops)
+    out = reference.experts(x, topk_ids, topk_weights, channels, *unpack_experts(experts))
+    return ExpertsResult(out, *_count(topk_ids, channels, experts))
+
+
+def _count(topk_ids: Tensor, channels: Tensor, experts: PackedExperts) -> tuple[int, int]:
+    """Weight bytes and FLOPs of an `ExpertsResult`."""
+    runs = topk_ids >= 0  # (T, K)
+    weight_bytes = sum(
+        expert_bytes(
+            experts.hidden, int(channels[(topk_ids == expert).any(1)].max()), experts.dtype
+        )
+        for expert in set(topk_ids.flatten().tolist()) - {-1}
+    )
+    flops = 6 * experts.hidden * int((runs.sum(1) * channels).sum())
+    return weight_bytes, flops

@@ -1,0 +1,35 @@
+"""How close a result must be to a float64 run of the reference, and equality bit for bit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def assert_as_good(got: Tensor, same_dtype: Tensor, want: Tensor, little: float = 1e-6) -> None:
+    """The largest error is at most twice that of the PyTorch op in the same dtype.
+
+    Args:
+        got, same_dtype: results of the kernel and of the PyTorch op.
+        want: float64.
+        little: rounding that is always allowed, relative to the largest result.
+    """
+    assert want.dtype == torch.float64
+    assert got.shape == same_dtype.shape == want.shape
+    if not want.numel():
+        return
+    assert want.isfinite().all()
+    error = (got.double() - want).abs()
+    allowed = 2 * (same_dtype.double() - want).abs().max() + little * want.abs().max()
+    assert (error <= allowed).all(), f"off by {error.max():.3e}, allowed is {allowed:.3e}"
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Integers to compare, so that NaN equals itself and -0 is not 0."""
+    return tensor.view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32)
+
+
+def assert_same_bits(a: Tensor, b: Tensor) -> None:
+    assert a.shape == b.shape
+    assert a.dtype == b.dtype
+    assert torch.equal(bits(a), bits(b)), "the bits differ"

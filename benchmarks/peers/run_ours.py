@@ -7,42 +7,47 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from slowdown import SLOWER, AgainExperts
+from slowdown import SLOWER, TwiceTheExperts
 from worker import Ids, model_handlers, serve
 
 from elastic_moe.config import resolve_routing
+from elastic_moe.engine import Engine, SamplingParams
+from elastic_moe.engine.engine import Backend, load_runner
+from elastic_moe.engine.native_runner import NativeRunner
+from elastic_moe.lab.batch import Batch
 from elastic_moe.lab.record import describe_commit, describe_machine, describe_versions
-from elastic_moe.lab.runners import NativeRunner, ReferenceRunner
 from elastic_moe.model.checkpoint import load_model
+from elastic_moe.model.tokenizer import Tokenizer
 from elastic_moe.routing import Subnet
 
 
 class Ours:
-    """A runner, under the sub-network chosen last."""
+    """Sequences on a runner, under the sub-network chosen last."""
 
-    def __init__(self, folder: str, backend: str, slow: str | None) -> None:
-        model = load_model(Path(folder), dtype="bfloat16")
-        self.shape = model.shape
-        self.native = NativeRunner(model) if backend == "cpu" else None
-        self.runner = self.native or ReferenceRunner(model)
-        self.subnet = Subnet.full(model.shape)
-        self.again = AgainExperts(model) if slow == "experts" else None
+    def __init__(self, folder: Path, backend: Backend, slow: str | None) -> None:
+        self.folder = folder
+        self.runner = load_runner(folder, backend=backend, dtype="bfloat16")
+        if slow is not None and isinstance(self.runner, NativeRunner):
+            twice = TwiceTheExperts(self.runner.model, load_model(folder, dtype="bfloat16"))
+            self.runner.model.step = twice  # type: ignore[method-assign]
+        self.batch = Batch(self.runner)
+        self.subnet = Subnet.full(self.runner.config.shape)
 
     def start(self, contexts: Ids, keep: bool) -> np.ndarray:  # noqa: ARG002  (always keeps)
-        return self._run(lambda **how: self.runner.start(contexts, self.subnet, **how))
+        return self.batch.start(contexts, self.subnet).numpy()
 
     def decode(self, ids: Sequence[int]) -> np.ndarray:
-        return self._run(lambda **how: self.runner.decode(ids, **how))
+        return self.batch.decode(ids).numpy()
 
     def work(self) -> dict[str, Any]:
         """What the last call did."""
-        work = self.runner.work()
+        work = self.batch.work()
         if work is None:
             return {}
         return {
@@ -52,18 +57,29 @@ class Ours:
             "mean_experts": work.mean_experts,
         }
 
-    def _run(self, call: Callable[..., torch.Tensor]) -> np.ndarray:
-        if self.native is not None and self.again is not None:
-            logits = call(trace=True)
-            self.again(self.native)
-        else:
-            logits = call()
-        return logits.numpy()
-
     def choose(self, routing: str) -> str:
         """Run this sub-network from now on; its canonical name."""
-        self.subnet = resolve_routing(self.shape, routing)
+        self.subnet = resolve_routing(self.runner.config.shape, routing)
         return self.subnet.name
+
+    def seconds_outside(self, contexts: Ids, steps: int) -> float:
+        """Seconds per generated token outside the native call, all of the engine included."""
+        if not isinstance(self.runner, NativeRunner):
+            raise SystemExit("the reference has no native call")
+        engine = Engine(self.runner, Tokenizer(self.folder), self.folder)
+        packed = self.runner.model
+        sampling = SamplingParams(max_tokens=steps + 2, temperature=0.0, ignore_eos=True)
+        deltas = engine.stream(contexts[0], None, sampling)
+        next(deltas), next(deltas)  # the prompt, and a warm-up
+        timer = packed._native = TimedNative(packed._native)
+        try:
+            start = time.perf_counter()
+            for _ in range(steps - 1):  # the last one ends the text
+                next(deltas)
+            wall = time.perf_counter() - start
+        finally:
+            packed._native = timer.native
+        return (wall - timer.seconds) / timer.calls
 
 
 class TimedNative:
@@ -82,7 +98,7 @@ class TimedNative:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder")
+    parser.add_argument("folder", type=Path)
     parser.add_argument("threads", type=int)
     parser.add_argument("backend", choices=("cpu", "reference"))
     parser.add_argument("slow", nargs="?", choices=SLOWER)
@@ -100,27 +116,12 @@ def main() -> None:
             ours.choose("full")
 
     def time_outside(contexts: Ids, tokens: Ids) -> dict[str, Any]:
-        """Seconds per decode step outside the native call, greedy choice of the token included."""
-        if ours.native is None:
-            raise SystemExit("the reference has no native call")
-        packed = ours.native.packed
-        timer = TimedNative(packed._native)
-        ours.start(contexts, keep=True)
-        ours.decode(tokens[0])
-        packed._native = timer
-        try:
-            start = time.perf_counter()
-            for ids in tokens[1:]:
-                int(ours.decode(ids)[0].argmax())
-            wall = time.perf_counter() - start
-        finally:
-            packed._native = timer.native
-        return {"seconds": (wall - timer.seconds) / timer.calls}
+        return {"seconds": ours.seconds_outside(contexts, len(tokens))}
 
     def identify() -> dict[str, Any]:
         return {
-            "backend": ours.runner.backend,
-            "level": ours.runner.level,
+            "backend": ours.batch.backend,
+            "level": ours.batch.level,
             "machine": describe_machine(),
             "commit": describe_commit(),
         }

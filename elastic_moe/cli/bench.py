@@ -65,7 +65,10 @@ def run(args: argparse.Namespace) -> int:
     import torch  # deferred: slow to load
 
     from elastic_moe.config import resolve_routing
-    from elastic_moe.lab.bench import bench, check_runner, choose_backend, describe_run, make_runner
+    from elastic_moe.engine.engine import load_runner
+    from elastic_moe.engine.runner import ReferenceRunner
+    from elastic_moe.lab.batch import Batch
+    from elastic_moe.lab.bench import bench, check_batch, describe_run
     from elastic_moe.lab.kernels import load_kernel
     from elastic_moe.model.checkpoint import load_model
     from elastic_moe.model.folder import checkpoint_name, find_checkpoint
@@ -74,26 +77,26 @@ def run(args: argparse.Namespace) -> int:
     if args.kernel is not None:
         sys.path.insert(0, str(Path.cwd()))
         kernel = load_kernel(args.kernel)
-    backend = choose_backend(args.backend)
     folder = find_checkpoint(args.model, download=args.download)
-    model = load_model(folder, dtype=args.dtype)
     if kernel is not None:
-        return _run_kernel(args, model, kernel, checkpoint_name(folder))
-    subnet = resolve_routing(model.shape, args.routing)
-    dtype = "bfloat16" if model.input_dtype == torch.bfloat16 else "float32"
-    ids, source = _ids(folder, model.config.vocab_size)
-    runner = make_runner(model, backend)
-    error = check_runner(runner, model, subnet, ids, dtype)
-    positions = model.config.max_positions
-    if backend == "cpu":
-        del model  # its weights are packed
+        return _run_kernel(args, load_model(folder, dtype=args.dtype), kernel)
+    # No engine: a checkpoint can be timed without a tokenizer.
+    runner = load_runner(folder, backend=args.backend, dtype=args.dtype)
+    subnet = resolve_routing(runner.config.shape, args.routing)
+    dtype: Any = "bfloat16" if runner.dtype == torch.bfloat16 else "float32"
+    ids, source = _ids(folder, runner.config.vocab_size)
+    batch, error = Batch(runner), 0.0
+    if runner.backend != "reference":
+        reference = Batch(ReferenceRunner(load_model(folder, dtype=dtype)))
+        error = check_batch(batch, reference, subnet, ids, dtype)
+        del reference  # and its weights
     result = bench(
-        runner,
+        batch,
         subnet,
         ids,
-        max_positions=positions,
+        max_positions=runner.config.max_positions,
         quick=args.quick,
-        dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32,
+        dtype=runner.dtype,
         started=None if args.json else _show_limits,
         progress=_progress,
     )
@@ -105,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         "ids": source,
         "error_to_reference": error,
         **result,
-        **describe_run(runner),
+        **describe_run(batch),
     }
     if not args.json:
         _show(line)
@@ -113,14 +116,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_kernel(args: argparse.Namespace, model: ElasticTransformer, kernel: Any, name: str) -> int:
+def _run_kernel(args: argparse.Namespace, model: ElasticTransformer, kernel: Any) -> int:
     from elastic_moe.lab.kernels import bench_kernel
     from elastic_moe.lab.record import describe_commit, describe_machine, describe_versions
 
     records = bench_kernel(model, kernel, quick=args.quick, progress=_progress)
     line = {
         "benchmark": "elastic-moe bench --kernel",
-        "model": name,
+        "model": args.model,
         "kernel": args.kernel,
         "records": records,
         "machine": describe_machine(),
@@ -174,7 +177,7 @@ def _show(line: dict[str, Any]) -> None:
     level = f", level {line['level']}" if line["level"] else ""
     console.print(
         f"{line['model']} under {line['routing']}, {line['dtype']}, backend {line['backend']}"
-        f"{level}, weights cold where they exceed the caches"
+        f"{level}"
     )
     table = Table(box=None, pad_edge=False)
     for heading in ("", "tokens/s", "touched", "of the limit"):

@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from elastic_moe_kernels import cpu, ops
 
 from elastic_moe.errors import BenchmarkError
+from elastic_moe.lab.batch import Batch, Work
 from elastic_moe.lab.limits import Limits, LimitsProbe
 from elastic_moe.lab.record import describe_commit, describe_machine, describe_versions
-from elastic_moe.lab.runners import NativeRunner, ReferenceRunner, Runner, Work
-from elastic_moe.model.transformer import ElasticTransformer
 from elastic_moe.routing import Subnet
 
 PREFILL_TOKENS, CONTEXT_TOKENS, SEQUENCES, SHORT_CONTEXT_TOKENS = 512, 64, 16, 32
@@ -72,59 +70,37 @@ def cases(max_positions: int, *, quick: bool) -> list[Case]:
     ]
 
 
-def choose_backend(name: str) -> str:
-    """ "cpu" or "reference": what `name` asks for, or for "auto" the faster one that there is.
-
-    Raises:
-        KernelError: "cpu" was named and cannot run here.
-    """
-    if name == "auto":
-        ops.warn_if_degraded()
-        name = "reference" if cpu.missing() else "cpu"
-    ops.require(name)
-    return name
-
-
-def make_runner(model: ElasticTransformer, backend: str) -> Runner:
-    """What runs the model: "cpu" packs it for the C++ step, "reference" is PyTorch."""
-    positions = min(model.config.max_positions, PREFILL_TOKENS + 64)
-    if backend == "reference":
-        return ReferenceRunner(model, positions=positions)
-    return NativeRunner(model, sequences=SEQUENCES, positions=positions)
-
-
-def check_runner(
-    runner: Runner, model: ElasticTransformer, subnet: Subnet, ids: Sequence[int], dtype: str
+def check_batch(
+    batch: Batch, reference: Batch, subnet: Subnet, ids: Sequence[int], dtype: str
 ) -> float:
-    """How far a runner's logits are from the reference's: root mean square of the difference.
+    """How far the logits are from the reference's: root mean square of the difference.
 
     Returns:
-        The error over the root mean square of the logits; 0 for the reference itself.
+        The error over the root mean square of the logits.
 
     Raises:
         BenchmarkError: it is beyond what rounding does.
     """
-    if runner.backend == "reference":
-        return 0.0
-    reference = ReferenceRunner(model)
     context, token = [list(ids[:CHECKED_TOKENS])], [ids[CHECKED_TOKENS]]
     worst = 0.0
     for got, exact in (
-        (runner.start(context, subnet), reference.start(context, subnet)),
-        (runner.decode(token), reference.decode(token)),
+        (batch.start(context, subnet), reference.start(context, subnet)),
+        (batch.decode(token), reference.decode(token)),
     ):
-        worst = max(worst, float((got - exact).square().mean().div(exact.square().mean()).sqrt()))
-    if not worst <= MAX_ERROR[dtype]:
-        raise BenchmarkError(
-            f"backend {runner.backend!r}, level {runner.level!r}: the logits differ from the "
-            f"reference's by {worst:.2g} of their size, at most {MAX_ERROR[dtype]:g} is rounding. "
-            f"Nothing was timed. Try another level with ELASTIC_MOE_ISA, and report this."
-        )
+        error = float((got - exact).square().mean().div(exact.square().mean()).sqrt())
+        worst = max(worst, error) if error == error else error  # NaN stays
+        if not worst <= MAX_ERROR[dtype]:
+            raise BenchmarkError(
+                f"backend {batch.backend!r}, level {batch.level!r}: the logits differ from the "
+                f"reference's by {worst:.2g} of their size, at most {MAX_ERROR[dtype]:g} is "
+                f"rounding. Nothing was timed. Try another level with ELASTIC_MOE_ISA, and report "
+                f"this."
+            )
     return worst
 
 
 def bench(
-    runner: Runner,
+    batch: Batch,
     subnet: Subnet,
     ids: Sequence[int],
     *,
@@ -157,7 +133,7 @@ def bench(
     for number in range(rounds):
         for case in todo:
             limits = probe.measure(reads=3, matmuls=1)
-            samples[case.name].append(_run(runner, subnet, case, ids, limits))
+            samples[case.name].append(_run(batch, subnet, case, ids, limits))
         if progress is not None:
             progress(number + 1, rounds)
     result: dict[str, Any] = {"prefill_tokens": todo[0].context}
@@ -175,11 +151,11 @@ def bench(
     return {**result, "rounds": rounds, "quick": quick}
 
 
-def describe_run(runner: Runner) -> dict[str, Any]:
+def describe_run(batch: Batch) -> dict[str, Any]:
     """What ran, and on what."""
     return {
-        "backend": runner.backend,
-        "level": runner.level,
+        "backend": batch.backend,
+        "level": batch.level,
         "machine": describe_machine(),
         "versions": describe_versions(),
         "commit": describe_commit(),
@@ -192,7 +168,7 @@ def random_ids(count: int, vocab_size: int) -> list[int]:
     return [draw.randrange(vocab_size) for _ in range(count)]
 
 
-def _run(runner: Runner, subnet: Subnet, case: Case, ids: Sequence[int], limits: Limits) -> Sample:
+def _run(batch: Batch, subnet: Subnet, case: Case, ids: Sequence[int], limits: Limits) -> Sample:
     at = 0
 
     def take(count: int) -> list[int]:
@@ -201,20 +177,20 @@ def _run(runner: Runner, subnet: Subnet, case: Case, ids: Sequence[int], limits:
         return [ids[i % len(ids)] for i in range(at - count, at)]
 
     contexts = [take(case.context) for _ in range(case.sequences)]
-    runner.start(contexts, subnet)
+    batch.start(contexts, subnet)
     timed: list[tuple[float, Work | None]] = []
     if not case.steps:
         for _ in range(2):
             start = time.perf_counter()
-            runner.start(contexts, subnet)
-            timed.append((time.perf_counter() - start, runner.work()))
+            batch.start(contexts, subnet)
+            timed.append((time.perf_counter() - start, batch.work()))
     else:
-        runner.decode(take(case.sequences))
+        batch.decode(take(case.sequences))
     for _ in range(case.steps):
         tokens = take(case.sequences)
         start = time.perf_counter()
-        runner.decode(tokens)
-        timed.append((time.perf_counter() - start, runner.work()))
+        batch.decode(tokens)
+        timed.append((time.perf_counter() - start, batch.work()))
     seconds, work = min(timed, key=lambda pair: pair[0])
     return Sample(seconds, work, limits)
 

@@ -9,7 +9,7 @@ from elastic_moe_kernels import cpu
 from elastic_moe_kernels.packing import Arena, expert_bytes, pack_experts
 from torch import Tensor
 
-VALUES_ALIGNMENT = 16  # rows of inputs start at whole vectors
+VALUES_ALIGNMENT = 32  # rows of inputs are whole vectors of any kind at any level
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +49,14 @@ class NativeExperts:
         experts, channels, hidden = weights.gate.shape
         dtype = weights.gate.dtype
         arena = Arena(experts * expert_bytes(hidden, channels, dtype) + 64)
-        self._packed = pack_experts(weights.gate, weights.up, weights.down, arena=arena)
+        self._packed = pack_experts(
+            zip(weights.gate, weights.up, weights.down, strict=True),
+            experts,
+            hidden,
+            channels,
+            dtype=dtype,
+            arena=arena,
+        )
         self._level = cpu.level_index(level)
         self.weight_bytes = self.flops = 0
 

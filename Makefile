@@ -12,7 +12,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sweep test test-sanitize check bench interop clean
+.PHONY: help sweep test test-sanitize check bench interop peers clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
@@ -87,6 +87,34 @@ interop: .venv/.installed build/interop/.installed  ## compare extracted checkpo
 	.venv/bin/python benchmarks/interop/compare.py --python build/interop/venv/bin/python \
 		--source "$$(echo build/interop/llama_cpp_python-*/vendor/llama.cpp)" \
 		--out benchmarks/results/interop-llama-cpp.jsonl
+
+# What users would pick instead, at fixed versions. zentorch wants an environment of its own.
+PEERS_INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+build/peers/.installed: constraints.txt
+	rm -rf build/peers
+	$(PYTHON) -m venv build/peers/venv
+	build/peers/venv/bin/python $(PEERS_INSTALL) $(TORCH_ARGS) torch
+	build/peers/venv/bin/python $(PEERS_INSTALL) transformers numpy safetensors gguf==0.19.0
+	CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) CMAKE_ARGS=-DGGML_NATIVE=ON \
+		build/peers/venv/bin/python $(PEERS_INSTALL) --no-binary llama-cpp-python $(LLAMA_CPP)
+	$(PYTHON) -m venv build/peers/zentorch
+	build/peers/zentorch/bin/python $(PEERS_INSTALL) $(TORCH_ARGS) torch
+	build/peers/zentorch/bin/python $(PEERS_INSTALL) numpy zentorch==2.13.0.2
+	touch $@
+
+build/peers/.checkpoints: build/peers/.installed benchmarks/peers/checkpoint.py \
+		benchmarks/peers/to_gguf.py
+	build/peers/venv/bin/python benchmarks/peers/checkpoint.py build/peers/standard standard
+	build/peers/venv/bin/python benchmarks/peers/to_gguf.py build/peers/standard \
+		build/peers/standard.gguf
+	build/peers/venv/bin/python benchmarks/peers/checkpoint.py build/peers/awkward awkward
+	touch $@
+
+peers: .venv/.installed build/peers/.checkpoints  ## time ours and its peers in turns
+	.venv/bin/python -m benchmarks.peers.run --peers build/peers/venv/bin/python \
+		--zentorch build/peers/zentorch/bin/python --standard build/peers/standard \
+		--gguf build/peers/standard.gguf --awkward build/peers/awkward \
+		--out benchmarks/results/peers.jsonl $(ARGS)
 
 clean:  ## remove .venv and everything that was built
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -12,7 +12,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sweep test test-sanitize check bench interop clean
+.PHONY: help sweep test test-sanitize check bench interop peers clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
@@ -26,11 +26,17 @@ help:  ## list the targets
 
 # Editable: changed Python files count at once. What is compiled is installed again when one of
 # these changes. The build tools come from .venv, so they are the pinned ones.
-.venv/.installed: .venv/.torch pyproject.toml kernels/CMakeLists.txt kernels/build_info.py.in \
-		$(wildcard kernels/csrc/*)
+.venv/.installed: .venv/.torch .venv/.modules pyproject.toml kernels/CMakeLists.txt \
+		kernels/build_info.py.in $(wildcard kernels/csrc/*)
 	$(PIP_INSTALL) cmake nanobind ninja scikit-build-core
 	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
 	touch $@
+
+# Which modules there are: an editable install finds those that it knew of. Written when it changes.
+.venv/.modules: FORCE | .venv/.torch
+	@find elastic_moe kernels/elastic_moe_kernels -name '*.py' | sort > $@.now
+	@cmp -s $@.now $@ || cp $@.now $@
+FORCE:
 
 sweep: .venv/.installed  ## measure quality against cost on the bundled model, into sweep-out/
 	.venv/bin/elastic-moe sweep $(ARGS)
@@ -82,6 +88,34 @@ interop: .venv/.installed build/interop/.installed  ## compare extracted checkpo
 	.venv/bin/python benchmarks/interop/compare.py --python build/interop/venv/bin/python \
 		--source "$$(echo build/interop/llama_cpp_python-*/vendor/llama.cpp)" \
 		--out benchmarks/results/interop-llama-cpp.jsonl
+
+# What users would pick instead, at fixed versions. zentorch wants an environment of its own.
+PEERS_INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+build/peers/.installed: constraints.txt
+	rm -rf build/peers
+	$(PYTHON) -m venv build/peers/venv
+	build/peers/venv/bin/python $(PEERS_INSTALL) $(TORCH_ARGS) torch
+	build/peers/venv/bin/python $(PEERS_INSTALL) transformers numpy safetensors gguf==0.19.0
+	CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) CMAKE_ARGS=-DGGML_NATIVE=ON \
+		build/peers/venv/bin/python $(PEERS_INSTALL) --no-binary llama-cpp-python $(LLAMA_CPP)
+	$(PYTHON) -m venv build/peers/zentorch
+	build/peers/zentorch/bin/python $(PEERS_INSTALL) $(TORCH_ARGS) torch
+	build/peers/zentorch/bin/python $(PEERS_INSTALL) numpy zentorch==2.13.0.2
+	touch $@
+
+build/peers/.checkpoints: build/peers/.installed benchmarks/peers/checkpoint.py \
+		benchmarks/peers/to_gguf.py
+	build/peers/venv/bin/python benchmarks/peers/checkpoint.py build/peers/standard standard
+	build/peers/venv/bin/python benchmarks/peers/to_gguf.py build/peers/standard \
+		build/peers/standard.gguf
+	build/peers/venv/bin/python benchmarks/peers/checkpoint.py build/peers/awkward awkward
+	touch $@
+
+peers: .venv/.installed build/peers/.checkpoints  ## time ours and its peers in turns
+	.venv/bin/python -m benchmarks.peers.run --peers build/peers/venv/bin/python \
+		--zentorch build/peers/zentorch/bin/python --standard build/peers/standard \
+		--gguf build/peers/standard.gguf --awkward build/peers/awkward \
+		--out benchmarks/results/peers.jsonl $(ARGS)
 
 clean:  ## remove .venv and everything that was built
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -7,6 +7,7 @@
     ├── RequestError        a prompt or sampling setting that cannot be served (also ValueError)
     │   └── ContextLengthError  prompt and new tokens exceed the model's positions
     ├── EngineError         the engine is closed, or lacks the backend that was named
+    ├── BenchmarkError      what was to be timed computes something else, or cannot run
     ├── CorpusError         text for training or evaluation is missing or unusable
     └── TrainingError       a run cannot start, resume or go on
 
@@ -59,6 +60,10 @@ class CheckpointWarning(UserWarning):
 
 class EngineError(ElasticMoEError):
     """The engine is closed, or was asked for something that it cannot do."""
+
+
+class BenchmarkError(ElasticMoEError):
+    """What was to be timed computes something else than it should, or cannot run."""
 
 
 class CorpusError(ElasticMoEError):

@@ -15,6 +15,7 @@ COMMANDS = {
     "sweep": "measure quality against cost over a grid of sub-networks",
     "generate": "stream text under a sub-network",
     "extract": "write a sub-network as a standard checkpoint of its own",
+    "bench": "time a model beside this machine's limits, or an expert kernel of yours",
     "info": "show a model's shape and axes, a sub-network's cost, and this install",
 }
 DONE, FAILED, BAD_ARGUMENTS = 0, 1, 2

@@ -86,14 +86,10 @@ class Engine:
             CheckpointError: the checkpoint is missing, broken or not supported.
             EngineError: the backend or device that was named cannot run here.
         """
-        place = _check_device(device)
-        chosen = _choose_backend(backend, place)
+        # What cannot run is told before anything is looked for.
+        _choose_backend(backend, _check_device(device))
         folder = find_checkpoint(model, download=download)
-        runner: Runner | None = None
-        if chosen == "cpu":
-            runner = _native_runner(folder, dtype, backend)
-        if runner is None:
-            runner = ReferenceRunner(load_model(folder, dtype=dtype, device=place))
+        runner = load_runner(folder, backend=backend, dtype=dtype, device=device)
         return cls(runner, Tokenizer(folder), folder)
 
     @cached_property
@@ -278,6 +274,28 @@ class Engine:
         if completion is None:
             raise EngineError("the generation ended without a completion.")
         return completion
+
+
+def load_runner(
+    folder: Path,
+    *,
+    backend: Backend = "auto",
+    dtype: DTypeName = "auto",
+    device: torch.device | str = "cpu",
+) -> Runner:
+    """What runs a checkpoint folder, without the text around it.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, broken or not supported.
+        EngineError: the backend or device that was named cannot run here.
+    """
+    place = _check_device(device)
+    runner: Runner | None = None
+    if _choose_backend(backend, place) == "cpu":
+        runner = _native_runner(folder, dtype, backend)
+    if runner is None:
+        runner = ReferenceRunner(load_model(folder, dtype=dtype, device=place))
+    return runner
 
 
 def _choose_backend(backend: Backend, device: torch.device) -> Literal["reference", "cpu"]:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from elastic_moe_kernels.step import Counters
+from elastic_moe_kernels.step_result import Counters
 from numpy.typing import NDArray
 from torch import Tensor
 

@@ -1,6 +1,7 @@
 // Compiled once per instruction-set level, with that level's flags and ELASTIC_MOE_LEVEL set to
 // its name: everything but the one table below has internal linkage, so levels cannot mix.
 #include "levels.h"
+#include "probe.h"
 #include "step.h"
 
 #define ELASTIC_MOE_JOIN_(a, b) a##b
@@ -93,6 +94,7 @@ extern const Kernels ELASTIC_MOE_JOIN(kernels_, ELASTIC_MOE_LEVEL) = {
     &::attention,
     &::rms_norm_rows,
     &::step,
+    &::probe,
 };
 
 }  // namespace elastic_moe

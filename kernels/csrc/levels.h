@@ -246,6 +246,7 @@ struct Kernels {
     void (*rms_norm)(const float* x, const float* gain, int64_t rows, int n, float eps, float* out,
                      int threads);
     void (*step)(StepArgs&);
+    int32_t (*probe)(const char* data, int64_t bytes, int threads);
 };
 
 extern const Kernels kernels_portable;

@@ -196,6 +196,12 @@ void attention(int level, bool bf16, uintptr_t kv, int kv_heads, int head_dim, i
     kernels_of(level)->attention(args);
 }
 
+// Reads `bytes` bytes once; what comes back only proves that they were read.
+int32_t probe(int level, uintptr_t data, int64_t bytes, int threads) {
+    nb::gil_scoped_release release;
+    return kernels_of(level)->probe(reinterpret_cast<const char*>(data), bytes, threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -208,5 +214,6 @@ NB_MODULE(_native, m) {
     m.def("rms_norm", &rms_norm);
     m.def("experts", &experts);
     m.def("attention", &attention);
+    m.def("probe", &probe);
     define_model(m, &kernels_of);
 }

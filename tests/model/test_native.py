@@ -14,7 +14,8 @@ import pytest
 import torch
 from elastic_moe_kernels import cpu
 from elastic_moe_kernels.errors import KernelError
-from elastic_moe_kernels.step import CpuModel, StepResult
+from elastic_moe_kernels.step import CpuModel
+from elastic_moe_kernels.step_result import StepResult
 from torch import Tensor
 
 from elastic_moe.model.checkpoint import load_model

@@ -1,0 +1,221 @@
+"""What has to hold, as functions of the seconds that every contestant took in every round.
+
+A bar is about a value per round, a ratio of two things measured in that round; it is met if the
+median over the rounds is. Nothing here measures anything.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+MIN_ROUNDS = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round of one case.
+
+    Attributes:
+        seconds: of each contestant, for the same work.
+        touched_bytes, flops: of that work, as our step counted them.
+        read_bytes_per_second: B of this round.
+        matmul_flops_per_second: M of this round.
+        other: what else was measured: times of sub-networks, seconds outside the native call.
+    """
+
+    seconds: Mapping[str, float]
+    touched_bytes: float
+    flops: float
+    read_bytes_per_second: float
+    matmul_flops_per_second: float
+    other: Mapping[str, float]
+
+
+Value = Callable[[Round], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One line of the table.
+
+    Attributes:
+        value: of a round.
+        bar, goal: that the median must reach; None for no goal.
+        at_most: whether it must stay below them instead.
+        goal_in_every_round: whether no round may fail the goal.
+    """
+
+    name: str
+    value: Value
+    bar: float
+    goal: float | None = None
+    at_most: bool = False
+    goal_in_every_round: bool = False
+    goal_value: Value | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How a bar came out; `met` is None where a contestant was missing."""
+
+    name: str
+    values: tuple[float, ...]
+    median: float | None
+    least: float | None
+    most: float | None
+    bar: float
+    goal: float | None
+    met: bool | None
+    goal_met: bool | None
+    direction: Literal[">=", "<="]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        state = {True: "met", False: "MISSED", None: "not measured"}
+        line = f"{state[self.met]:12} {self.name}: "
+        if self.median is None:
+            return f"{line}bar {self.direction} {self.bar:g}"
+        line += (
+            f"{self.median:.3f} ({self.least:.3f} to {self.most:.3f} in {len(self.values)} rounds)"
+        )
+        line += f", bar {self.direction} {self.bar:g}"
+        return line if self.goal is None else f"{line}, goal {self.goal:g} {state[self.goal_met]}"
+
+
+def judge(bar: Bar, rounds: Sequence[Round]) -> Verdict:
+    """Hold a bar against rounds; a missing contestant leaves it undecided."""
+    direction: Literal[">=", "<="] = "<=" if bar.at_most else ">="
+    try:
+        values = tuple(bar.value(r) for r in rounds)
+        goal_values = values if bar.goal_value is None else tuple(map(bar.goal_value, rounds))
+    except KeyError:
+        values = ()
+    if not values:
+        nothing = (None, None, None)
+        return Verdict(bar.name, (), *nothing, bar.bar, bar.goal, None, None, direction)
+
+    def reaches(value: float, wanted: float) -> bool:
+        return value <= wanted if bar.at_most else value >= wanted
+
+    goal_met = None
+    if bar.goal is not None:
+        looked_at = goal_values if bar.goal_in_every_round else [statistics.median(goal_values)]
+        goal_met = all(reaches(value, bar.goal) for value in looked_at)
+    median = statistics.median(values)
+    met = reaches(median, bar.bar)
+    return Verdict(
+        bar.name, values, median, min(values), max(values), bar.bar, bar.goal, met, goal_met,
+        direction,
+    )  # fmt: skip
+
+
+# Values of a round
+
+
+def faster_than(*peers: str, ours: str = "ours") -> Value:
+    """How many times as fast as the fastest of the peers."""
+    return lambda r: min(r.seconds[peer] for peer in peers) / r.seconds[ours]
+
+
+def share_of_read(r: Round) -> float:
+    """Bytes touched per second, as a share of B."""
+    return r.touched_bytes / r.seconds["ours"] / r.read_bytes_per_second
+
+
+def read_times(r: Round) -> float:
+    """How many times as long as reading the bytes at B."""
+    return 1 / share_of_read(r)
+
+
+def share_of_matmul(r: Round) -> float:
+    """FLOP per second, as a share of M."""
+    return r.flops / r.seconds["ours"] / r.matmul_flops_per_second
+
+
+def either(peer: str, times: float, share: float) -> Value:
+    """Speed over min(times x the peer's, share x B's): at least 1 where one of the two is met."""
+    return lambda r: max(faster_than(peer)(r) / times, share_of_read(r) / share)
+
+
+def saving(reduced: str) -> Value:
+    """(1 - t_reduced/t_full) / (1 - bytes_reduced/bytes_full)."""
+
+    def value(r: Round) -> float:
+        time = r.other[f"{reduced} seconds"] / r.other["full seconds"]
+        size = r.other[f"{reduced} bytes"] / r.other["full bytes"]
+        return (1 - time) / (1 - size)
+
+    return value
+
+
+def times_faster_than_full(name: str) -> Value:
+    """How many times as fast as the full network a sub-network is."""
+    return lambda r: r.other["full seconds"] / r.other[f"{name} seconds"]
+
+
+def other(name: str, unit: float = 1.0) -> Value:
+    """Something else that was measured."""
+    return lambda r: r.other[name] * unit
+
+
+# The bars of each case
+
+TRANSFORMERS = ("transformers grouped_mm", "transformers eager")
+TRANSFORMERS_SMALL = (*TRANSFORMERS, "transformers batched_mm")
+REFERENCE = "our reference"
+LLAMA = "llama.cpp bf16"
+ZENTORCH = "zentorch"
+REDUCED = ("L4", "k4", "w4")
+CONFIGURATIONS = ("default", "production", "deterministic")
+MATMUL_SHARE, READ_SHARE, READ_SHARE_16 = 0.72, 0.90, 0.85
+LAYER_16_SHARE, LAYER_64_SHARE = 0.85, 0.90
+AWKWARD = 0.85  # of these fractions
+
+BARS: dict[str, list[Bar]] = {
+    "prefill512": [
+        Bar("over transformers", faster_than(*TRANSFORMERS), 1.45, 1.6),
+        Bar("over llama.cpp", faster_than(LLAMA), 2.25, 2.5),
+        Bar("share of M", share_of_matmul, MATMUL_SHARE, 0.80),
+    ],
+    "decode1": [
+        Bar("share of B", share_of_read, READ_SHARE),
+        Bar(
+            "over min(llama.cpp, 0.95 B)",
+            either(LLAMA, 1.0, 0.95),
+            1.0,
+            1.0,
+            goal_in_every_round=True,
+            goal_value=faster_than(LLAMA),
+        ),
+    ],
+    "decode16": [
+        Bar(
+            "over min(1.4 llama.cpp, 0.85 B)",
+            either(LLAMA, 1.4, READ_SHARE_16),
+            1.0,
+            0.92,
+            goal_value=share_of_read,
+        )
+    ],
+    "layer16": [Bar("share of B", share_of_read, LAYER_16_SHARE)],
+    "layer64": [Bar("share of B", share_of_read, LAYER_64_SHARE)],
+    "layer512": [Bar("over zentorch", faster_than(ZENTORCH), 0.95, 1.05)],
+    "mini": [
+        Bar("over the fastest of the others", faster_than(REFERENCE, *TRANSFORMERS_SMALL), 15.0),
+        Bar("us outside the native call", other("outside seconds", 1e6), 80.0, at_most=True),
+        Bar("time over bytes at B", read_times, float("inf"), 2.0, at_most=True),
+        *(Bar(f"{name} over full", times_faster_than_full(name), 1.0) for name in CONFIGURATIONS),
+    ],
+    "saving": [Bar(f"saving of {name}", saving(name), 0.9, 0.95) for name in REDUCED],
+    "awkward prefill512": [Bar("share of M", share_of_matmul, AWKWARD * MATMUL_SHARE)],
+    "awkward decode1": [Bar("share of B", share_of_read, AWKWARD * READ_SHARE)],
+    "awkward decode16": [Bar("share of B", share_of_read, AWKWARD * READ_SHARE_16)],
+    "awkward layer16": [Bar("share of B", share_of_read, AWKWARD * LAYER_16_SHARE)],
+    "awkward layer64": [Bar("share of B", share_of_read, AWKWARD * LAYER_64_SHARE)],
+}  # fmt: skip

@@ -1,0 +1,69 @@
+"""Our side of the pipes: long-lived processes that do one thing when told to, and else are idle."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+HERE = Path(__file__).parent
+
+
+class Process:
+    """One contestant's process.
+
+    Attributes:
+        versions: what it runs on, by its own account.
+
+    Raises:
+        SystemExit: it does not start, or ends, or reports an error.
+    """
+
+    def __init__(self, python: str | Path, script: str, *arguments: object) -> None:
+        self._name = " ".join([script, *(str(a) for a in arguments)])
+        self._process = subprocess.Popen(
+            [str(python), str(HERE / script), *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=(log := (HERE / "../../build" / f"{script}.log").resolve()).open("a"),
+            text=True,
+        )
+        self._log = log
+        self.versions: dict[str, str] = self._reply()
+
+    def ask(self, do: str, **request: Any) -> Any:
+        """Send one request and wait for its result."""
+        if self._process.stdin is None:
+            raise SystemExit(f"{self._name} has no pipe")
+        self._process.stdin.write(json.dumps({"do": do, **request}) + "\n")
+        self._process.stdin.flush()
+        return self._reply()
+
+    def close(self) -> None:
+        """End the process and wait for it."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _reply(self) -> Any:
+        line = self._process.stdout.readline() if self._process.stdout is not None else ""
+        if not line:
+            status = self._process.wait(timeout=60)
+            raise SystemExit(f"{self._name} ended with status {status}, see {self._log}")
+        reply = json.loads(line)
+        if "error" in reply:
+            raise SystemExit(f"{self._name} failed:\n{reply['error']}")
+        return reply["result"]

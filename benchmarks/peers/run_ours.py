@@ -1,0 +1,135 @@
+"""elastic-moe: run_ours.py FOLDER THREADS BACKEND [KERNEL]. Runs under .venv.
+
+KERNEL names what runs twice, to see that the bars notice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from slowdown import SLOWER, TwiceTheExperts
+from worker import Ids, model_handlers, serve
+
+from elastic_moe.config import resolve_routing
+from elastic_moe.engine import Engine, SamplingParams
+from elastic_moe.engine.engine import Backend, load_runner
+from elastic_moe.engine.native_runner import NativeRunner
+from elastic_moe.lab.batch import Batch
+from elastic_moe.lab.record import describe_commit, describe_machine, describe_versions
+from elastic_moe.model.checkpoint import load_model
+from elastic_moe.model.tokenizer import Tokenizer
+from elastic_moe.routing import Subnet
+
+
+class Ours:
+    """Sequences on a runner, under the sub-network chosen last."""
+
+    def __init__(self, folder: Path, backend: Backend, slow: str | None) -> None:
+        self.folder = folder
+        self.runner = load_runner(folder, backend=backend, dtype="bfloat16")
+        if slow is not None and isinstance(self.runner, NativeRunner):
+            twice = TwiceTheExperts(self.runner.model, load_model(folder, dtype="bfloat16"))
+            self.runner.model.step = twice  # type: ignore[method-assign]
+        self.batch = Batch(self.runner)
+        self.subnet = Subnet.full(self.runner.config.shape)
+
+    def start(self, contexts: Ids, keep: bool) -> np.ndarray:  # noqa: ARG002  (always keeps)
+        return self.batch.start(contexts, self.subnet).numpy()
+
+    def decode(self, ids: Sequence[int]) -> np.ndarray:
+        return self.batch.decode(ids).numpy()
+
+    def work(self) -> dict[str, Any]:
+        """What the last call did."""
+        work = self.batch.work()
+        if work is None:
+            return {}
+        return {
+            "touched_bytes": work.touched_bytes,
+            "weight_bytes": work.weight_bytes,
+            "flops": work.flops,
+            "mean_experts": work.mean_experts,
+        }
+
+    def choose(self, routing: str) -> str:
+        """Run this sub-network from now on; its canonical name."""
+        self.subnet = resolve_routing(self.runner.config.shape, routing)
+        return self.subnet.name
+
+    def seconds_outside(self, contexts: Ids, steps: int) -> float:
+        """Seconds per generated token outside the native call, all of the engine included."""
+        if not isinstance(self.runner, NativeRunner):
+            raise SystemExit("the reference has no native call")
+        engine = Engine(self.runner, Tokenizer(self.folder), self.folder)
+        packed = self.runner.model
+        sampling = SamplingParams(max_tokens=steps + 2, temperature=0.0, ignore_eos=True)
+        deltas = engine.stream(contexts[0], None, sampling)
+        next(deltas), next(deltas)  # the prompt, and a warm-up
+        timer = packed._native = TimedNative(packed._native)
+        try:
+            start = time.perf_counter()
+            for _ in range(steps - 1):  # the last one ends the text
+                next(deltas)
+            wall = time.perf_counter() - start
+        finally:
+            packed._native = timer.native
+        return (wall - timer.seconds) / timer.calls
+
+
+class TimedNative:
+    """Stands before the native model and adds up the seconds inside its step."""
+
+    def __init__(self, native: Any) -> None:
+        self.native, self.seconds, self.calls = native, 0.0, 0
+
+    def step(self, inputs: Any) -> Any:
+        start = time.perf_counter()
+        result = self.native.step(inputs)
+        self.seconds += time.perf_counter() - start
+        self.calls += 1
+        return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("threads", type=int)
+    parser.add_argument("backend", choices=("cpu", "reference"))
+    parser.add_argument("slow", nargs="?", choices=SLOWER)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    ours = Ours(args.folder, args.backend, args.slow)
+    handlers = model_handlers(ours)
+
+    def under(routing: str, wanted: str, **request: Any) -> Any:
+        """Another request, under this sub-network."""
+        name = ours.choose(routing)
+        try:
+            return {**handlers[wanted](**request), "name": name}
+        finally:
+            ours.choose("full")
+
+    def time_outside(contexts: Ids, tokens: Ids) -> dict[str, Any]:
+        return {"seconds": ours.seconds_outside(contexts, len(tokens))}
+
+    def identify() -> dict[str, Any]:
+        return {
+            "backend": ours.batch.backend,
+            "level": ours.batch.level,
+            "machine": describe_machine(),
+            "commit": describe_commit(),
+        }
+
+    serve(
+        {**handlers, "under": under, "time_outside": time_outside, "identify": identify},
+        describe_versions(),
+    )
+
+
+main()

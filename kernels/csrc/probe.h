@@ -1,0 +1,42 @@
+// The most that the machine's memory gives: a buffer read once, front to back, by all threads.
+#pragma once
+
+#include "simd.h"
+#include "team.h"
+
+namespace {
+
+constexpr int64_t kProbeStep = 256;       // bytes per turn
+constexpr int64_t kProbePrefetch = 2048;  // bytes ahead
+
+// Exclusive or of all whole steps of 256 bytes, so that no read can be left out. Every thread reads
+// one stretch; `data` is aligned to 64 bytes.
+static inline int32_t probe_stretch(const char* data, int64_t bytes) {
+    constexpr int kVectors = kProbeStep / static_cast<int>(sizeof(VInt));
+    VInt sums[kVectors] = {};
+    for (int64_t at = 0; at < bytes; at += kProbeStep) {
+        __builtin_prefetch(data + at + kProbePrefetch, 0, 3);
+        for (int i = 0; i < kVectors; ++i) {
+            VInt v;
+            std::memcpy(&v, data + at + i * static_cast<int>(sizeof v), sizeof v);
+            sums[i] ^= v;
+        }
+    }
+    int32_t sum = 0;
+    for (int i = 0; i < kVectors; ++i)
+        for (int lane = 0; lane < kLanes; ++lane) sum ^= sums[i][lane];
+    return sum;
+}
+
+static int32_t probe(const char* data, int64_t bytes, int threads) {
+    const int64_t each = bytes / threads / kProbeStep * kProbeStep;
+    int32_t sum = 0;
+    run_team(threads, [&](Member& member) {
+        // The team may come out smaller than asked for.
+        for (int part = member.id; part < threads; part += member.threads)
+            __atomic_fetch_xor(&sum, probe_stretch(data + each * part, each), __ATOMIC_RELAXED);
+    });
+    return sum;
+}
+
+}  // namespace

@@ -1,0 +1,48 @@
+"""What one step of the C++ model gives, and what it counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """What one step did.
+
+    Attributes:
+        weight_bytes: of matrices and gains, each counted once however many rows used it.
+        kv_bytes: of keys and values that attention read.
+        flops: 2 per multiply-add of matrices (each row at its own width) and attention, 4 per
+            normed channel.
+        experts_run: (token, expert) pairs.
+        rows_routed: (token, layer) pairs.
+    """
+
+    weight_bytes: int
+    kv_bytes: int
+    flops: int
+    experts_run: int
+    rows_routed: int
+
+    @property
+    def mean_experts(self) -> float:
+        """Experts per token and MoE layer."""
+        return self.experts_run / self.rows_routed if self.rows_routed else 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepResult:
+    """What one step gives.
+
+    Attributes:
+        logits: (n, V) float32, of the rows asked for.
+        states: (m, T, D) float32, the stream after each of the layer counts asked for.
+        topk_ids: (L, T, K) int32 if asked for: experts that ran, -1 elsewhere.
+    """
+
+    logits: Tensor
+    states: Tensor | None
+    topk_ids: Tensor | None
+    counters: Counters

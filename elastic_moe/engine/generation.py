@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import numpy as np
 from torch import Tensor
 
 from elastic_moe.engine.request import (
@@ -17,7 +16,7 @@ from elastic_moe.engine.request import (
     TokenLogprob,
     Usage,
 )
-from elastic_moe.engine.runner import Chunk, Runner
+from elastic_moe.engine.runner import Chunk, Runner, StepOutput
 from elastic_moe.engine.sampling import choose_token, token_logprob
 from elastic_moe.errors import EngineError
 from elastic_moe.model.tokenizer import Tokenizer
@@ -70,24 +69,23 @@ class Generation:
             *earlier, token_ids = chunks(token_ids)
             for part in earlier:
                 self._run(part, last=False)
-        logits = self._run(token_ids, last=True)[0]  # (V,)
-        # numpy: on a few thousand numbers torch spends more on the call than on the work.
-        if not np.isfinite(logits.numpy(force=True)).all():
+        out = self._run(token_ids, last=True)
+        if not out.finite:
             raise EngineError(
                 f"the logits after {self._sequence.length} tokens are not numbers: weights or keys "
                 f"of config.json are so large or small that a sum overflows. Fetch or convert the "
                 f"checkpoint again."
             )
-        return self._choose(logits)
+        return self._choose(out.logits[0])
 
-    def _run(self, token_ids: Sequence[int], *, last: bool) -> Tensor:
+    def _run(self, token_ids: Sequence[int], *, last: bool) -> StepOutput:
         """Run the next tokens; logits (1, V) of the last one, or none."""
         chunk = Chunk(self._sequence, token_ids, "last" if last else "none")
         out = self._runner.run([chunk])
         self._rows += len(token_ids)
         self._experts_run += out.experts_run
         self._rows_routed += out.rows_routed
-        return out.logits
+        return out
 
     def _choose(self, logits: Tensor) -> Delta:
         """Sample a token from logits (V,) and see what it means for the text."""

@@ -76,6 +76,7 @@ class NativeRunner(Runner):
             result.logits,
             experts_run=result.counters.experts_run,
             rows_routed=result.counters.rows_routed,
+            finite=bool(result.counters.finite),
             counters=result.counters,
         )
         if result.states is not None:

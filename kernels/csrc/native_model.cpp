@@ -186,7 +186,7 @@ void NativeModel::take_room(const StepInputs& in, StepArgs& a) {
     }
 }
 
-std::tuple<int, int64_t, int64_t, int64_t, std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>>
+std::tuple<int, int64_t, int64_t, int64_t, std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>>
 NativeModel::step(StepInputs& in, const IntArray& token_ids, const IntArray& positions,
                   const IntArray& sequences, const IntArray& subnets,
                   const IntTables& block_tables, const IntArray& logits_rows) {
@@ -248,7 +248,7 @@ NativeModel::step(StepInputs& in, const IntArray& token_ids, const IntArray& pos
     kernels_->step(a);
     const Counters& c = a.counters;
     return {kStepFine, 0, 0, 0,
-            {c.weight_bytes, c.kv_bytes, c.flops, c.experts_run, c.rows_routed}};
+            {c.weight_bytes, c.kv_bytes, c.flops, c.experts_run, c.rows_routed, c.finite}};
 }
 
 void define_model(nb::module_& m, const Kernels* (*kernels)(int level)) {

@@ -69,7 +69,7 @@ class NativeModel {
     void set_ends(uintptr_t embeddings, uintptr_t final_norm, uintptr_t head);
 
     // (refusal, where, value, detail), then the counters in the order of `Counters`.
-    std::tuple<int, int64_t, int64_t, int64_t, std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>>
+    std::tuple<int, int64_t, int64_t, int64_t, std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>>
     step(StepInputs& in, const IntArray& token_ids, const IntArray& positions,
          const IntArray& sequences, const IntArray& subnets, const IntTables& block_tables,
          const IntArray& logits_rows);

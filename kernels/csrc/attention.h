@@ -213,31 +213,38 @@ static void attend(const AttentionArgs& args, const Span& span, int head, int fi
     }
 }
 
-// Phase: attention of all spans. Ends without a barrier.
+// Phase: attention of all spans.
 template <class Kind>
 static void run_attention(Member& member, const AttentionArgs& args) {
     const int group = args.heads / args.kv.kv_heads;
     const int tokens = group < kQueryRows ? kQueryRows / group : 1;  // per piece of work
-    AttentionScratch scratch;
-    int index = 0;
-    int64_t before = 0;  // pieces of earlier spans
-    for (;;) {
-        const int64_t piece = member.take();
-        int64_t tiles = 0;
-        for (;; ++index) {
-            if (index == args.span_count) return;
-            tiles = (args.spans[index].rows + tokens - 1) / tokens;
-            if (piece < before + tiles * args.kv.kv_heads) break;
-            before += tiles * args.kv.kv_heads;
-        }
-        const Span& span = args.spans[index];
-        const int64_t own = piece - before;
-        // Late tiles see most positions; they go first, so that threads end together.
-        const int first = static_cast<int>(tiles - 1 - own / args.kv.kv_heads) * tokens;
-        const int left = span.rows - first;
-        attend<Kind>(args, span, static_cast<int>(own % args.kv.kv_heads), first,
-                     left < tokens ? left : tokens, scratch);
-    }
+    const auto tiles_of = [&](const Span& span) {
+        return static_cast<int64_t>((span.rows + tokens - 1) / tokens);
+    };
+    member.phase(
+        [&] {
+            int64_t pieces = 0;
+            for (int i = 0; i < args.span_count; ++i)
+                pieces += tiles_of(args.spans[i]) * args.kv.kv_heads;
+            return pieces;
+        },
+        [&] {
+            return [&, index = 0, before = int64_t{0}](int64_t piece, int64_t) mutable {
+                AttentionScratch scratch;
+                // Pieces come in ascending order; `before` counts those of earlier spans.
+                int64_t tiles = tiles_of(args.spans[index]);
+                for (; piece >= before + tiles * args.kv.kv_heads;
+                     tiles = tiles_of(args.spans[++index]))
+                    before += tiles * args.kv.kv_heads;
+                const Span& span = args.spans[index];
+                const int64_t own = piece - before;
+                // Late tiles see most positions; they go first, so that threads end together.
+                const int first = static_cast<int>(tiles - 1 - own / args.kv.kv_heads) * tokens;
+                const int left = span.rows - first;
+                attend<Kind>(args, span, static_cast<int>(own % args.kv.kv_heads), first,
+                             left < tokens ? left : tokens, scratch);
+            };
+        });
 }
 
 }  // namespace

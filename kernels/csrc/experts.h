@@ -179,15 +179,24 @@ class GateUpPieces {
         for (int j = 0; j < plan.jobs_used; ++j) all_ += groups_of(plan.channels[plan.jobs[j].begin]);
     }
 
+    int64_t count() const {
+        int64_t pieces = 0;
+        for (int j = 0; j < plan_.jobs_used; ++j) {
+            const int each = grain(plan_.jobs[j]);
+            pieces += (groups_of(plan_.channels[plan_.jobs[j].begin]) + each - 1) / each;
+        }
+        return pieces;
+    }
+
     GateUpPiece find(int64_t piece) {
         for (; index_ < plan_.jobs_used; ++index_) {
             const ExpertJob& job = plan_.jobs[index_];
             const int groups = groups_of(plan_.channels[job.begin]);
-            const int grain = this->grain(job);
-            const int64_t pieces = (groups + grain - 1) / grain;
+            const int each = grain(job);
+            const int64_t pieces = (groups + each - 1) / each;
             if (piece < before_ + pieces) {
-                const int begin = static_cast<int>(piece - before_) * grain;
-                return {&job, begin, begin + grain < groups ? begin + grain : groups, groups};
+                const int begin = static_cast<int>(piece - before_) * each;
+                return {&job, begin, begin + each < groups ? begin + each : groups, groups};
             }
             before_ += pieces;
         }
@@ -213,15 +222,11 @@ class GateUpPieces {
 };
 
 // Phase one: hidden[slot] = silu(gate x) * (up x). `input(row)` gives a row's inputs. A piece of
-// work is some groups of one expert's channels. Ends without a barrier.
+// work is some groups of one expert's channels.
 template <class Kind, class Input>
 static void run_gate_up(Member& member, const ExpertPlan& plan, Input input) {
     typedef typename Kind::Value Value;
-    GateUpPieces<Kind> pieces(plan, member.threads);
-    GateUpPiece now = pieces.find(member.take());
-    while (now.job) {
-        // Known one piece early, so that its weights can be fetched.
-        const GateUpPiece next = pieces.find(member.take());
+    const auto run = [&](const GateUpPiece& now, const GateUpPiece& next) {
         const ExpertJob& job = *now.job;
         const int steps = steps_of<Kind>(job.ffn->hidden);
         const int64_t stride = static_cast<int64_t>(steps) * kPanel * Kind::kDepth;
@@ -259,13 +264,25 @@ static void run_gate_up(Member& member, const ExpertPlan& plan, Input input) {
                     }
             }
         }
-        now = next;
-    }
+    };
+    member.phase([&] { return GateUpPieces<Kind>(plan, member.threads).count(); },
+                 [&] {
+                     GateUpPieces<Kind> pieces(plan, member.threads);
+                     GateUpPiece known = {};
+                     int64_t known_number = -1;
+                     return [=, &run](int64_t piece, int64_t next) mutable {
+                         const GateUpPiece now = piece == known_number ? known : pieces.find(piece);
+                         // Known one piece early, so that its weights can be fetched.
+                         known = next < 0 ? GateUpPiece{} : pieces.find(next);
+                         known_number = next;
+                         run(now, known);
+                     };
+                 });
 }
 
 // Phase two: target(row)[d] += sum over the row's experts, ascending, of weight * (down h)[d]. A
 // piece of work is some panels of outputs, for all experts: nobody else adds to them. `sums` is
-// this thread's, rows x kDownPanels x 16 floats. Ends without a barrier.
+// this thread's, rows x kDownPanels x 16 floats.
 template <class Kind, class Target>
 static void run_down(Member& member, const ExpertPlan& plan, int rows, int hidden, float* sums,
                      Target target) {
@@ -273,7 +290,7 @@ static void run_down(Member& member, const ExpertPlan& plan, int rows, int hidde
     const int panels = groups_of(hidden);
     const int64_t even = panels / (4 * member.threads);
     const int grain = even < 1 ? 1 : even > kDownPanels ? kDownPanels : static_cast<int>(even);
-    share(member, panels, grain, [&](int64_t begin, int64_t end) {
+    member.share(panels, grain, [&](int64_t begin, int64_t end) {
         const int count = static_cast<int>(end - begin);
         const int width = count * kPanel;
         std::memset(sums, 0, sizeof(float) * static_cast<size_t>(rows) * static_cast<size_t>(width));

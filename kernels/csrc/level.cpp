@@ -36,7 +36,7 @@ void linear(const LinearArgs& args) {
 
 template <class Kind>
 void experts_as(Member& member, ExpertsArgs& args) {
-    member.barrier([&] {
+    member.alone([&] {
         plan_experts<Kind>(args.plan, args.ffn, args.topk_ids, args.topk_weights, args.channels,
                            args.rows, args.slots);
         count_plan<Kind>(args.plan, args.weight_bytes, args.flops);
@@ -44,7 +44,6 @@ void experts_as(Member& member, ExpertsArgs& args) {
     run_gate_up<Kind>(member, args.plan, [&](int row) {
         return static_cast<const typename Kind::Value*>(args.inputs) + args.input_stride * row;
     });
-    member.barrier();
     run_down<Kind>(
         member, args.plan, args.rows, args.ffn.hidden,
         args.sums + static_cast<int64_t>(member.id) * args.rows * (kDownPanels * kPanel),
@@ -68,7 +67,7 @@ void attention(const AttentionArgs& args) {
 void rms_norm_rows(const float* x, const float* gain, int64_t rows, int n, float eps, float* out,
                    int threads) {
     run_team(rows * n <= kAlone ? 1 : threads, [&](Member& member) {
-        share(member, rows, 16, [&](int64_t begin, int64_t end) {
+        member.share(rows, 16, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) rms_norm(x + i * n, gain, n, eps, out + i * n);
         });
     });

@@ -28,7 +28,7 @@ static inline int piece_panels(int panels, int64_t panel_bytes, int threads) {
 }
 
 // Phase: every row times panels of `matrix`. `input(row)` gives a row's inputs; `output(row, column,
-// count, sums)` takes `count` <= 16 sums beginning at that column. Ends without a barrier.
+// count, sums)` takes `count` <= 16 sums beginning at that column.
 template <class Kind, class Input, class Output>
 static void multiply_rows(Member& member, const Matrix& matrix, int rows, Input input,
                           Output output) {
@@ -39,7 +39,7 @@ static void multiply_rows(Member& member, const Matrix& matrix, int rows, Input 
     const RowTiles tiles(rows);
     const int per_tile = tile_panels(tiles.widest());
     const int grain = piece_panels(panels, static_cast<int64_t>(steps) * kStepBytes, member.threads);
-    share(member, panels, grain, [&](int64_t begin, int64_t end) {
+    member.share(panels, grain, [&](int64_t begin, int64_t end) {
         for (int panel = static_cast<int>(begin); panel < end; panel += per_tile) {
             const int count = end - panel < per_tile ? static_cast<int>(end - panel) : per_tile;
             const Value* w = panels_at<Kind>(matrix.data, stride, panel);

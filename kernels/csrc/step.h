@@ -1,9 +1,8 @@
 // A whole step: a flat batch of tokens from many sequences, each with its own sub-network, through
 // all layers in one parallel region.
 //
-// A layer is a chain of phases. Those that stream weights are shared out piece by piece; those that
-// work on single rows run between two barriers, or, when there are few rows, inside one: the last
-// thread to arrive does them while the others wait, which is cheaper than another barrier.
+// A layer is a chain of phases. Those that stream weights are shared out piece by piece; so are
+// those that work on single rows, unless there is so little to do that one thread is done sooner.
 #pragma once
 
 #include "attention.h"
@@ -24,22 +23,13 @@ using elastic_moe::StepArgs;
 // Up to this many numbers, rows are not worth sharing out.
 constexpr int64_t kAlone = 8192;
 
-// Phase between barriers: body(row) for 0..rows-1, `cost` numbers each. Starts with a barrier; its
-// results are seen by all when it returns.
+// Phase: body(row) for 0..rows-1, `cost` numbers each.
 template <class Body>
 static inline void each_row(Member& member, int rows, int64_t cost, Body body) {
-    if (member.threads == 1 || rows * cost <= kAlone) {
-        member.barrier([&] {
-            for (int i = 0; i < rows; ++i) body(i);
-        });
-        return;
-    }
-    member.barrier();
-    const int64_t grain = rows / (8 * member.threads);
-    share(member, rows, grain < 1 ? 1 : grain, [&](int64_t begin, int64_t end) {
+    const int64_t grain = rows * cost <= kAlone ? rows : rows / (8 * member.threads);
+    member.share(rows, grain < 1 ? 1 : grain, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) body(static_cast<int>(i));
     });
-    member.barrier();
 }
 
 template <class Kind>
@@ -113,7 +103,6 @@ static void run_attention_block(Member& member, StepArgs& s, int index) {
     args.out = s.attended;
     args.out_stride = s.head_stride;
     run_attention<Kind>(member, args);
-    member.barrier();
     multiply_rows<Kind>(
         member, layer.out, here.rows,
         [&](int n) { return row_of<Kind>(s.attended, s.head_stride, n); },
@@ -220,23 +209,19 @@ static void run_mlp_block(Member& member, StepArgs& s, int index) {
                             count);
             });
         const elastic_moe::RouteArgs args = route_args(s, index);
-        if (member.threads == 1 || args.rows * args.experts <= kAlone / 16) {
-            member.barrier([&] {
-                route_rows(args, 0, args.rows);
-                plan_layer<Kind>(s, index);
-            });
-        } else {
-            member.barrier();
-            share(member, args.rows, 1 + args.rows / (4 * member.threads),
-                  [&](int64_t begin, int64_t end) { route_rows(args, begin, end); });
-            member.barrier([&] { plan_layer<Kind>(s, index); });
-        }
+        const bool few = args.rows * args.experts <= kAlone / 16;
+        if (!few)
+            member.share(args.rows, 1 + args.rows / (4 * member.threads),
+                         [&](int64_t begin, int64_t end) { route_rows(args, begin, end); });
+        member.alone([&] {
+            if (few) route_rows(args, 0, args.rows);
+            plan_layer<Kind>(s, index);
+        });
     } else {
-        member.barrier([&] { plan_layer<Kind>(s, index); });
+        member.alone([&] { plan_layer<Kind>(s, index); });
     }
     run_gate_up<Kind>(member, s.plan,
                       [&](int n) { return row_of<Kind>(s.inputs, s.input_stride, n); });
-    member.barrier();
     float* const sums =
         s.sums + static_cast<int64_t>(member.id) * s.rows * (kDownPanels * kPanel);
     run_down<Kind>(member, s.plan, here.rows, m.hidden, sums, [&](int n) {
@@ -249,8 +234,7 @@ static inline void copy_state(Member& member, StepArgs& s, int layers, int64_t& 
     if (!s.state_layers || !s.state_layers[layers]) return;
     const int64_t size = s.model->hidden;
     float* const to = s.states + copies++ * s.rows * size;
-    member.barrier();  // what comes next begins with another one
-    share(member, s.rows, 16, [&](int64_t begin, int64_t end) {
+    member.share(s.rows, 16, [&](int64_t begin, int64_t end) {
         std::memcpy(to + begin * size, s.stream + begin * size,
                     sizeof(float) * static_cast<size_t>((end - begin) * size));
     });

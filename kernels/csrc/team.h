@@ -1,5 +1,9 @@
-// The threads that work on one call: torch's OpenMP team, joined for one parallel region in which
-// phases are separated by barriers and work is handed out by a counter.
+// The threads that work on one call: torch's OpenMP team, joined for one parallel region. A call is
+// a sequence of phases, and a phase is a number of pieces of work that are taken one by one.
+//
+// A phase ends when its pieces are done, not when all threads have come: one that the system holds
+// up, on a machine with other things to do, is waited for only while it works on a piece, and finds
+// its place when it comes back. Barriers would cost a time slice each.
 #pragma once
 
 #include <cstdint>
@@ -14,44 +18,83 @@
 
 namespace {
 
-// Turns of waiting before a thread offers its core to another: some milliseconds, the length of a
-// time slice. A core given up early is gone for a slice, and then the others wait for this thread:
-// beside a busy neighbour, small steps took ten times as long when it was given up at once.
-constexpr int kSpins = 400000;
+// Turns of waiting before a thread offers its core to another: some ten microseconds.
+constexpr int kSpins = 4000;
 
 // What the threads share; each on a cache line of its own.
 struct Team {
-    alignas(64) int32_t arrived = 0;
-    alignas(64) int32_t generation = 0;
-    alignas(64) int64_t next = 0;
+    alignas(64) int64_t ticket = 0;  // upper half: the open phase; lower: its pieces not yet taken
+    alignas(64) int64_t total = 0;   // pieces of the open phase
+    alignas(64) int64_t done = 0;    // of them
 };
 
-// One thread's view of its team.
+// One thread's view of its team. All threads go through the same phases in the same order; what
+// they read between phases must not change during the call.
 class Member {
   public:
-    Member(Team& team, int id, int threads) : id(id), threads(threads), team_(team) {}
+    Member(Team& team, int number, int size) : id(number), threads(size), team_(team) {}
 
     const int id;
     const int threads;
 
-    // Wait until every thread is here. The last to arrive first runs `alone`.
-    template <class Alone>
-    void barrier(Alone alone) {
-        if (threads == 1) {
-            alone();
-            team_.next = 0;
+    // Do the next phase, or this thread's part of it. `count()` says how many pieces it has; only
+    // one thread asks, when the phase before is done. `make()` gives what works on pieces, and may
+    // read what earlier phases wrote; it is called as work(piece, next) with -1 for no next piece.
+    template <class Count, class Make>
+    void phase(Count count, Make make) {
+        ++phase_;
+        int64_t total = 0;
+        if (leads_) {
+            total = count();
+            if (!total) return;  // nobody else will notice
+            __atomic_store_n(&team_.total, total, __ATOMIC_RELAXED);
+            __atomic_store_n(&team_.done, 0, __ATOMIC_RELAXED);
+            __atomic_store_n(&team_.ticket, phase_ << 32 | total, __ATOMIC_RELEASE);
+            leads_ = false;
+        } else if (!wait()) {
             return;
         }
-        const int32_t generation = __atomic_load_n(&team_.generation, __ATOMIC_RELAXED);
-        if (__atomic_add_fetch(&team_.arrived, 1, __ATOMIC_ACQ_REL) == threads) {
-            alone();
-            team_.arrived = 0;
-            team_.next = 0;
-            __atomic_store_n(&team_.generation, generation + 1, __ATOMIC_RELEASE);
-            return;
+        int64_t now = take(total);
+        if (now < 0) return;
+        auto work = make();
+        while (now >= 0) {
+            const int64_t next = take(total);
+            work(now, next);
+            // Nobody is left in a phase that is done: this thread opens the next one.
+            leads_ = __atomic_add_fetch(&team_.done, 1, __ATOMIC_ACQ_REL) == total;
+            now = next;
         }
-        for (int turn = 0; __atomic_load_n(&team_.generation, __ATOMIC_ACQUIRE) == generation;
-             ++turn) {
+    }
+
+    // After the last phase, which nobody may have noticed: let the others go.
+    void finish() {
+        alone([] {});
+    }
+
+    // A phase of one piece.
+    template <class Body>
+    void alone(Body body) {
+        phase([] { return 1; }, [&] { return [&](int64_t, int64_t) { body(); }; });
+    }
+
+    // A phase in which 0..count-1 are handed out in runs of `grain`: body(begin, end).
+    template <class Body>
+    void share(int64_t count, int64_t grain, Body body) {
+        phase([&] { return (count + grain - 1) / grain; },
+              [&] {
+                  return [&](int64_t piece, int64_t) {
+                      const int64_t begin = piece * grain;
+                      body(begin, begin + grain < count ? begin + grain : count);
+                  };
+              });
+    }
+
+  private:
+    // Until this thread's phase is open; false if it is past.
+    bool wait() const {
+        for (int turn = 0;; ++turn) {
+            const int64_t open = __atomic_load_n(&team_.ticket, __ATOMIC_ACQUIRE) >> 32;
+            if (open >= phase_) return open == phase_;
 #if defined(__SSE2__)
             _mm_pause();
 #endif
@@ -61,22 +104,25 @@ class Member {
         }
     }
 
-    void barrier() {
-        barrier([] {});
-    }
-
-    // The first of the next `count` pieces of work of this phase; barriers begin a new phase.
-    int64_t take(int64_t count = 1) {
-        if (threads == 1) {
-            const int64_t first = team_.next;
-            team_.next += count;
-            return first;
+    // The next piece of this thread's phase, -1 if there is none or the phase is past; with a piece,
+    // `total` is set to how many the phase has.
+    int64_t take(int64_t& total) {
+        int64_t ticket = __atomic_load_n(&team_.ticket, __ATOMIC_ACQUIRE);
+        for (;;) {
+            const int64_t left = ticket & 0xFFFFFFFF;
+            if (ticket >> 32 != phase_ || !left) return -1;
+            if (__atomic_compare_exchange_n(&team_.ticket, &ticket, ticket - 1, true,
+                                            __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+                // Not before: only who holds a piece knows that the phase is still this one.
+                total = __atomic_load_n(&team_.total, __ATOMIC_RELAXED);
+                return total - left;
+            }
         }
-        return __atomic_fetch_add(&team_.next, count, __ATOMIC_RELAXED);
     }
 
-  private:
     Team& team_;
+    int64_t phase_ = 0;
+    bool leads_ = id == 0;
 };
 
 // Run `work(member)` on at most `threads` threads.
@@ -89,19 +135,13 @@ static void run_team(int threads, Work work) {
         {
             Member member(team, omp_get_thread_num(), omp_get_num_threads());
             work(member);
+            member.finish();
         }
         return;
     }
 #endif
     Member member(team, 0, 1);
     work(member);
-}
-
-// Hand out 0..count-1 in runs of `grain`: body(begin, end).
-template <class Body>
-static inline void share(Member& member, int64_t count, int64_t grain, Body body) {
-    for (int64_t begin; (begin = member.take(grain)) < count;)
-        body(begin, begin + grain < count ? begin + grain : count);
 }
 
 }  // namespace

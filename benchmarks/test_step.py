@@ -84,7 +84,9 @@ def test_step(
     chosen = resolve_routing(STANDARD.shape, subnet)
     ids = random_ids(4096, VOCAB)
     decoding = rows <= MAX_DECODE_ROWS
-    contexts = [ids[i : i + CONTEXT] for i in range(rows)] if decoding else [ids[:rows]]
+    # Sequences that share nothing: alike ones would choose the same experts.
+    apart = [ids[CONTEXT * i : CONTEXT * (i + 1)] for i in range(rows)]
+    contexts = apart if decoding else [ids[:rows]]
 
     check = [ids[:16]]
     error = relative_error(

@@ -45,20 +45,21 @@ test: .venv/.installed  ## run the tests
 	.venv/bin/python -m pytest $(ARGS)
 
 # Built beside the installed extension, which stays as it is.
-SANITIZERS := -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 build/sanitize/.built: .venv/.installed
-	.venv/bin/cmake -S kernels -B build/sanitize -G Ninja -DSKBUILD=1 \
+	.venv/bin/cmake -S kernels -B build/sanitize -G Ninja -DSKBUILD=1 -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 		-DCMAKE_MAKE_PROGRAM="$$PWD/.venv/bin/ninja" -DPython_EXECUTABLE="$$PWD/.venv/bin/python" \
 		-DCMAKE_CXX_FLAGS="$(SANITIZERS)"
 	.venv/bin/cmake --build build/sanitize
 	touch $@
 
 # The sanitizers' library must be the first that a process loads. Python itself never frees all.
+# --capture=sys: what they report goes to stderr past pytest, which does not outlive it.
 test-sanitize: build/sanitize/.built  ## run the kernels' tests with address and undefined-behaviour checks
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
 		.venv/bin/python -m pytest -p tests.kernels.sanitize tests/kernels \
-		--ignore tests/kernels/test_backends.py $(ARGS)
+		--ignore tests/kernels/test_backends.py --capture=sys $(ARGS)
 
 check: .venv/.installed  ## lint, formatting, types
 	.venv/bin/ruff check

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 
-import torch
+from torch import Tensor
 
 from elastic_moe.engine.request import (
     AppliedRouting,
@@ -17,7 +16,7 @@ from elastic_moe.engine.request import (
     TokenLogprob,
     Usage,
 )
-from elastic_moe.engine.runner import Chunk, Runner
+from elastic_moe.engine.runner import Chunk, Runner, StepOutput
 from elastic_moe.engine.sampling import choose_token, token_logprob
 from elastic_moe.errors import EngineError
 from elastic_moe.model.tokenizer import Tokenizer
@@ -65,30 +64,30 @@ class Generation:
 
     def step(self) -> Delta:
         """Generate one token."""
-        with torch.inference_mode():
-            *earlier, last = chunks(self._input)
+        token_ids: Sequence[int] = self._input
+        if len(token_ids) > PREFILL_CHUNK:
+            *earlier, token_ids = chunks(token_ids)
             for part in earlier:
                 self._run(part, last=False)
-            logits = self._run(last, last=True)[0]  # (V,)
-            low, high = logits.aminmax()  # NaN passes through; one pass instead of two
-            if not (math.isfinite(low) and math.isfinite(high)):
-                raise EngineError(
-                    f"the logits after {self._sequence.length} tokens are not numbers: weights or "
-                    f"keys of config.json are so large or small that a sum overflows. Fetch or "
-                    f"convert the checkpoint again."
-                )
-            return self._choose(logits)
+        out = self._run(token_ids, last=True)
+        if not out.finite:
+            raise EngineError(
+                f"the logits after {self._sequence.length} tokens are not numbers: weights or keys "
+                f"of config.json are so large or small that a sum overflows. Fetch or convert the "
+                f"checkpoint again."
+            )
+        return self._choose(out.logits[0])
 
-    def _run(self, token_ids: Sequence[int], *, last: bool) -> torch.Tensor:
+    def _run(self, token_ids: Sequence[int], *, last: bool) -> StepOutput:
         """Run the next tokens; logits (1, V) of the last one, or none."""
         chunk = Chunk(self._sequence, token_ids, "last" if last else "none")
         out = self._runner.run([chunk])
         self._rows += len(token_ids)
         self._experts_run += out.experts_run
         self._rows_routed += out.rows_routed
-        return out.logits
+        return out
 
-    def _choose(self, logits: torch.Tensor) -> Delta:
+    def _choose(self, logits: Tensor) -> Delta:
         """Sample a token from logits (V,) and see what it means for the text."""
         sampling = self._sampling
         token = choose_token(logits, sampling, len(self._token_ids))
@@ -101,12 +100,13 @@ class Generation:
         ended = token in self._tokenizer.eos_ids and not sampling.ignore_eos
         if not ended:
             self._text += self._stream.step(token)
-        stopped_at = self._find_stop()
+        stopped_at = self._find_stop() if sampling.stop else None
         if ended or stopped_at is not None:
             return self._finish("stop", token, stopped_at)
         if len(self._token_ids) == sampling.max_tokens:
             return self._finish("length", token, None)
-        return Delta(self._take(len(self._text) - self._held_back()), (token,))
+        held_back = self._held_back() if sampling.stop else 0
+        return Delta(self._take(len(self._text) - held_back), (token,))
 
     def _find_stop(self) -> int | None:
         """Where the earliest stop text begins, or None."""

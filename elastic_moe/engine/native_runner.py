@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -48,48 +49,24 @@ class NativeRunner(Runner):
         self, chunks: Sequence[Chunk], *, states_after: Iterable[int] = (), trace: bool = False
     ) -> StepOutput:
         wanted = sorted(set(states_after))
-        distinct: dict[str, int] = {}  # fingerprint of each sub-network, in order
-        subnets_used: list[Subnet] = []
-        paged: list[_Paged] = []
-        for chunk in chunks:
-            sequence = chunk.sequence
-            assert isinstance(sequence, _Paged)
-            sequence.grow(len(chunk.token_ids))
-            paged.append(sequence)
-            if sequence.subnet.fingerprint not in distinct:
-                distinct[sequence.subnet.fingerprint] = len(distinct)
-                subnets_used.append(sequence.subnet)
         sizes = [len(chunk.token_ids) for chunk in chunks]
-        ends = (s.length + size for s, size in zip(paged, sizes, strict=True))
-        self._extend_angles(max(ends, default=0))
-        if len(chunks) == 1:
-            only, size = paged[0], sizes[0]
-            tokens = np.asarray(chunks[0].token_ids, dtype=np.int32)
-            positions = np.arange(only.length, only.length + size, dtype=np.int32)
-            sequences = subnets = np.zeros(size, dtype=np.int32)
-            block_tables = only.tables[np.newaxis]
-        else:
-            tokens = np.concatenate([np.asarray(c.token_ids, dtype=np.int32) for c in chunks])
-            positions = np.concatenate(
-                [
-                    np.arange(s.length, s.length + size, dtype=np.int32)
-                    for s, size in zip(paged, sizes, strict=True)
-                ]
-            )
-            numbers = np.arange(len(chunks), dtype=np.int32)
-            sequences = np.repeat(numbers, sizes)
-            own = np.array([distinct[s.subnet.fingerprint] for s in paged], dtype=np.int32)
-            subnets = np.repeat(own, sizes)
-            block_tables = _stack([s.tables for s in paged])
+        paged = [_own(chunk.sequence) for chunk in chunks]
+        if not paged:
+            return StepOutput(torch.empty(0, self.config.vocab_size))
+        for sequence, size in zip(paged, sizes, strict=True):
+            sequence.grow(size)
+            self._extend_angles(sequence.length + size)
+        batch = _one(chunks[0], paged[0]) if len(chunks) == 1 else _many(chunks, paged, sizes)
+        distinct = {s.subnet.fingerprint: s.subnet for s in paged}
         result = self.model.step(
-            tokens,
-            positions,
-            sequences,
-            subnets,
-            self._table(tuple(distinct), subnets_used),
+            batch.token_ids,
+            batch.positions,
+            batch.sequences,
+            batch.subnets,
+            self._table(distinct),
             self._pool.blocks,
-            block_tables,
-            _wanted_rows(chunks, sizes),
+            batch.block_tables,
+            batch.logits_rows,
             states_after=wanted,
             trace=trace,
         )
@@ -99,6 +76,7 @@ class NativeRunner(Runner):
             result.logits,
             experts_run=result.counters.experts_run,
             rows_routed=result.counters.rows_routed,
+            finite=bool(result.counters.finite),
             counters=result.counters,
         )
         if result.states is not None:
@@ -135,16 +113,61 @@ class NativeRunner(Runner):
                 *rotary_angles(every, self.config.head_dim, self.config.rope_theta)
             )
 
-    def _table(self, fingerprints: tuple[str, ...], subnets: Sequence[Subnet]) -> SubnetTable:
+    def _table(self, distinct: dict[str, Subnet]) -> SubnetTable:
         """The kernels' table of these sub-networks; making one takes longer than a small step."""
+        fingerprints = tuple(distinct)
         table = self._tables.get(fingerprints)
         if table is None:
-            table = self._tables[fingerprints] = build_table(subnets)
+            table = self._tables[fingerprints] = build_table(list(distinct.values()))
             if len(self._tables) > TABLES_KEPT:
                 self._tables.popitem(last=False)
         else:
             self._tables.move_to_end(fingerprints)
         return table
+
+
+@dataclass(slots=True)
+class _Flat:
+    """A batch as `CpuModel.step` takes it."""
+
+    token_ids: Ints
+    positions: Ints
+    sequences: Ints
+    subnets: Ints
+    block_tables: Ints
+    logits_rows: Ints
+
+
+def _one(chunk: Chunk, sequence: _Paged) -> _Flat:
+    """A batch of one chunk: decoding one sequence is made of these, so they are made quickly."""
+    size = len(chunk.token_ids)
+    zeros = np.zeros(size, dtype=np.int32)  # the first and only one
+    rows = zeros[:0] if chunk.logits == "none" else np.arange(size, dtype=np.int32)
+    return _Flat(
+        np.array(chunk.token_ids, dtype=np.int32),
+        np.arange(sequence.length, sequence.length + size, dtype=np.int32),
+        zeros,
+        zeros,
+        sequence.tables[np.newaxis],
+        rows[-1:] if chunk.logits == "last" else rows,
+    )
+
+
+def _many(chunks: Sequence[Chunk], paged: Sequence[_Paged], sizes: Sequence[int]) -> _Flat:
+    """A batch of several chunks, one after the other."""
+    fingerprints = dict.fromkeys(s.subnet.fingerprint for s in paged)
+    distinct = {fingerprint: number for number, fingerprint in enumerate(fingerprints)}
+    own = np.array([distinct[s.subnet.fingerprint] for s in paged], dtype=np.int32)
+    ends = np.cumsum(sizes, dtype=np.int32)
+    starts = np.array([s.length for s in paged], dtype=np.int32) - ends + np.array(sizes, np.int32)
+    return _Flat(
+        np.concatenate([np.asarray(c.token_ids, dtype=np.int32) for c in chunks]),
+        np.arange(ends[-1], dtype=np.int32) + np.repeat(starts, sizes),
+        np.repeat(np.arange(len(chunks), dtype=np.int32), sizes),
+        np.repeat(own, sizes),
+        _stack([s.tables for s in paged]),
+        _wanted_rows(chunks, sizes),
+    )
 
 
 class _BlockPool:
@@ -201,6 +224,12 @@ class _Paged(SequenceState):
     def __del__(self) -> None:
         used = self.tables[self._layers, : self._blocks]
         self._pool.free.extend(used.flatten().tolist())
+
+
+def _own(sequence: SequenceState) -> _Paged:
+    if not isinstance(sequence, _Paged):
+        raise EngineError("the sequence was opened by another runner. Open it with this one.")
+    return sequence
 
 
 def _stack(tables: Sequence[Ints]) -> Ints:

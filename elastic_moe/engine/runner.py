@@ -69,6 +69,7 @@ class StepOutput:
         choices: layer -> (E,) how many tokens chose each expert; if asked for.
         rows: layer -> tokens that it routed; if asked for.
         experts_run, rows_routed: sums over all layers.
+        finite: whether every logit is a number.
         counters: of the native step.
     """
 
@@ -78,6 +79,7 @@ class StepOutput:
     rows: dict[int, int] = field(default_factory=dict)
     experts_run: int = 0
     rows_routed: int = 0
+    finite: bool = True
     counters: Counters | None = None
 
     def count(self, layer: int, topk_ids: Tensor, num_experts: int) -> None:
@@ -181,6 +183,7 @@ class ReferenceRunner(Runner):
                         out.count(layer.layer, layer.topk_ids, self.config.num_experts)
             if logits:
                 out.logits = torch.cat(logits)
+                out.finite = bool(out.logits.isfinite().all())
             out.states = {layers: torch.cat(parts) for layers, parts in states.items()}
         return out
 

@@ -21,7 +21,7 @@ def uniform(seed: int, position: int) -> float:
 def choose_token(logits: Tensor, params: SamplingParams, position: int) -> int:
     """The next token's id from logits (V,), for the given position of the completion."""
     if params.temperature == 0:
-        return int(logits.argmax())
+        return int(logits.numpy(force=True).argmax())  # the first among equals
     scaled = (logits.double() - logits.max()) / params.temperature
     probabilities, ids = torch.softmax(scaled, dim=-1).sort(descending=True, stable=True)
     if params.top_k:

@@ -162,8 +162,10 @@ static void attend(const AttentionArgs& args, const Span& span, int head, int fi
             }
             for (int from = 0; from < positions; from += kBlockPositions) {
                 float out[kTileRows * kPanel];
-                multiply<Kind>(height, q, keys_at<Kind>(kv, blocks[from / kBlockPositions], head),
-                               0, steps, 1, out);
+                const Value* const keys =
+                    keys_at<Kind>(kv, blocks[from / kBlockPositions], head);
+                multiply<Kind>(height, q, keys, 0, steps, 1, out,
+                               {reinterpret_cast<const char*>(keys), 0});
                 for (int r = 0; r < height; ++r) {
                     const int own = span.position + first + (begin + r) / group;
                     const int seen = own + 1 - start - from;  // positions of the block it may see

@@ -164,42 +164,76 @@ static inline void write_hidden(const float* gate, const float* up, int count,
     }
 }
 
+// Some groups of one expert's channels; no job after the last piece.
+struct GateUpPiece {
+    const ExpertJob* job;
+    int begin, end;
+    int groups;  // of the whole job
+};
+
+// Numbers the pieces of all jobs. They are asked for in ascending order.
+template <class Kind>
+class GateUpPieces {
+  public:
+    GateUpPieces(const ExpertPlan& plan, int threads) : plan_(plan), threads_(threads) {
+        for (int j = 0; j < plan.jobs_used; ++j) all_ += groups_of(plan.channels[plan.jobs[j].begin]);
+    }
+
+    GateUpPiece find(int64_t piece) {
+        for (; index_ < plan_.jobs_used; ++index_) {
+            const ExpertJob& job = plan_.jobs[index_];
+            const int groups = groups_of(plan_.channels[job.begin]);
+            const int grain = this->grain(job);
+            const int64_t pieces = (groups + grain - 1) / grain;
+            if (piece < before_ + pieces) {
+                const int begin = static_cast<int>(piece - before_) * grain;
+                return {&job, begin, begin + grain < groups ? begin + grain : groups, groups};
+            }
+            before_ += pieces;
+        }
+        return {nullptr, 0, 0, 0};
+    }
+
+  private:
+    // Groups per piece. Where many rows share the weights there is more to do for each byte, and
+    // longer pieces leave more of them to be fetched early.
+    int grain(const ExpertJob& job) const {
+        const int64_t bytes = static_cast<int64_t>(2) * steps_of<Kind>(job.ffn->hidden) * kStepBytes;
+        int64_t most = (job.end - job.begin > kTileRows ? 4 : 1) * kPieceBytes / bytes;
+        const int64_t even = all_ / (4 * threads_);
+        if (most > even) most = even;
+        return static_cast<int>(most < 2 ? 2 : most);
+    }
+
+    const ExpertPlan& plan_;
+    const int threads_;
+    int64_t all_ = 0;     // groups
+    int index_ = 0;       // of the job that was looked at last
+    int64_t before_ = 0;  // pieces of earlier jobs
+};
+
 // Phase one: hidden[slot] = silu(gate x) * (up x). `input(row)` gives a row's inputs. A piece of
 // work is some groups of one expert's channels. Ends without a barrier.
 template <class Kind, class Input>
 static void run_gate_up(Member& member, const ExpertPlan& plan, Input input) {
     typedef typename Kind::Value Value;
-    int64_t all = 0;
-    for (int j = 0; j < plan.jobs_used; ++j) all += groups_of(plan.channels[plan.jobs[j].begin]);
-    int job_index = 0;
-    int64_t before = 0;  // pieces of earlier jobs
-    for (;;) {
-        const int64_t piece = member.take();
-        int grain = 0, groups = 0;
-        for (;; ++job_index) {
-            if (job_index == plan.jobs_used) return;
-            const ExpertJob& job = plan.jobs[job_index];
-            const int64_t group_bytes =
-                static_cast<int64_t>(2) * steps_of<Kind>(job.ffn->hidden) * kStepBytes;
-            groups = groups_of(plan.channels[job.begin]);
-            int64_t most = kPieceBytes / group_bytes;
-            const int64_t even = all / (4 * member.threads);
-            if (most > even) most = even;
-            grain = static_cast<int>(most < 2 ? 2 : most);
-            const int64_t pieces = (groups + grain - 1) / grain;
-            if (piece < before + pieces) break;
-            before += pieces;
-        }
-        const ExpertJob& job = plan.jobs[job_index];
-        const int begin = static_cast<int>(piece - before) * grain;
-        const int end = begin + grain < groups ? begin + grain : groups;
+    GateUpPieces<Kind> pieces(plan, member.threads);
+    GateUpPiece now = pieces.find(member.take());
+    while (now.job) {
+        // Known one piece early, so that its weights can be fetched.
+        const GateUpPiece next = pieces.find(member.take());
+        const ExpertJob& job = *now.job;
         const int steps = steps_of<Kind>(job.ffn->hidden);
         const int64_t stride = static_cast<int64_t>(steps) * kPanel * Kind::kDepth;
         const int per_tile = tile_panels(RowTiles(job.end - job.begin).widest()) / 2;
         const int width = per_tile < 1 ? 1 : per_tile;
-        for (int group = begin; group < end; group += width) {
-            const int taken = end - group < width ? end - group : width;
+        for (int group = now.begin; group < now.end; group += width) {
+            const int taken = now.end - group < width ? now.end - group : width;
             const Value* w = panels_at<Kind>(job.gate_up, stride, 2 * group);
+            const Value* then = w + 2 * taken * stride;
+            if (group + taken >= now.end && next.job)
+                then = panels_at<Kind>(next.job->gate_up, stride, 2 * next.begin);
+            const int64_t bytes = 2 * width * stride * static_cast<int64_t>(sizeof(Value));
             const RowTiles tiles(rows_beyond(plan, job, group * kPanel));
             for (int t = 0; t < tiles.tiles; ++t) {
                 const int first = job.begin + tiles.begin(t);
@@ -207,7 +241,8 @@ static void run_gate_up(Member& member, const ExpertPlan& plan, Input input) {
                 const Value* x[kTileRows];
                 float sums[kTileSums];
                 for (int r = 0; r < height; ++r) x[r] = input(plan.row[first + r]);
-                multiply<Kind>(height, x, w, stride, steps, 2 * taken, sums);
+                multiply<Kind>(height, x, w, stride, steps, 2 * taken, sums,
+                               fetch_ahead(then, bytes, t, tiles.tiles, steps));
                 for (int r = 0; r < height; ++r)
                     for (int g = 0; g < taken; ++g) {
                         const int channel = (group + g) * kPanel;
@@ -217,13 +252,14 @@ static void run_gate_up(Member& member, const ExpertPlan& plan, Input input) {
                         const int left = plan.channels[first + r] - channel;
                         write_hidden<Kind>(gate, gate + kPanel, left, h);
                         // Phase two reads a tile's rows as far as its widest.
-                        if (left <= kPanel && channel + kPanel < groups * kPanel)
+                        if (left <= kPanel && channel + kPanel < now.groups * kPanel)
                             std::memset(h + kPanel, 0,
                                         sizeof(Value) * static_cast<size_t>(
-                                                            (groups - 1) * kPanel - channel));
+                                                            (now.groups - 1) * kPanel - channel));
                     }
             }
         }
+        now = next;
     }
 }
 
@@ -251,6 +287,10 @@ static void run_down(Member& member, const ExpertPlan& plan, int rows, int hidde
                 const int taken = count - panel < per_tile ? count - panel : per_tile;
                 const Value* w =
                     panels_at<Kind>(job.down, stride, static_cast<int>(begin) + panel);
+                const Value* then = w + taken * stride;
+                if (panel + taken >= count && j + 1 < plan.jobs_used)
+                    then = panels_at<Kind>(plan.jobs[j + 1].down, stride, static_cast<int>(begin));
+                const int64_t bytes = taken * stride * static_cast<int64_t>(sizeof(Value));
                 for (int t = 0; t < tiles.tiles; ++t) {
                     const int first = job.begin + tiles.begin(t);
                     const int height = tiles.begin(t + 1) - tiles.begin(t);
@@ -261,7 +301,8 @@ static void run_down(Member& member, const ExpertPlan& plan, int rows, int hidde
                     for (int r = 0; r < height; ++r)
                         h[r] = static_cast<const Value*>(plan.hidden) +
                                plan.hidden_stride * (first + r);
-                    multiply<Kind>(height, h, w, stride, steps, taken, out);
+                    multiply<Kind>(height, h, w, stride, steps, taken, out,
+                                   fetch_ahead(then, bytes, t, tiles.tiles, steps));
                     for (int r = 0; r < height; ++r) {
                         const VFloat weight = broadcast(plan.weight[first + r]);
                         float* to = sums + static_cast<int64_t>(plan.row[first + r]) * width +

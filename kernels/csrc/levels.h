@@ -176,6 +176,7 @@ struct Counters {
     int64_t flops;         // matrices at each row's own width, attention, norms
     int64_t experts_run;   // (row, expert) pairs
     int64_t rows_routed;   // (row, layer) pairs
+    int64_t finite;        // 1 if every logit is a number, else 0
 };
 
 // The rows that run one layer.

@@ -48,7 +48,9 @@ static void multiply_rows(Member& member, const Matrix& matrix, int rows, Input 
                 const Value* x[kTileRows];
                 float sums[kTileSums];
                 for (int r = 0; r < height; ++r) x[r] = input(first + r);
-                multiply<Kind>(height, x, w, stride, steps, count, sums);
+                const int64_t bytes = stride * static_cast<int64_t>(sizeof(Value)) * per_tile;
+                multiply<Kind>(height, x, w, stride, steps, count, sums,
+                               fetch_ahead(w + stride * count, bytes, t, tiles.tiles, steps));
                 for (int r = 0; r < height; ++r)
                     for (int c = 0; c < count; ++c) {
                         const int column = (panel + c) * kPanel;

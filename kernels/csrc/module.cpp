@@ -205,6 +205,8 @@ int32_t probe(int level, uintptr_t data, int64_t bytes, int threads) {
 }  // namespace
 
 NB_MODULE(_native, m) {
+    // A model that lives as long as the process is no leak.
+    nb::set_leak_warnings(false);
     m.attr("MAX_EXPERTS") = kMaxExperts;
     m.attr("BLOCK_POSITIONS") = kBlockPositions;
     m.def("levels", &levels);

@@ -186,14 +186,33 @@ void NativeModel::take_room(const StepInputs& in, StepArgs& a) {
     }
 }
 
-std::tuple<int, int64_t, int64_t, int64_t, std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>>
-NativeModel::step(const StepInputs& in) {
+std::tuple<int, int64_t, int64_t, int64_t, std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>>
+NativeModel::step(StepInputs& in, const IntArray& token_ids, const IntArray& positions,
+                  const IntArray& sequences, const IntArray& subnets,
+                  const IntTables& block_tables, const IntArray& logits_rows) {
     nb::gil_scoped_release release;
     if (busy_.test_and_set(std::memory_order_acquire)) return {kBusy, 0, 0, 0, {}};
     struct Free {
         std::atomic_flag& flag;
         ~Free() { flag.clear(std::memory_order_release); }
     } free{busy_};
+    const size_t rows = token_ids.shape(0);
+    if (positions.shape(0) != rows || sequences.shape(0) != rows || subnets.shape(0) != rows ||
+        block_tables.shape(1) != layer_.size())
+        return {kBadShapes, 0, 0, 0, {}};
+    const auto address = [](const auto& array) {
+        return reinterpret_cast<uintptr_t>(array.data());
+    };
+    in.rows = static_cast<int>(rows);
+    in.token_ids = address(token_ids);
+    in.positions = address(positions);
+    in.sequences = address(sequences);
+    in.subnets = address(subnets);
+    in.sequence_count = static_cast<int>(block_tables.shape(0));
+    in.table_blocks = static_cast<int>(block_tables.shape(2));
+    in.block_tables = address(block_tables);
+    in.logits_count = static_cast<int>(logits_rows.shape(0));
+    in.logits_rows = address(logits_rows);
     const Found found = check(in);
     if (found.refusal) return {found.refusal, found.where, found.value, found.detail, {}};
     sort_rows(in);
@@ -229,21 +248,13 @@ NativeModel::step(const StepInputs& in) {
     kernels_->step(a);
     const Counters& c = a.counters;
     return {kStepFine, 0, 0, 0,
-            {c.weight_bytes, c.kv_bytes, c.flops, c.experts_run, c.rows_routed}};
+            {c.weight_bytes, c.kv_bytes, c.flops, c.experts_run, c.rows_routed, c.finite}};
 }
 
 void define_model(nb::module_& m, const Kernels* (*kernels)(int level)) {
     nb::class_<StepInputs> inputs(m, "StepInputs");
     inputs.def(nb::init<>());
 #define ELASTIC_MOE_FIELD(name) inputs.def_rw(#name, &StepInputs::name)
-    ELASTIC_MOE_FIELD(rows);
-    ELASTIC_MOE_FIELD(token_ids);
-    ELASTIC_MOE_FIELD(positions);
-    ELASTIC_MOE_FIELD(sequences);
-    ELASTIC_MOE_FIELD(subnets);
-    ELASTIC_MOE_FIELD(sequence_count);
-    ELASTIC_MOE_FIELD(table_blocks);
-    ELASTIC_MOE_FIELD(block_tables);
     ELASTIC_MOE_FIELD(kv);
     ELASTIC_MOE_FIELD(kv_blocks);
     ELASTIC_MOE_FIELD(cos);
@@ -256,8 +267,6 @@ void define_model(nb::module_& m, const Kernels* (*kernels)(int level)) {
     ELASTIC_MOE_FIELD(channels);
     ELASTIC_MOE_FIELD(pool);
     ELASTIC_MOE_FIELD(subnet_count);
-    ELASTIC_MOE_FIELD(logits_count);
-    ELASTIC_MOE_FIELD(logits_rows);
     ELASTIC_MOE_FIELD(logits);
     ELASTIC_MOE_FIELD(state_layers);
     ELASTIC_MOE_FIELD(states);
@@ -277,7 +286,10 @@ void define_model(nb::module_& m, const Kernels* (*kernels)(int level)) {
              })
         .def("set_layer", &NativeModel::set_layer)
         .def("set_ends", &NativeModel::set_ends)
-        .def("step", &NativeModel::step);
+        .def("step", &NativeModel::step, nb::arg("inputs"), nb::arg("token_ids").noconvert(),
+             nb::arg("positions").noconvert(), nb::arg("sequences").noconvert(),
+             nb::arg("subnets").noconvert(), nb::arg("block_tables").noconvert(),
+             nb::arg("logits_rows").noconvert());
 }
 
 }  // namespace elastic_moe

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/tuple.h>
 
 #include <atomic>
@@ -26,8 +27,16 @@ enum StepRefusal {
     kBadBlock,      // (sequence, block id), in layer `detail`
     kBadLogitsRow,  // (index, row)
     kBusy,
+    kBadShapes,     // the arrays do not fit together; Python says which
 };
 
+// Row-major int32 in main memory; anything else is a TypeError, never a silent copy.
+typedef nanobind::ndarray<const int32_t, nanobind::ndim<1>, nanobind::c_contig, nanobind::device::cpu>
+    IntArray;
+typedef nanobind::ndarray<const int32_t, nanobind::ndim<3>, nanobind::c_contig, nanobind::device::cpu>
+    IntTables;
+
+// What a step is given. Python sets what seldom changes; `step` fills in the rest from its arrays.
 struct StepInputs {
     int rows;
     uintptr_t token_ids, positions, sequences, subnets;  // int32 (T,)
@@ -60,8 +69,10 @@ class NativeModel {
     void set_ends(uintptr_t embeddings, uintptr_t final_norm, uintptr_t head);
 
     // (refusal, where, value, detail), then the counters in the order of `Counters`.
-    std::tuple<int, int64_t, int64_t, int64_t, std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>>
-    step(const StepInputs& in);
+    std::tuple<int, int64_t, int64_t, int64_t, std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>>
+    step(StepInputs& in, const IntArray& token_ids, const IntArray& positions,
+         const IntArray& sequences, const IntArray& subnets, const IntTables& block_tables,
+         const IntArray& logits_rows);
 
   private:
     struct Found {

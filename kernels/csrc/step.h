@@ -281,17 +281,21 @@ static void step_as(Member& member, StepArgs& s) {
                  m.hidden, m.eps, normed);
         to_inputs<Kind>(normed, m.hidden, s.input_stride, row_of<Kind>(s.inputs, s.input_stride, i));
     });
+    bool finite = true;
     multiply_rows<Kind>(
         member, m.head, s.logits_count,
         [&](int i) { return row_of<Kind>(s.inputs, s.input_stride, i); },
         [&](int i, int column, int count, const float* sums) {
+            for (int j = 0; j < count; ++j) finite &= sums[j] - sums[j] == 0.0f;
             store_panel(s.logits + static_cast<int64_t>(i) * m.vocab + column, sums, count);
         });
+    if (!finite) __atomic_store_n(&s.counters.finite, 0, __ATOMIC_RELAXED);
 }
 
 static void step(StepArgs& s) {
     const ModelWeights& m = *s.model;
     s.counters = {};
+    s.counters.finite = 1;
     if (!s.rows) return;
     if (s.logits_count) {
         s.counters.weight_bytes =

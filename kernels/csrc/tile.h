@@ -22,19 +22,41 @@ constexpr int tile_panels(int rows) { return rows == 0 ? 2 : 1; }
 constexpr int kTilePanels = tile_panels(1);
 constexpr int kTileSums = kTileRows * 4 * kPanel;  // room for the sums of any tile
 
-// How far ahead of its use a weight is fetched into the cache; what is read past the end of a
-// matrix belongs to the next one, or to nothing: a prefetch cannot fault.
+// How far ahead of its use a weight is fetched into the cache by tiles of few rows, which wait for
+// memory; what is read past the end of a matrix belongs to the next one, or to nothing: a prefetch
+// cannot fault.
 constexpr int kPrefetchBytes = 2048;
+
+// Weights that tiles of many rows, which do not wait, fetch for the tiles that follow: `step` bytes
+// for every step of this one.
+struct Ahead {
+    const char* at;
+    int64_t step;
+};
+
+// This tile's share of `bytes` at `next`, when tile number `index` of `tiles` has `steps` steps.
+static inline Ahead fetch_ahead(const void* next, int64_t bytes, int index, int tiles, int steps) {
+    const int64_t all = static_cast<int64_t>(tiles) * steps;
+    int64_t step = (bytes + all - 1) / all;
+    if (step < 16) step = 16;  // the first tiles fetch all of it
+    const int64_t from = step * steps * index;
+    return {static_cast<const char*>(next) + from, from < bytes ? step : 0};
+}
 
 // sums[r][c] = panel c . x[r]. `stride`: values from one panel to the next.
 template <class Kind, int R, int C>
 static __attribute__((noinline)) void tile(const typename Kind::Value* const* x,
                                            const typename Kind::Value* w, int64_t stride, int steps,
-                                           float* sums) {
+                                           float* sums, Ahead ahead) {
     Panel acc[R][C] = {};
     const typename Kind::Value* row[R];
     for (int r = 0; r < R; ++r) row[r] = x[r];
     for (int step = 0; step < steps; ++step) {
+        if (R > 4) {
+            __builtin_prefetch(ahead.at, 0, 2);
+            __builtin_prefetch(ahead.at + 64, 0, 2);
+            ahead.at += ahead.step;
+        }
         typename Kind::Weights weights[C];
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
@@ -56,12 +78,12 @@ static __attribute__((noinline)) void tile(const typename Kind::Value* const* x,
 
 template <class Kind, int R>
 static inline void tile_of(const typename Kind::Value* const* x, const typename Kind::Value* w,
-                           int64_t stride, int steps, int panels, float* sums) {
-    if (panels == tile_panels(R)) return tile<Kind, R, tile_panels(R)>(x, w, stride, steps, sums);
-    if (tile_panels(R) == 4 && panels == 2) return tile<Kind, R, 2>(x, w, stride, steps, sums);
+                           int64_t stride, int steps, int panels, float* sums, Ahead ahead) {
+    if (panels == tile_panels(R)) return tile<Kind, R, tile_panels(R)>(x, w, stride, steps, sums, ahead);
+    if (tile_panels(R) == 4 && panels == 2) return tile<Kind, R, 2>(x, w, stride, steps, sums, ahead);
     for (int c = 0; c < panels; ++c) {  // few panels are left: one by one
         float one[R * kPanel];
-        tile<Kind, R, 1>(x, w + c * stride, stride, steps, one);
+        tile<Kind, R, 1>(x, w + c * stride, stride, steps, one, ahead);
         for (int r = 0; r < R; ++r)
             std::memcpy(sums + (r * panels + c) * kPanel, one + r * kPanel, 4 * kPanel);
     }
@@ -71,19 +93,19 @@ static inline void tile_of(const typename Kind::Value* const* x, const typename 
 template <class Kind>
 static inline void multiply(int rows, const typename Kind::Value* const* x,
                             const typename Kind::Value* w, int64_t stride, int steps, int panels,
-                            float* sums) {
+                            float* sums, Ahead ahead) {
     switch (rows) {
-        case 1: return tile_of<Kind, 1>(x, w, stride, steps, panels, sums);
-        case 2: return tile_of<Kind, 2>(x, w, stride, steps, panels, sums);
+        case 1: return tile_of<Kind, 1>(x, w, stride, steps, panels, sums, ahead);
+        case 2: return tile_of<Kind, 2>(x, w, stride, steps, panels, sums, ahead);
 #if defined(__AVX2__)
-        case 3: return tile_of<Kind, 3>(x, w, stride, steps, panels, sums);
-        case 4: return tile_of<Kind, 4>(x, w, stride, steps, panels, sums);
+        case 3: return tile_of<Kind, 3>(x, w, stride, steps, panels, sums, ahead);
+        case 4: return tile_of<Kind, 4>(x, w, stride, steps, panels, sums, ahead);
 #endif
 #if defined(__AVX512F__)
-        case 5: return tile_of<Kind, 5>(x, w, stride, steps, panels, sums);
-        case 6: return tile_of<Kind, 6>(x, w, stride, steps, panels, sums);
-        case 7: return tile_of<Kind, 7>(x, w, stride, steps, panels, sums);
-        case 8: return tile_of<Kind, 8>(x, w, stride, steps, panels, sums);
+        case 5: return tile_of<Kind, 5>(x, w, stride, steps, panels, sums, ahead);
+        case 6: return tile_of<Kind, 6>(x, w, stride, steps, panels, sums, ahead);
+        case 7: return tile_of<Kind, 7>(x, w, stride, steps, panels, sums, ahead);
+        case 8: return tile_of<Kind, 8>(x, w, stride, steps, panels, sums, ahead);
 #endif
     }
 }

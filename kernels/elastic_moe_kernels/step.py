@@ -80,6 +80,7 @@ class CpuModel:
         self._arena: Arena | None = None
         self._kept: dict[object, Any] = {}  # what the native model holds addresses of
         self._angles: tuple[Tensor, Tensor] | None = None
+        self._blocks: Tensor | None = None
         self._routing_layers: set[int] = set()
         self._running = threading.Lock()
 
@@ -171,7 +172,9 @@ class CpuModel:
         shape = (len(cos), self.dims.head_dim // 2)
         expect("cos", tuple(cos.shape), shape)
         expect("sin", tuple(sin.shape), shape)
-        self._angles = (cos.float().contiguous(), sin.float().contiguous())
+        self._angles = cos, sin = (cos.float().contiguous(), sin.float().contiguous())
+        self._inputs.cos, self._inputs.sin = cos.data_ptr(), sin.data_ptr()
+        self._inputs.angle_positions = len(cos)
 
     # Cache
 
@@ -246,56 +249,51 @@ class CpuModel:
         threads: int,
     ) -> StepResult:
         dims, inputs = self.dims, self._inputs
-        token_ids, positions, sequences, subnets, block_tables, logits_rows = arrays
+        token_ids, _, _, _, block_tables, logits_rows = arrays
         if self._angles is None:
             raise KernelError("no rotary angles are set. Call set_angles first.")
-        check_arrays(dims, *arrays)
         if threads < 1:
             raise KernelError(f"threads must be at least 1, got {threads}.")
-        T, (S, L, B) = len(token_ids), block_tables.shape
         self._check_table(table)
-        check_blocks(blocks, self.block_bytes)
+        if blocks is not self._blocks:
+            check_blocks(blocks, self.block_bytes)
+            inputs.kv, inputs.kv_blocks = blocks.data_ptr(), len(blocks)
+            self._blocks = blocks
         logits = torch.empty(len(logits_rows), dims.vocab_size)
         flags = states = topk_ids = None
+        L = dims.num_layers
         if len(states_after):
             flags = np.zeros(L + 1, dtype=np.uint8)
             flags[check_states(states_after, L)] = 1
-            states = torch.empty(int(flags.sum()), T, dims.hidden_size)
+            states = torch.empty(int(flags.sum()), len(token_ids), dims.hidden_size)
         if trace:
             slots = max(table.layer(i).max_top_k for i in range(L))
-            topk_ids = torch.full((L, T, slots), -1, dtype=torch.int32)
-        cos, sin = self._angles
-
-        inputs.rows = T
-        inputs.token_ids = token_ids.ctypes.data
-        inputs.positions = positions.ctypes.data
-        inputs.sequences = sequences.ctypes.data
-        inputs.subnets = subnets.ctypes.data
-        inputs.sequence_count, inputs.table_blocks = S, B
-        inputs.block_tables = block_tables.ctypes.data
-        inputs.kv, inputs.kv_blocks = blocks.data_ptr(), len(blocks)
-        inputs.cos, inputs.sin = cos.data_ptr(), sin.data_ptr()
-        inputs.angle_positions = len(cos)
-        inputs.logits_count, inputs.logits_rows = len(logits_rows), logits_rows.ctypes.data
+            topk_ids = torch.full((L, len(token_ids), slots), -1, dtype=torch.int32)
         inputs.logits = logits.data_ptr()
         inputs.state_layers = 0 if flags is None else flags.ctypes.data
         inputs.states = 0 if states is None else states.data_ptr()
         inputs.trace_ids = 0 if topk_ids is None else topk_ids.data_ptr()
         inputs.trace_slots = 0 if topk_ids is None else topk_ids.shape[2]
         inputs.threads = threads
-        refusal, where, value, detail, counters = self._native.step(inputs)
+        try:
+            refusal, where, value, detail, counters = self._native.step(inputs, *arrays)
+        except TypeError:
+            check_arrays(dims, *arrays)
+            raise
         if refusal:
+            check_arrays(dims, *arrays)
+            S, _, B = block_tables.shape
             raise KernelError(
                 REFUSALS[refusal].format(
                     where=where,
                     value=value,
                     detail=detail,
                     vocab=dims.vocab_size - 1,
-                    positions=min(len(cos), 16 * B) - 1,
+                    positions=min(len(self._angles[0]), 16 * B) - 1,
                     sequences=S - 1,
                     subnets=len(table.active) - 1,
                     blocks=len(blocks) - 1,
-                    rows=T - 1,
+                    rows=len(token_ids) - 1,
                 )
             )
         return StepResult(logits, states, topk_ids, Counters(*counters))

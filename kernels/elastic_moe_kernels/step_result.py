@@ -18,6 +18,7 @@ class Counters:
             normed channel.
         experts_run: (token, expert) pairs.
         rows_routed: (token, layer) pairs.
+        finite: 1 if every logit is a number, else 0.
     """
 
     weight_bytes: int
@@ -25,6 +26,7 @@ class Counters:
     flops: int
     experts_run: int
     rows_routed: int
+    finite: int
 
     @property
     def mean_experts(self) -> float:

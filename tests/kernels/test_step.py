@@ -243,11 +243,11 @@ def test_calls_that_overlap_are_refused() -> None:
 
 def test_native_call_refuses_to_overlap() -> None:
     """The second line of defence, for whoever calls it without the first."""
-    model = make_model(torch.float32, max_positions=2048)
-    runner: Runner = runner_of(model, [resolve(model.shape)], positions=2048)
+    model = make_model(torch.float32, max_positions=704)
+    runner: Runner = runner_of(model, [resolve(model.shape)], positions=704)
     native, inputs = runner.model._native, runner.model._inputs
     # What the native model has addresses of must stay.
-    arrays = arrays_of([Piece(0, prompt(2000), 0, 0)], [])
+    arrays = arrays_of([Piece(0, prompt(700), 0, 0)], [])
     runner.model.step(*arrays[:4], runner.table, runner.blocks, runner.tables, arrays[4], threads=1)
     answers: list[int] = []
     for _ in range(20):  # a step takes long enough for one of these, on any machine

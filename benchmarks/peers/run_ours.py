@@ -90,9 +90,9 @@ class TimedNative:
     def __init__(self, native: Any) -> None:
         self.native, self.seconds = native, 0.0
 
-    def step(self, inputs: Any) -> Any:
+    def step(self, *arguments: Any) -> Any:
         start = time.perf_counter()
-        result = self.native.step(inputs)
+        result = self.native.step(*arguments)
         self.seconds += time.perf_counter() - start
         return result
 

@@ -23,14 +23,15 @@ class Process:
 
     def __init__(self, python: str | Path, script: str, *arguments: object) -> None:
         self._name = " ".join([script, *(str(a) for a in arguments)])
+        self._log = HERE.parents[1] / "build" / f"{script}.log"
+        self._log.parent.mkdir(exist_ok=True)
         self._process = subprocess.Popen(
             [str(python), str(HERE / script), *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=(log := (HERE / "../../build" / f"{script}.log").resolve()).open("a"),
+            stderr=self._log.open("a"),
             text=True,
         )
-        self._log = log
         self.versions: dict[str, str] = self._reply()
 
     def ask(self, do: str, **request: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -96,3 +97,39 @@ def test_the_numbers_of_its_table_are_those_of_the_committed_sweep() -> None:
             f"{p['delta_nats']:+.3f} ± {p['standard_error']:.3f}",
             f"{p['top1_agreement']:.0%}",
         ]
+
+
+def test_the_speeds_it_shows_are_those_of_the_committed_rounds() -> None:
+    """Medians over the rounds: tokens per second, and ours as a share of the limit."""
+    path = ROOT / "benchmarks" / "results" / "peers.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = {record["case"]: record for record in map(json.loads, lines)}
+    for case, title, tokens in (
+        ("prefill512", "prefill, 512 tokens", 512),
+        ("decode1", "decode, 1 sequence", 1),
+        ("decode16", "decode, 16 sequences", 16),
+    ):
+        rounds = records[case]["rounds"]
+        transformers = [name for name in rounds[0]["seconds"] if name.startswith("transformers")]
+        cells = []
+        for names in (["ours"], transformers, ["llama.cpp bf16"]):
+            rates = (tokens / min(r["seconds"][name] for name in names) for r in rounds)
+            cells.append(f"{statistics.median(rates):,.0f}")
+        work, limit = (
+            ("flops", "matmul_flops_per_second")
+            if case == "prefill512"
+            else ("touched_bytes", "read_bytes_per_second")
+        )
+        share = statistics.median(r[work] / r["seconds"]["ours"] / r[limit] for r in rounds)
+        row = " | ".join([title, *cells, f"{share:.0%}"])
+        assert f"| {row} |" in README, row
+    savings = [bar["median"] for bar in records["saving"]["bars"]]
+    assert f"save {min(savings):.0%} to {max(savings):.0%} of" in README
+    mini = records["mini"]["rounds"]
+    assert f"takes {statistics.median(r['seconds']['ours'] for r in mini) * 1e6:.0f} µs" in README
+    times = statistics.median(
+        min(s for name, s in r["seconds"].items() if name != "ours") / r["seconds"]["ours"]
+        for r in mini
+    )
+    assert f"{times:.0f} times less than the fastest" in README
+    assert f"of {len(mini)} alternating rounds" in README

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -126,8 +126,7 @@ class NativeRunner(Runner):
         return table
 
 
-@dataclass(slots=True)
-class _Flat:
+class _Flat(NamedTuple):
     """A batch as `CpuModel.step` takes it."""
 
     token_ids: Ints

@@ -30,6 +30,12 @@ def add_model_name(parser: argparse.ArgumentParser) -> None:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """MODEL, and how it runs."""
     add_model_name(parser)
+    add_execution(parser)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+
+
+def add_execution(parser: argparse.ArgumentParser) -> None:
+    """--dtype and --backend."""
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -40,9 +46,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--backend",
         default="auto",
         choices=("auto", "reference", "cpu"),
-        help="reference: PyTorch alone; cpu: native kernels where there are",
+        help="reference: PyTorch alone; cpu: the C++ step; auto: cpu where it can run",
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
 
 
 def add_download(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elastic_moe.cli.arguments import add_model_name
+from elastic_moe.cli.arguments import add_execution, add_model_name
 
 if TYPE_CHECKING:
     from elastic_moe.lab.limits import Limits
@@ -36,18 +36,7 @@ TEXT_TOKENS = 4096
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of this command."""
     add_model_name(parser)
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16"),
-        help="what matrix inputs are rounded to; auto: as the file's weights",
-    )
-    parser.add_argument(
-        "--backend",
-        default="auto",
-        choices=("auto", "reference", "cpu"),
-        help="reference: PyTorch alone; cpu: the native step; auto: cpu where it can run",
-    )
+    add_execution(parser)
     parser.add_argument(
         "--routing", metavar="NAME", help="sub-network such as L36-k2-w6-t0.7-p8 (default: full)"
     )

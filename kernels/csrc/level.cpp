@@ -66,7 +66,8 @@ void attention(const AttentionArgs& args) {
 
 void rms_norm_rows(const float* x, const float* gain, int64_t rows, int n, float eps, float* out,
                    int threads) {
-    run_team(rows * n <= kAlone ? 1 : threads, [&](Member& member) {
+    // Alone, a norm is over before a sleeping thread is awake.
+    run_team(rows * n <= 32 * kAlone ? 1 : threads, [&](Member& member) {
         member.share(rows, 16, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) rms_norm(x + i * n, gain, n, eps, out + i * n);
         });

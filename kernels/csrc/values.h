@@ -98,7 +98,4 @@ static inline int steps_of(int inputs) {
     return (inputs + Kind::kDepth - 1) / Kind::kDepth;
 }
 
-// Values per row of a buffer that holds inputs of a matrix: room for whole vectors and steps.
-static inline int64_t padded(int64_t count) { return (count + 31) / 32 * 32; }
-
 }  // namespace

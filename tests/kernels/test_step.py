@@ -222,7 +222,7 @@ def test_calls_that_overlap_are_refused() -> None:
     native, refused = runner.model._native, []
 
     class Slow:
-        def step(self, inputs: object) -> object:
+        def step(self, *arguments: object) -> object:
             def second() -> None:
                 with pytest.raises(KernelError, match="already running"):
                     runner.step([Piece(1, (1, 2), 0, 0)])
@@ -231,7 +231,7 @@ def test_calls_that_overlap_are_refused() -> None:
             thread = threading.Thread(target=second)
             thread.start()
             thread.join()
-            return native.step(inputs)
+            return native.step(*arguments)
 
     runner.model._native = Slow()
     got = runner.step([Piece(0, tokens, 0, 0)]).logits
@@ -249,10 +249,12 @@ def test_native_call_refuses_to_overlap() -> None:
     # What the native model has addresses of must stay.
     arrays = arrays_of([Piece(0, prompt(700), 0, 0)], [])
     runner.model.step(*arrays[:4], runner.table, runner.blocks, runner.tables, arrays[4], threads=1)
+    call = (*arrays[:4], runner.tables, arrays[4])
     answers: list[int] = []
     for _ in range(20):  # a step takes long enough for one of these, on any machine
         threads = [
-            threading.Thread(target=lambda: answers.append(native.step(inputs)[0])) for _ in "ab"
+            threading.Thread(target=lambda: answers.append(native.step(inputs, *call)[0]))
+            for _ in "ab"
         ]
         for thread in threads:
             thread.start()

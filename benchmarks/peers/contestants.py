@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 HERE = Path(__file__).parent
 
@@ -47,17 +46,6 @@ class Process:
         if self._process.stdin is not None:
             self._process.stdin.close()
         self._process.wait(timeout=60)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _reply(self) -> Any:
         line = self._process.stdout.readline() if self._process.stdout is not None else ""

@@ -6,7 +6,7 @@ import json
 import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class Processes:
     versions: dict[str, str] = field(default_factory=dict)
 
     def start(self, python: Path, script: str, *arguments: object) -> Process:
-        process = self.stack.enter_context(Process(python, script, *arguments))
+        process = self.stack.enter_context(closing(Process(python, script, *arguments)))
         self.versions |= process.versions
         return process
 

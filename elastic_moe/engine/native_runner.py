@@ -48,6 +48,7 @@ class NativeRunner(Runner):
     def run(
         self, chunks: Sequence[Chunk], *, states_after: Iterable[int] = (), trace: bool = False
     ) -> StepOutput:
+        """As `Runner.run`; all chunks in one native step."""
         wanted = sorted(set(states_after))
         sizes = [len(chunk.token_ids) for chunk in chunks]
         paged = [_own(chunk.sequence) for chunk in chunks]

@@ -28,7 +28,7 @@ Wanted = Literal["none", "last", "all"]
 Progress = Callable[[int, int], None] | None
 
 
-class SequenceState:
+class SequenceState(ABC):
     """A sequence under one sub-network: how far it has come, and its keys and values.
 
     Attributes:
@@ -40,9 +40,9 @@ class SequenceState:
         self.length = 0
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes of keys and values that it holds."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)

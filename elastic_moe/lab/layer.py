@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from elastic_moe_kernels import cpu
+from elastic_moe_kernels import cpu_ops
+from elastic_moe_kernels.cpu_ops import VECTOR_VALUES
 from elastic_moe_kernels.packing import Arena, expert_bytes, pack_experts
 from torch import Tensor
-
-VALUES_ALIGNMENT = 32  # rows of inputs are whole vectors of any kind at any level
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,31 +55,22 @@ class NativeExperts:
             dtype=dtype,
             arena=arena,
         )
-        self._level = cpu.level_index(level)
+        self._level = level
         self.weight_bytes = self.flops = 0
 
     def __call__(self, inputs: LayerInputs, out: Tensor) -> Tensor:
         """Add the experts' outputs to out (T, D) float32, and return it."""
-        packed, (rows, slots) = self._packed, inputs.topk_ids.shape
         x = inputs.x
-        if x.stride(0) % VALUES_ALIGNMENT or x.stride(1) != 1:
+        if x.stride(0) % VECTOR_VALUES or x.stride(1) != 1:
             x = pad_rows(x)
-        self.weight_bytes, self.flops = cpu.native().experts(
-            self._level,
-            packed.dtype == torch.bfloat16,
-            packed.data.data_ptr(),
-            packed.num_experts,
-            packed.hidden,
-            packed.channels,
-            x.data_ptr(),
-            x.stride(0),
-            rows,
-            slots,
-            inputs.topk_ids.data_ptr(),
-            inputs.topk_weights.data_ptr(),
-            inputs.channels.data_ptr(),
-            out.data_ptr(),
-            torch.get_num_threads(),
+        self.weight_bytes, self.flops = cpu_ops.add_experts(
+            out,
+            x,
+            inputs.topk_ids,
+            inputs.topk_weights,
+            inputs.channels,
+            self._packed,
+            level=self._level,
         )
         return out
 
@@ -89,6 +78,6 @@ class NativeExperts:
 def pad_rows(x: Tensor) -> Tensor:
     """x (T, D) in rows that start at whole vectors, zeros between them."""
     rows, size = x.shape
-    room = x.new_zeros(rows, -(-size // VALUES_ALIGNMENT) * VALUES_ALIGNMENT)
+    room = x.new_zeros(rows, -(-size // VECTOR_VALUES) * VECTOR_VALUES)
     room[:, :size] = x
     return room[:, :size]

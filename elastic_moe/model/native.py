@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,17 +35,19 @@ def model_dims(config: ModelConfig) -> ModelDims:
     )
 
 
-class _Weights:
+class _Weights(ABC):
     """Our parameters by name, from wherever they are."""
 
     def __init__(self, config: ModelConfig, names: set[str]) -> None:
         self.config, self.names = config, names
 
+    @abstractmethod
     def read(self, name: str) -> Tensor:
-        raise NotImplementedError
+        """One parameter."""
 
+    @abstractmethod
     def read_expert(self, name: str, expert: int) -> Tensor:
-        raise NotImplementedError
+        """One expert's matrix of a stacked parameter."""
 
     def layer(self, index: int) -> LayerTensors:
         """One layer under the kernels' names; nothing of its experts is read before its turn."""

@@ -13,8 +13,8 @@ from elastic_moe_kernels import cpu
 from elastic_moe_kernels.kv_blocks import KVBlocks
 from elastic_moe_kernels.packing import PackedExperts, PackedMatrix
 
-# Rows of matrix inputs are whole vectors: 32 values fill one of any kind at any level.
-_VECTOR = 32
+# Rows of matrix inputs are whole vectors: so many values fill one of any kind at any level.
+VECTOR_VALUES = 32
 
 
 def linear(x: Tensor, matrix: PackedMatrix, *, level: str | None = None) -> Tensor:
@@ -63,6 +63,29 @@ def experts(
     """`reference.experts` on x (T, D) float32: out (T, D) float32, weight bytes and FLOPs."""
     out = torch.zeros(len(x), experts.hidden)
     inputs = _as_inputs(x, experts.dtype)
+    counted = add_experts(out, inputs, topk_ids, topk_weights, channels, experts, level=level)
+    return out, *counted
+
+
+def add_experts(
+    out: Tensor,
+    inputs: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    channels: Tensor,
+    experts: PackedExperts,
+    *,
+    level: str | None = None,
+) -> tuple[int, int]:
+    """The kernel of `experts` by itself: nothing is converted, padded or made.
+
+    Args:
+        out: (T, D) float32, added to.
+        inputs: (T, D) in the experts' dtype, in rows of whole vectors, zeros behind the last value.
+
+    Returns:
+        Weight bytes and FLOPs.
+    """
     weight_bytes, flops = cpu.native().experts(
         cpu.level_index(level),
         experts.dtype == torch.bfloat16,
@@ -79,7 +102,7 @@ def experts(
         out.data_ptr(),
         torch.get_num_threads(),
     )
-    return out, weight_bytes, flops
+    return weight_bytes, flops
 
 
 def attention(
@@ -122,4 +145,4 @@ def attention(
 
 def _as_inputs(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x (T, D) rounded to dtype, ties to even, each row padded with zeros to whole vectors."""
-    return F.pad(x.to(dtype), (0, -x.shape[1] % _VECTOR))
+    return F.pad(x.to(dtype), (0, -x.shape[1] % VECTOR_VALUES))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from elastic_moe.engine.request import (
     AppliedRouting,
     Completion,
@@ -16,7 +14,7 @@ from elastic_moe.engine.request import (
     TokenLogprob,
     Usage,
 )
-from elastic_moe.engine.runner import Chunk, Runner, StepOutput
+from elastic_moe.engine.runner import Chunk, Runner, StepOutput, Wanted
 from elastic_moe.engine.sampling import choose_token, token_logprob
 from elastic_moe.errors import EngineError
 from elastic_moe.model.tokenizer import Tokenizer
@@ -50,6 +48,7 @@ class Generation:
     ) -> None:
         self._runner, self._tokenizer = runner, tokenizer
         self._subnet, self._sampling = subnet, sampling
+        self._greedy = sampling.temperature == 0 and sampling.logprobs is None
         self._input = list(prompt)
         self._prompt_tokens = len(prompt)
         self._sequence = runner.open(subnet, len(prompt) + sampling.max_tokens)
@@ -68,31 +67,33 @@ class Generation:
         if len(token_ids) > PREFILL_CHUNK:
             *earlier, token_ids = chunks(token_ids)
             for part in earlier:
-                self._run(part, last=False)
-        out = self._run(token_ids, last=True)
+                self._run(part, "none")
+        out = self._run(token_ids, "best" if self._greedy else "last")
         if not out.finite:
             raise EngineError(
                 f"the logits after {self._sequence.length} tokens are not numbers: weights or keys "
                 f"of config.json are so large or small that a sum overflows. Fetch or convert the "
                 f"checkpoint again."
             )
-        return self._choose(out.logits[0])
+        if self._greedy:
+            return self._take_token(out.best_ids[0])
+        sampling, logits = self._sampling, out.logits[0]
+        token = choose_token(logits, sampling, len(self._token_ids))
+        if sampling.logprobs is not None:
+            self._logprobs.append(token_logprob(logits, token, sampling.logprobs))
+        return self._take_token(token)
 
-    def _run(self, token_ids: Sequence[int], *, last: bool) -> StepOutput:
-        """Run the next tokens; logits (1, V) of the last one, or none."""
-        chunk = Chunk(self._sequence, token_ids, "last" if last else "none")
-        out = self._runner.run([chunk])
+    def _run(self, token_ids: Sequence[int], wanted: Wanted) -> StepOutput:
+        """Run the next tokens."""
+        out = self._runner.run((Chunk(self._sequence, token_ids, wanted),))
         self._rows += len(token_ids)
         self._experts_run += out.experts_run
         self._rows_routed += out.rows_routed
         return out
 
-    def _choose(self, logits: Tensor) -> Delta:
-        """Sample a token from logits (V,) and see what it means for the text."""
+    def _take_token(self, token: int) -> Delta:
+        """See what the next token means for the text."""
         sampling = self._sampling
-        token = choose_token(logits, sampling, len(self._token_ids))
-        if sampling.logprobs is not None:
-            self._logprobs.append(token_logprob(logits, token, sampling.logprobs))
         if not self._token_ids:
             self._first_token = time.perf_counter()
         self._token_ids.append(token)

@@ -7,9 +7,10 @@ requests. One thread at a time may call it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ from elastic_moe.model.transformer import ElasticTransformer, Trace
 from elastic_moe.routing import Subnet
 
 Ints = NDArray[np.int32]
-Wanted = Literal["none", "last", "all"]
+Wanted = Literal["none", "best", "last", "all"]
+NO_STATES: Mapping[int, Tensor] = MappingProxyType({})
 Progress = Callable[[int, int], None] | None
 
 
@@ -45,13 +47,12 @@ class SequenceState(ABC):
         """Bytes of keys and values that it holds."""
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):  # a tuple: one is made for every token that is decoded
     """The next tokens of one sequence.
 
     Attributes:
         token_ids: (t,) at least one.
-        logits: of which of them.
+        logits: of which of them; 'best' asks for no more than the most likely token after the last.
     """
 
     sequence: SequenceState
@@ -59,35 +60,51 @@ class Chunk:
     logits: Wanted = "last"
 
 
-@dataclass(slots=True)
-class StepOutput:
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What the routers of a step chose.
+
+    Attributes:
+        tokens: layer -> (E,) how many tokens chose each expert.
+        rows: layer -> tokens that it routed.
+    """
+
+    tokens: dict[int, Tensor] = field(default_factory=dict)
+    rows: dict[int, int] = field(default_factory=dict)
+
+    def add(self, layer: int, tokens: Tensor, rows: int) -> None:
+        """Add what one layer's router chose for some rows."""
+        self.tokens[layer] = self.tokens.get(layer, 0) + tokens
+        self.rows[layer] = self.rows.get(layer, 0) + rows
+
+    def count(self, layer: int, topk_ids: Tensor, num_experts: int) -> None:
+        """Add the choices (n, K) of one layer's router, -1 where nothing ran."""
+        ids = topk_ids[topk_ids >= 0].long()
+        self.add(layer, torch.bincount(ids, minlength=num_experts).cpu(), len(topk_ids))
+
+
+class StepOutput(NamedTuple):  # a tuple, as Chunk
     """What one step gave.
 
     Attributes:
-        logits: (n, V) float32, in the order of the chunks and their tokens.
-        states: layers done -> (T, D) float32, the residual stream of all tokens; as asked for.
-        choices: layer -> (E,) how many tokens chose each expert; if asked for.
-        rows: layer -> tokens that it routed; if asked for.
+        logits: (n, V) float32, in the order of the chunks and their tokens; (0, V) if no chunk
+            asked for more than the best.
+        best_ids: (n,) the most likely token after each of them, the first among equals.
         experts_run, rows_routed: sums over all layers.
         finite: whether every logit is a number.
         counters: of the native step.
+        states: layers done -> (T, D) float32, the residual stream of all tokens; if asked for.
+        choices: if asked for.
     """
 
     logits: Tensor
-    states: dict[int, Tensor] = field(default_factory=dict)
-    choices: dict[int, Tensor] = field(default_factory=dict)
-    rows: dict[int, int] = field(default_factory=dict)
+    best_ids: list[int]
     experts_run: int = 0
     rows_routed: int = 0
     finite: bool = True
     counters: Counters | None = None
-
-    def count(self, layer: int, topk_ids: Tensor, num_experts: int) -> None:
-        """Add what one layer's router chose: (n, K) ids, -1 where nothing ran."""
-        ids = topk_ids[topk_ids >= 0].long()
-        counts = torch.bincount(ids, minlength=num_experts).cpu()
-        self.choices[layer] = self.choices.get(layer, 0) + counts
-        self.rows[layer] = self.rows.get(layer, 0) + len(topk_ids)
+    states: Mapping[int, Tensor] = NO_STATES
+    choices: Choices | None = None
 
 
 class Runner(ABC):
@@ -155,10 +172,10 @@ class ReferenceRunner(Runner):
     def run(
         self, chunks: Sequence[Chunk], *, states_after: Iterable[int] = (), trace: bool = False
     ) -> StepOutput:
-        wanted = set(states_after)
-        states: dict[int, list[Tensor]] = {layers: [] for layers in sorted(wanted)}
-        logits: list[Tensor] = []
-        out = StepOutput(torch.empty(0, self.config.vocab_size, device=self.device))
+        states: dict[int, list[Tensor]] = {layers: [] for layers in sorted(set(states_after))}
+        logits = [torch.empty(0, self.config.vocab_size, device=self.device)]
+        choices = Choices() if trace else None
+        experts_run = rows_routed = 0
         with torch.inference_mode():
             for chunk in chunks:
                 sequence = chunk.sequence
@@ -177,15 +194,20 @@ class ReferenceRunner(Runner):
                 if chunk.logits != "none":
                     logits.append(self.model.logits(x if chunk.logits == "all" else x[-1:]))
                 for layer in seen.layers:
-                    out.experts_run += int((layer.topk_ids >= 0).sum())
-                    out.rows_routed += len(layer.topk_ids)
-                    if trace:
-                        out.count(layer.layer, layer.topk_ids, self.config.num_experts)
-            if logits:
-                out.logits = torch.cat(logits)
-                out.finite = bool(out.logits.isfinite().all())
-            out.states = {layers: torch.cat(parts) for layers, parts in states.items()}
-        return out
+                    experts_run += int((layer.topk_ids >= 0).sum())
+                    rows_routed += len(layer.topk_ids)
+                    if choices is not None:
+                        choices.count(layer.layer, layer.topk_ids, self.config.num_experts)
+            every = torch.cat(logits)
+            return StepOutput(
+                every if any(chunk.logits in ("last", "all") for chunk in chunks) else every[:0],
+                every.numpy(force=True).argmax(-1).tolist(),
+                experts_run,
+                rows_routed,
+                finite=bool(every.isfinite().all()),
+                states={layers: torch.cat(parts) for layers, parts in states.items()},
+                choices=choices,
+            )
 
     def logits(self, states: Tensor) -> Tensor:
         with torch.inference_mode():

@@ -118,8 +118,12 @@ class TextStream:
 
     def step(self, token_id: int) -> str:
         """The text that this token completes; '' while a character is incomplete."""
-        with _typed(CheckpointError, f"the tokenizer cannot decode token {token_id}"):
+        try:
             return self._stream.step(self._fast, token_id) or ""
+        except BaseException as error:
+            # Not a `with`, which costs more than the decoding: this runs for every token.
+            with _typed(CheckpointError, f"the tokenizer cannot decode token {token_id}"):
+                raise error
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 #include "native_model.h"
 
 #include <cstring>
+#include <utility>
 
 #include "plan_room.h"
 
@@ -181,40 +182,23 @@ void NativeModel::take_room(const StepInputs& in, StepArgs& a) {
         a.topk_weights = room_.take<float>(T * most_slots_);
         a.row_channels = room_.take<int32_t>(T);
         a.sums = room_.take<float>(T * 64 * in.threads);
+        a.logits = in.logits ? at<float>(in.logits)
+                             : room_.take<float>(static_cast<int64_t>(in.logits_count) * weights_.vocab);
         take_plan(room_, a.plan, T, T * (most_slots_ + 1), weights_.experts, most_channels_,
                   value_bytes);
     }
 }
 
-std::tuple<int, int64_t, int64_t, int64_t, std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>>
-NativeModel::step(StepInputs& in, const IntArray& token_ids, const IntArray& positions,
-                  const IntArray& sequences, const IntArray& subnets,
-                  const IntTables& block_tables, const IntArray& logits_rows) {
-    nb::gil_scoped_release release;
-    if (busy_.test_and_set(std::memory_order_acquire)) return {kBusy, 0, 0, 0, {}};
+// `prepare` completes the inputs, and says what is wrong with them.
+template <class Prepare>
+NativeModel::Answer NativeModel::run(StepInputs& in, Prepare prepare) {
+    if (busy_.test_and_set(std::memory_order_acquire)) return {kBusy, 0, 0, 0, {}, {}};
     struct Free {
         std::atomic_flag& flag;
         ~Free() { flag.clear(std::memory_order_release); }
     } free{busy_};
-    const size_t rows = token_ids.shape(0);
-    if (positions.shape(0) != rows || sequences.shape(0) != rows || subnets.shape(0) != rows ||
-        block_tables.shape(1) != layer_.size())
-        return {kBadShapes, 0, 0, 0, {}};
-    const auto address = [](const auto& array) {
-        return reinterpret_cast<uintptr_t>(array.data());
-    };
-    in.rows = static_cast<int>(rows);
-    in.token_ids = address(token_ids);
-    in.positions = address(positions);
-    in.sequences = address(sequences);
-    in.subnets = address(subnets);
-    in.sequence_count = static_cast<int>(block_tables.shape(0));
-    in.table_blocks = static_cast<int>(block_tables.shape(2));
-    in.block_tables = address(block_tables);
-    in.logits_count = static_cast<int>(logits_rows.shape(0));
-    in.logits_rows = address(logits_rows);
-    const Found found = check(in);
-    if (found.refusal) return {found.refusal, found.where, found.value, found.detail, {}};
+    const Found found = prepare();
+    if (found.refusal) return {found.refusal, found.where, found.value, found.detail, {}, {}};
     sort_rows(in);
 
     StepArgs a{};
@@ -238,17 +222,68 @@ NativeModel::step(StepInputs& in, const IntArray& token_ids, const IntArray& pos
     a.subnets = in.subnet_count;
     a.logits_rows = at<const int32_t>(in.logits_rows);
     a.logits_count = in.logits_count;
-    a.logits = at<float>(in.logits);
     a.state_layers = at<const uint8_t>(in.state_layers);
     a.states = at<float>(in.states);
     a.trace_ids = at<int32_t>(in.trace_ids);
     a.trace_slots = in.trace_slots;
     a.threads = in.threads;
     take_room(in, a);
+    std::vector<int32_t> best_ids(static_cast<size_t>(in.logits_count));
+    a.best_ids = best_ids.data();
     kernels_->step(a);
     const Counters& c = a.counters;
-    return {kStepFine, 0, 0, 0,
+    return {kStepFine, 0, 0, 0, std::move(best_ids),
             {c.weight_bytes, c.kv_bytes, c.flops, c.experts_run, c.rows_routed, c.finite}};
+}
+
+NativeModel::Answer NativeModel::step(StepInputs& in, const IntArray& token_ids,
+                                      const IntArray& positions, const IntArray& sequences,
+                                      const IntArray& subnets, const IntTables& block_tables,
+                                      const IntArray& logits_rows) {
+    nb::gil_scoped_release release;
+    return run(in, [&]() -> Found {
+        const size_t rows = token_ids.shape(0);
+        if (positions.shape(0) != rows || sequences.shape(0) != rows || subnets.shape(0) != rows ||
+            block_tables.shape(1) != layer_.size())
+            return {kBadShapes};
+        const auto address = [](const auto& array) {
+            return reinterpret_cast<uintptr_t>(array.data());
+        };
+        in.rows = static_cast<int>(rows);
+        in.token_ids = address(token_ids);
+        in.positions = address(positions);
+        in.sequences = address(sequences);
+        in.subnets = address(subnets);
+        in.sequence_count = static_cast<int>(block_tables.shape(0));
+        in.table_blocks = static_cast<int>(block_tables.shape(2));
+        in.block_tables = address(block_tables);
+        in.logits_count = static_cast<int>(logits_rows.shape(0));
+        in.logits_rows = address(logits_rows);
+        in.own_tokens.clear();
+        in.own_positions.clear();
+        return check(in);
+    });
+}
+
+NativeModel::Answer NativeModel::advance(StepInputs& in, const std::vector<int32_t>& token_ids) {
+    nb::gil_scoped_release release;
+    return run(in, [&]() -> Found {
+        const size_t rows = static_cast<size_t>(in.rows);
+        if (token_ids.size() != rows)
+            return {kBadCount, static_cast<int64_t>(token_ids.size()), in.rows};
+        const int32_t *sequences = at<const int32_t>(in.sequences), *positions = at<const int32_t>(in.positions);
+        for (int t = 1; t < in.rows; ++t)
+            if (sequences[t] == sequences[t - 1]) return {kNotSingle, t, sequences[t]};
+        if (in.own_positions.empty()) in.own_positions.assign(positions, positions + rows);
+        in.own_tokens = token_ids;
+        in.token_ids = reinterpret_cast<uintptr_t>(in.own_tokens.data());
+        in.positions = reinterpret_cast<uintptr_t>(in.own_positions.data());
+        for (int32_t& position : in.own_positions) ++position;
+        const Found found = check(in);
+        if (found.refusal)
+            for (int32_t& position : in.own_positions) --position;
+        return found;
+    });
 }
 
 void define_model(nb::module_& m, const Kernels* (*kernels)(int level)) {
@@ -289,7 +324,8 @@ void define_model(nb::module_& m, const Kernels* (*kernels)(int level)) {
         .def("step", &NativeModel::step, nb::arg("inputs"), nb::arg("token_ids").noconvert(),
              nb::arg("positions").noconvert(), nb::arg("sequences").noconvert(),
              nb::arg("subnets").noconvert(), nb::arg("block_tables").noconvert(),
-             nb::arg("logits_rows").noconvert());
+             nb::arg("logits_rows").noconvert())
+        .def("advance", &NativeModel::advance);
 }
 
 }  // namespace elastic_moe

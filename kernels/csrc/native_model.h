@@ -5,6 +5,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <atomic>
 #include <tuple>
@@ -15,7 +16,7 @@
 
 namespace elastic_moe {
 
-// Why a step was refused; the messages are in cpu/model.py.
+// Why a step was refused; the messages are in step_checks.py.
 enum StepRefusal {
     kStepFine = 0,
     kBadToken,      // (row, token id)
@@ -28,6 +29,8 @@ enum StepRefusal {
     kBadLogitsRow,  // (index, row)
     kBusy,
     kBadShapes,     // the arrays do not fit together; Python says which
+    kNotSingle,     // (row, sequence): a batch that advances has one row of each sequence
+    kBadCount,      // (tokens given, rows)
 };
 
 // Row-major int32 in main memory; anything else is a TypeError, never a silent copy.
@@ -36,7 +39,7 @@ typedef nanobind::ndarray<const int32_t, nanobind::ndim<1>, nanobind::c_contig, 
 typedef nanobind::ndarray<const int32_t, nanobind::ndim<3>, nanobind::c_contig, nanobind::device::cpu>
     IntTables;
 
-// What a step is given. Python sets what seldom changes; `step` fills in the rest from its arrays.
+// What a batch is. Python sets what its arrays do not say; `step` fills in the rest from them.
 struct StepInputs {
     int rows;
     uintptr_t token_ids, positions, sequences, subnets;  // int32 (T,)
@@ -49,11 +52,14 @@ struct StepInputs {
     uintptr_t active, top_k, min_experts, threshold, channels, pool;
     int64_t subnet_count;
     int logits_count;
-    uintptr_t logits_rows, logits;
+    uintptr_t logits_rows;
+    uintptr_t logits;  // 0: nobody wants them
     uintptr_t state_layers, states;
     uintptr_t trace_ids;
     int trace_slots;
     int threads;
+
+    std::vector<int32_t> own_tokens, own_positions;  // of a batch that advanced
 };
 
 class NativeModel {
@@ -68,17 +74,27 @@ class NativeModel {
                    int everyone_channels);
     void set_ends(uintptr_t embeddings, uintptr_t final_norm, uintptr_t head);
 
-    // (refusal, where, value, detail), then the counters in the order of `Counters`.
-    std::tuple<int, int64_t, int64_t, int64_t, std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>>
-    step(StepInputs& in, const IntArray& token_ids, const IntArray& positions,
-         const IntArray& sequences, const IntArray& subnets, const IntTables& block_tables,
-         const IntArray& logits_rows);
+    // (refusal, where, value, detail), the most likely tokens, the counters in the order of
+    // `Counters`.
+    typedef std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t> CounterTuple;
+    typedef std::tuple<int, int64_t, int64_t, int64_t, std::vector<int32_t>, CounterTuple> Answer;
+
+    // Run a batch; its arrays must stay until its last step.
+    Answer step(StepInputs& in, const IntArray& token_ids, const IntArray& positions,
+                const IntArray& sequences, const IntArray& subnets, const IntTables& block_tables,
+                const IntArray& logits_rows);
+
+    // Run the next token of every sequence of a batch that `step` ran with one token of each. The
+    // block tables are read again; refused, the batch stays where it was.
+    Answer advance(StepInputs& in, const std::vector<int32_t>& token_ids);
 
   private:
     struct Found {
         int refusal = kStepFine;
         int64_t where = 0, value = 0, detail = 0;
     };
+    template <class Prepare>
+    Answer run(StepInputs& in, Prepare prepare);
     Found check(const StepInputs& in) const;
     void sort_rows(const StepInputs& in);
     void take_room(const StepInputs& in, StepArgs& args);

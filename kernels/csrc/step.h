@@ -5,6 +5,7 @@
 // those that work on single rows, unless there is so little to do that one thread is done sooner.
 #pragma once
 
+#include "argmax.h"
 #include "attention.h"
 #include "experts.h"
 #include "linear.h"
@@ -274,6 +275,9 @@ static void step_as(Member& member, StepArgs& s) {
             store_panel(s.logits + static_cast<int64_t>(i) * m.vocab + column, sums, count);
         });
     if (!finite) __atomic_store_n(&s.counters.finite, 0, __ATOMIC_RELAXED);
+    each_row(member, s.logits_count, m.vocab, [&](int i) {
+        s.best_ids[i] = argmax(s.logits + static_cast<int64_t>(i) * m.vocab, m.vocab);
+    });
 }
 
 static void step(StepArgs& s) {

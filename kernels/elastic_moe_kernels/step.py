@@ -8,11 +8,9 @@ any number of threads.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,17 +22,16 @@ from elastic_moe_kernels.packing import (
     pack_experts,
     pack_matrix,
 )
+from elastic_moe_kernels.prepared import BatchArrays, PreparedStep, Wanted
 from elastic_moe_kernels.step_checks import (
-    REFUSALS,
     Ints,
-    check_arrays,
     check_blocks,
     check_layer,
     check_states,
     check_table,
     expect,
 )
-from elastic_moe_kernels.step_result import Counters, StepResult
+from elastic_moe_kernels.step_result import StepResult
 from elastic_moe_kernels.table import SubnetTable
 from elastic_moe_kernels.weights import LayerTensors, ModelDims, check_dims
 
@@ -60,7 +57,7 @@ class CpuModel:
         native = cpu.native()
         self.dims, self.dtype = dims, dtype
         self.level = level or cpu.level()
-        self._native = native.Model(
+        self.native = native.Model(
             cpu.level_index(self.level),
             dtype == torch.bfloat16,
             dims.hidden_size,
@@ -76,13 +73,12 @@ class CpuModel:
             dims.renormalize,
             dims.routing_epsilon,
         )
-        self._inputs = native.StepInputs()
+        self._native_inputs = native.StepInputs
         self._arena: Arena | None = None
         self._kept: dict[object, Any] = {}  # what the native model holds addresses of
         self._angles: tuple[Tensor, Tensor] | None = None
-        self._blocks: Tensor | None = None
+        self._last_table: tuple[SubnetTable, dict[str, Tensor]] | None = None
         self._routing_layers: set[int] = set()
-        self._running = threading.Lock()
 
     # Weights
 
@@ -136,7 +132,7 @@ class CpuModel:
         if router is not None:
             self._routing_layers.add(index)
         self._kept[index] = (qkv, out, router, experts, everyone, vectors)
-        self._native.set_layer(
+        self.native.set_layer(
             index,
             attention_norm,
             q_norm,
@@ -162,7 +158,7 @@ class CpuModel:
         expect("embeddings", tuple(rows.shape), shape)
         expect("head", (packed.outputs, packed.inputs), shape)
         self._kept["ends"] = (rows, gain, packed)
-        self._native.set_ends(rows.data_ptr(), gain.data_ptr(), packed.data.data_ptr())
+        self.native.set_ends(rows.data_ptr(), gain.data_ptr(), packed.data.data_ptr())
 
     def _matrix(self, parts: Tensor | Sequence[Tensor]) -> PackedMatrix:
         return pack_matrix(parts, dtype=self.dtype, arena=self._arena)
@@ -172,9 +168,7 @@ class CpuModel:
         shape = (len(cos), self.dims.head_dim // 2)
         expect("cos", tuple(cos.shape), shape)
         expect("sin", tuple(sin.shape), shape)
-        self._angles = cos, sin = (cos.float().contiguous(), sin.float().contiguous())
-        self._inputs.cos, self._inputs.sin = cos.data_ptr(), sin.data_ptr()
-        self._inputs.angle_positions = len(cos)
+        self._angles = (cos.float().contiguous(), sin.float().contiguous())
 
     # Cache
 
@@ -225,78 +219,48 @@ class CpuModel:
             KernelError: an argument is outside what is said above, or another step is running;
                 nothing was computed.
         """
-        if not self._running.acquire(blocking=False):
-            raise KernelError(REFUSALS[9])
-        try:
-            return self._step(
-                (token_ids, positions, sequences, subnets, block_tables, logits_rows),
-                table,
-                blocks,
-                states_after,
-                trace,
-                torch.get_num_threads() if threads is None else threads,
-            )
-        finally:
-            self._running.release()
+        arrays = BatchArrays(token_ids, positions, sequences, subnets, block_tables, logits_rows)
+        prepared = self.prepare(
+            arrays, table, blocks, states_after=states_after, trace=trace, threads=threads
+        )
+        return prepared.run()
 
-    def _step(
+    def prepare(
         self,
-        arrays: tuple[Ints, Ints, Ints, Ints, Ints, Ints],
+        arrays: BatchArrays,
         table: SubnetTable,
         blocks: Tensor,
-        states_after: Sequence[int],
-        trace: bool,
-        threads: int,
-    ) -> StepResult:
-        dims, inputs = self.dims, self._inputs
-        token_ids, _, _, _, block_tables, logits_rows = arrays
+        *,
+        logits: bool = True,
+        states_after: Sequence[int] = (),
+        trace: bool = False,
+        threads: int | None = None,
+    ) -> PreparedStep:
+        """Look at a batch that is to be run, and perhaps gone on with; arguments as of `step`.
+
+        Args:
+            logits: whether logits are wanted, or only the most likely tokens.
+        """
+        dims = self.dims
         if self._angles is None:
             raise KernelError("no rotary angles are set. Call set_angles first.")
+        if threads is None:
+            threads = torch.get_num_threads()
         if threads < 1:
             raise KernelError(f"threads must be at least 1, got {threads}.")
-        self._check_table(table)
-        if blocks is not self._blocks:
-            check_blocks(blocks, self.block_bytes)
-            inputs.kv, inputs.kv_blocks = blocks.data_ptr(), len(blocks)
-            self._blocks = blocks
-        logits = torch.empty(len(logits_rows), dims.vocab_size)
-        flags = states = topk_ids = None
-        L = dims.num_layers
-        if len(states_after):
-            flags = np.zeros(L + 1, dtype=np.uint8)
-            flags[check_states(states_after, L)] = 1
-            states = torch.empty(int(flags.sum()), len(token_ids), dims.hidden_size)
-        if trace:
-            slots = max(table.layer(i).max_top_k for i in range(L))
-            topk_ids = torch.full((L, len(token_ids), slots), -1, dtype=torch.int32)
-        inputs.logits = logits.data_ptr()
-        inputs.state_layers = 0 if flags is None else flags.ctypes.data
-        inputs.states = 0 if states is None else states.data_ptr()
-        inputs.trace_ids = 0 if topk_ids is None else topk_ids.data_ptr()
-        inputs.trace_slots = 0 if topk_ids is None else topk_ids.shape[2]
+        check_blocks(blocks, self.block_bytes)
+        inputs = self._native_inputs()
+        columns = self._columns_of(table)
+        for name, column in columns.items():
+            setattr(inputs, name, column.data_ptr())
+        inputs.subnet_count = len(table.active)
+        cos, sin = self._angles
+        inputs.cos, inputs.sin, inputs.angle_positions = cos.data_ptr(), sin.data_ptr(), len(cos)
+        inputs.kv, inputs.kv_blocks = blocks.data_ptr(), len(blocks)
         inputs.threads = threads
-        try:
-            refusal, where, value, detail, counters = self._native.step(inputs, *arrays)
-        except TypeError:
-            check_arrays(dims, *arrays)
-            raise
-        if refusal:
-            check_arrays(dims, *arrays)
-            S, _, B = block_tables.shape
-            raise KernelError(
-                REFUSALS[refusal].format(
-                    where=where,
-                    value=value,
-                    detail=detail,
-                    vocab=dims.vocab_size - 1,
-                    positions=min(len(self._angles[0]), 16 * B) - 1,
-                    sequences=S - 1,
-                    subnets=len(table.active) - 1,
-                    blocks=len(blocks) - 1,
-                    rows=len(token_ids) - 1,
-                )
-            )
-        return StepResult(logits, states, topk_ids, Counters(*counters))
+        slots = max(table.layer(i).max_top_k for i in range(dims.num_layers)) if trace else 0
+        wanted = Wanted(logits, tuple(check_states(states_after, dims.num_layers)), slots)
+        return PreparedStep(self, inputs, arrays, wanted, columns, cos, sin, blocks)
 
     def logits(self, states: Tensor) -> Tensor:
         """Final norm and head: residual stream (n, D) float32 -> logits (n, V) float32.
@@ -311,10 +275,10 @@ class CpuModel:
         normed = cpu_ops.rms_norm(states, gain, dims.rms_norm_eps, level=self.level)
         return cpu_ops.linear(normed, head, level=self.level)
 
-    def _check_table(self, table: SubnetTable) -> None:
-        """Look at a table once, and remember it with its addresses."""
-        if self._kept.get("table") is table:
-            return
+    def _columns_of(self, table: SubnetTable) -> dict[str, Tensor]:
+        """The columns that the native step reads. A table is looked at once, and remembered."""
+        if self._last_table is not None and self._last_table[0] is table:
+            return self._last_table[1]
         missing = {*range(self.dims.num_layers), "ends"} - self._kept.keys()
         if missing:
             raise KernelError(
@@ -322,15 +286,12 @@ class CpuModel:
                 f"Call set_layer for every layer, and set_ends."
             )
         check_table(self.dims, table, sorted(self._routing_layers))
-        inputs = self._inputs
-        columns = {
+        columns: dict[str, Tensor] = {
             name: getattr(table, name).contiguous()
             for name in ("active", "top_k", "min_experts", "threshold", "channels", "pool")
         }
-        for name, column in columns.items():
-            setattr(inputs, name, column.data_ptr())
-        inputs.subnet_count = len(table.active)
-        self._kept["table"], self._kept["columns"] = table, columns
+        self._last_table = table, columns
+        return columns
 
 
 def _address(tensor: Tensor | None) -> int:

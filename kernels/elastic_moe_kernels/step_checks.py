@@ -30,6 +30,9 @@ REFUSALS = {
     "got {value}.",
     8: "logits_rows[{where}] must be in [0, {rows}], got {value}.",
     9: "a step of this model is already running. Make all calls from one thread.",
+    11: "row {where}: a batch that advances must have one row of each sequence, sequence {value} "
+    "has more.",
+    12: "token_ids must have one token for each of the {value} rows, got {where}.",
 }
 
 

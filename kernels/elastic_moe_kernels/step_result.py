@@ -38,12 +38,14 @@ class StepResult(NamedTuple):
     """What one step gives.
 
     Attributes:
-        logits: (n, V) float32, of the rows asked for.
+        logits: (n, V) float32, of the rows asked for; (0, V) if they were not wanted.
         states: (m, T, D) float32, the stream after each of the layer counts asked for.
         topk_ids: (L, T, K) int32 if asked for: experts that ran, -1 elsewhere.
+        best_ids: (n,) the most likely token of each row asked for, the first among equals.
     """
 
     logits: Tensor
     states: Tensor | None
     topk_ids: Tensor | None
     counters: Counters
+    best_ids: list[int]

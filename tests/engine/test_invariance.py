@@ -6,7 +6,6 @@ tests/model/test_native.py. Strangers are other sequences under random sub-netwo
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -15,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from elastic_moe_kernels import cpu
+from elastic_moe_kernels.prepared import PreparedStep
+from elastic_moe_kernels.step_result import StepResult
 from torch import Tensor
 
 from elastic_moe.config import resolve_routing
@@ -252,18 +253,18 @@ def test_counters_are_the_union_that_the_routing_ids_tell(runner: NativeRunner) 
 def _trace(runner: NativeRunner, subnets: list[Subnet], chunks: list[Chunk]) -> np.ndarray:
     """(L, T, K) routing ids of the same step, as the kernels report them."""
     seen = []
-    step = runner.model.step
+    run = PreparedStep.run
 
-    def watched(*args: object, **options: object) -> object:
-        seen.append(step(*args, **options))
+    def watched(step: PreparedStep) -> StepResult:
+        seen.append(run(step))
         return seen[-1]
 
     again = [
-        dataclasses.replace(chunk, sequence=runner.open(subnet, 9))
+        chunk._replace(sequence=runner.open(subnet, 9))
         for subnet, chunk in zip(subnets, chunks, strict=True)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner.model, "step", watched)
+        patch.setattr(PreparedStep, "run", watched)
         runner.run(again, trace=True)
     return seen[0].topk_ids.numpy()
 

@@ -19,7 +19,6 @@ from tests.kernels.steps import (
     ARCHITECTURES,
     Piece,
     Runner,
-    arrays_of,
     make_model,
     run_reference,
     runner_of,
@@ -214,52 +213,30 @@ def test_thread_count_changes_nothing(name: str, dtype: torch.dtype, level: str)
 
 
 def test_calls_that_overlap_are_refused() -> None:
-    """From another thread, while the first one is inside the native call."""
-    model = make_model(torch.float32)
-    runner = runner_of(model, [resolve(model.shape)], sequences=2)
-    tokens = prompt(8)
-    alone = runner.step([Piece(0, tokens, 0, 0)]).logits
-    native, refused = runner.model._native, []
-
-    class Slow:
-        def step(self, *arguments: object) -> object:
-            def second() -> None:
-                with pytest.raises(KernelError, match="already running"):
-                    runner.step([Piece(1, (1, 2), 0, 0)])
-                refused.append(True)
-
-            thread = threading.Thread(target=second)
-            thread.start()
-            thread.join()
-            return native.step(*arguments)
-
-    runner.model._native = Slow()
-    got = runner.step([Piece(0, tokens, 0, 0)]).logits
-    assert refused == [True]
-    assert_same_bits(got, alone)
-    runner.model._native = native
-    runner.step([Piece(1, (1, 2), 0, 0)])  # and afterwards it may
-
-
-def test_native_call_refuses_to_overlap() -> None:
-    """The second line of defence, for whoever calls it without the first."""
     model = make_model(torch.float32, max_positions=704)
     runner: Runner = runner_of(model, [resolve(model.shape)], positions=704)
-    native, inputs = runner.model._native, runner.model._inputs
-    # What the native model has addresses of must stay.
-    arrays = arrays_of([Piece(0, prompt(700), 0, 0)], [])
-    runner.model.step(*arrays[:4], runner.table, runner.blocks, runner.tables, arrays[4], threads=1)
-    call = (*arrays[:4], runner.tables, arrays[4])
-    answers: list[int] = []
+    piece = Piece(0, prompt(700), 0, 0)
+    alone = runner.step([piece], [0, 699], threads=1).logits
     for _ in range(20):  # a step takes long enough for one of these, on any machine
-        threads = [
-            threading.Thread(target=lambda: answers.append(native.step(inputs, *call)[0]))
-            for _ in "ab"
-        ]
+        answers: list[Tensor | str] = []
+
+        def call(answers: list[Tensor | str] = answers) -> None:
+            try:
+                answers.append(runner.step([piece], [0, 699], threads=1).logits)
+            except KernelError as error:
+                answers.append(str(error))
+
+        threads = [threading.Thread(target=call) for _ in "ab"]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        if set(answers) == {0, 9}:
+        refused = [answer for answer in answers if isinstance(answer, str)]
+        if refused:
+            assert refused == [
+                "a step of this model is already running. Make all calls from one thread."
+            ]
+            (got,) = (answer for answer in answers if isinstance(answer, Tensor))
+            assert_same_bits(got, alone)
             return
-    pytest.fail(f"two steps never met: {answers}")
+    pytest.fail("two steps never met")

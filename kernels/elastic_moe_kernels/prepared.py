@@ -1,0 +1,137 @@
+"""A batch that the C++ step has been handed: run it, then go on with it token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elastic_moe_kernels.errors import KernelError
+from elastic_moe_kernels.step_checks import REFUSALS, Ints, check_arrays
+from elastic_moe_kernels.step_result import Counters, StepResult
+
+if TYPE_CHECKING:
+    from elastic_moe_kernels.step import CpuModel
+
+Answer = tuple[int, int, int, int, list[int], tuple[int, int, int, int, int, int]]
+
+
+class BatchArrays(NamedTuple):
+    """What a batch is made of, as `CpuModel.step` explains it."""
+
+    token_ids: Ints
+    positions: Ints
+    sequences: Ints
+    subnets: Ints
+    block_tables: Ints
+    logits_rows: Ints
+
+
+class Wanted(NamedTuple):
+    """What a step gives beside the most likely tokens."""
+
+    logits: bool
+    states_after: Sequence[int]
+    trace_slots: int  # 0: no trace
+
+
+class PreparedStep:
+    """Made by `CpuModel.prepare`. It keeps all that the native step reads alive.
+
+    Decoding is a long row of steps that differ in a token and a position per sequence: what they
+    share is looked at and handed over once.
+    """
+
+    def __init__(
+        self,
+        model: CpuModel,
+        inputs: Any,
+        arrays: BatchArrays,
+        wanted: Wanted,
+        *kept: object,
+    ) -> None:
+        self._model, self._inputs, self._arrays = model, inputs, arrays
+        self._wanted, self._kept = wanted, kept
+        self._plain = wanted == (False, (), 0)
+        self._logits = torch.empty(0, model.dims.vocab_size)
+        self._states: Tensor | None = None
+        self._topk_ids: Tensor | None = None
+
+    def run(self) -> StepResult:
+        """Run the batch as it was given."""
+        self._make_room()
+        try:
+            answer = self._model.native.step(self._inputs, *self._arrays)
+        except TypeError:
+            check_arrays(self._model.dims, *self._arrays)
+            raise
+        return self._read(answer)
+
+    def advance(self, token_ids: list[int]) -> StepResult:
+        """Run the next token of every sequence; the batch must have one row of each.
+
+        The block tables that `prepare` was given are read again: put new blocks into them.
+
+        Args:
+            token_ids: (T,) in the order of the rows.
+
+        Raises:
+            KernelError: as `CpuModel.step`; the batch then stays where it was.
+        """
+        if not self._plain:  # what earlier steps gave stays as it is
+            self._make_room()
+        try:
+            answer = self._model.native.advance(self._inputs, token_ids)
+        except TypeError:
+            raise KernelError(
+                f"token_ids must be a list of integers in [0, {self._model.dims.vocab_size - 1}], "
+                f"got {token_ids!r:.80}."
+            ) from None
+        return self._read(answer)
+
+    def _make_room(self) -> None:
+        """Room for what this step gives."""
+        inputs, dims, wanted = self._inputs, self._model.dims, self._wanted
+        rows = self._arrays.token_ids.size
+        if wanted.logits:
+            self._logits = torch.empty(self._arrays.logits_rows.size, dims.vocab_size)
+            inputs.logits = self._logits.data_ptr()
+        if wanted.states_after:
+            flags = np.zeros(dims.num_layers + 1, dtype=np.uint8)
+            flags[list(wanted.states_after)] = 1
+            self._states = torch.empty(len(wanted.states_after), rows, dims.hidden_size)
+            self._flags = flags
+            inputs.state_layers, inputs.states = flags.ctypes.data, self._states.data_ptr()
+        if wanted.trace_slots:
+            shape = (dims.num_layers, rows, wanted.trace_slots)
+            self._topk_ids = torch.full(shape, -1, dtype=torch.int32)
+            inputs.trace_ids, inputs.trace_slots = self._topk_ids.data_ptr(), shape[2]
+
+    def _read(self, answer: Answer) -> StepResult:
+        refusal, where, value, detail, best_ids, counters = answer
+        if refusal:
+            self._refuse(refusal, where, value, detail)
+        return StepResult(
+            self._logits, self._states, self._topk_ids, Counters._make(counters), best_ids
+        )
+
+    def _refuse(self, refusal: int, where: int, value: int, detail: int) -> None:
+        arrays, inputs = self._arrays, self._inputs
+        check_arrays(self._model.dims, *arrays)
+        sequences, _, blocks = arrays.block_tables.shape
+        raise KernelError(
+            REFUSALS[refusal].format(
+                where=where,
+                value=value,
+                detail=detail,
+                vocab=self._model.dims.vocab_size - 1,
+                positions=min(inputs.angle_positions, 16 * blocks) - 1,
+                sequences=sequences - 1,
+                subnets=inputs.subnet_count - 1,
+                blocks=inputs.kv_blocks - 1,
+                rows=arrays.token_ids.size - 1,
+            )
+        )

@@ -23,6 +23,7 @@ static_assert(kBlockPositions == kPanel, "a block of keys is a panel");
 
 constexpr int kTileBlocks = 16;
 constexpr int kTilePositions = kTileBlocks * kBlockPositions;
+constexpr int kFetchPositions = 3 * kBlockPositions;  // how far ahead blocks are fetched
 constexpr int kQueryRows = 16;     // rows (tokens x heads of a group) per piece of work, at least
 constexpr int kMaxHeadDim = 512;   // accumulators live on the stack
 constexpr int kMaxGroup = 64;      // query heads per key/value head
@@ -59,6 +60,14 @@ static inline void store_kv(const KVPool& kv, const int32_t* blocks, int positio
                     sizeof(Value) * Kind::kDepth);
     to_inputs<Kind>(value, d, value_stride(d),
                     keys + static_cast<int64_t>(kPanel) * d + lane * value_stride(d));
+}
+
+// Blocks lie anywhere, so that no hardware foresees the next one: fetch a head's part of it.
+template <class Kind>
+static inline void fetch_block(const KVPool& kv, int32_t block, int head) {
+    const char* const at = reinterpret_cast<const char*>(keys_at<Kind>(kv, block, head));
+    const int64_t bytes = head_values(kv.head_dim) * static_cast<int64_t>(sizeof(typename Kind::Value));
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
 }
 
 // What one piece of work keeps: `scores` and `sums` for its rows.
@@ -147,6 +156,8 @@ static void attend(const AttentionArgs& args, const Span& span, int head, int fi
         std::memset(s.sums[r], 0, sizeof(float) * static_cast<size_t>(channels));
     }
     const RowTiles tiles(rows);
+    for (int from = 0; from < kFetchPositions && from <= last; from += kBlockPositions)
+        fetch_block<Kind>(kv, span.blocks[from / kBlockPositions], head);
     for (int start = 0; start <= last; start += kTilePositions) {
         const int positions =
             last + 1 - start < kTilePositions ? last + 1 - start : kTilePositions;
@@ -161,6 +172,9 @@ static void attend(const AttentionArgs& args, const Span& span, int head, int fi
                        static_cast<int64_t>(head * group + (begin + r) % group) * d;
             }
             for (int from = 0; from < positions; from += kBlockPositions) {
+                const int ahead = from + kFetchPositions;
+                if (t == 0 && ahead <= last - start)
+                    fetch_block<Kind>(kv, blocks[ahead / kBlockPositions], head);
                 float out[kTileRows * kPanel];
                 const Value* const keys =
                     keys_at<Kind>(kv, blocks[from / kBlockPositions], head);
@@ -213,9 +227,9 @@ static void attend(const AttentionArgs& args, const Span& span, int head, int fi
     }
 }
 
-// Phase: attention of all spans.
-template <class Kind>
-static void run_attention(Member& member, const AttentionArgs& args) {
+// Phase: attention of all spans; `before(span, head)` comes before a piece of work is done.
+template <class Kind, class Before>
+static void run_attention(Member& member, const AttentionArgs& args, Before before_piece) {
     const int group = args.heads / args.kv.kv_heads;
     const int tokens = group < kQueryRows ? kQueryRows / group : 1;  // per piece of work
     const auto tiles_of = [&](const Span& span) {
@@ -241,8 +255,9 @@ static void run_attention(Member& member, const AttentionArgs& args) {
                 // Late tiles see most positions; they go first, so that threads end together.
                 const int first = static_cast<int>(tiles - 1 - own / args.kv.kv_heads) * tokens;
                 const int left = span.rows - first;
-                attend<Kind>(args, span, static_cast<int>(own % args.kv.kv_heads), first,
-                             left < tokens ? left : tokens, scratch);
+                const int head = static_cast<int>(own % args.kv.kv_heads);
+                before_piece(span, head);
+                attend<Kind>(args, span, head, first, left < tokens ? left : tokens, scratch);
             };
         });
 }

@@ -59,8 +59,8 @@ void experts(ExpertsArgs& args) {
 
 void attention(const AttentionArgs& args) {
     run_team(args.threads, [&](Member& member) {
-        if (args.bf16) run_attention<Bf16>(member, args);
-        else run_attention<Float32>(member, args);
+        if (args.bf16) run_attention<Bf16>(member, args, [](const Span&, int) {});
+        else run_attention<Float32>(member, args, [](const Span&, int) {});
     });
 }
 

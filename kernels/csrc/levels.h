@@ -189,6 +189,10 @@ struct LayerRows {
     int slots;  // the largest k
 };
 
+// Up to this many numbers of a layer's rows, every thread norms them for itself, which takes less
+// than waiting for another.
+constexpr int64_t kFewNumbers = 2048;
+
 // One step over `rows` tokens; T is all rows, n those of a layer.
 struct StepArgs {
     const ModelWeights* model;
@@ -221,6 +225,8 @@ struct StepArgs {
     float* normed;      // (T, D)
     void* inputs;       // (T, input_stride)
     int64_t input_stride;
+    void* own_inputs;   // (threads, own_rows, input_stride)
+    int own_rows;       // as many as have kFewNumbers
     float* qkv;         // (T, (heads + 2 kv_heads) * d)
     void* queries;      // (T, head_stride)
     void* attended;     // (T, head_stride)

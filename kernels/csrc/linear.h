@@ -27,40 +27,64 @@ static inline int piece_panels(int panels, int64_t panel_bytes, int threads) {
     return static_cast<int>(count < 1 ? 1 : count);
 }
 
-// Phase: every row times panels of `matrix`. `input(row)` gives a row's inputs; `output(row, column,
-// count, sums)` takes `count` <= 16 sums beginning at that column.
+// Every row times panels begin..end-1 of `matrix`. `input(row)` gives a row's inputs; `output(row,
+// column, count, sums)` takes `count` <= 16 sums beginning at that column.
 template <class Kind, class Input, class Output>
-static void multiply_rows(Member& member, const Matrix& matrix, int rows, Input input,
-                          Output output) {
+static void multiply_panels(const Matrix& matrix, const RowTiles& tiles, int begin, int end,
+                            Input input, Output output) {
     typedef typename Kind::Value Value;
     const int steps = steps_of<Kind>(matrix.inputs);
     const int64_t stride = static_cast<int64_t>(steps) * kPanel * Kind::kDepth;
-    const int panels = (matrix.outputs + kPanel - 1) / kPanel;
-    const RowTiles tiles(rows);
     const int per_tile = tile_panels(tiles.widest());
-    const int grain = piece_panels(panels, static_cast<int64_t>(steps) * kStepBytes, member.threads);
-    member.share(panels, grain, [&](int64_t begin, int64_t end) {
-        for (int panel = static_cast<int>(begin); panel < end; panel += per_tile) {
-            const int count = end - panel < per_tile ? static_cast<int>(end - panel) : per_tile;
-            const Value* w = panels_at<Kind>(matrix.data, stride, panel);
-            for (int t = 0; t < tiles.tiles; ++t) {
-                const int first = tiles.begin(t), height = tiles.begin(t + 1) - first;
-                const Value* x[kTileRows];
-                float sums[kTileSums];
-                for (int r = 0; r < height; ++r) x[r] = input(first + r);
-                const int64_t bytes = stride * static_cast<int64_t>(sizeof(Value)) * per_tile;
-                multiply<Kind>(height, x, w, stride, steps, count, sums,
-                               fetch_ahead(w + stride * count, bytes, t, tiles.tiles, steps));
-                for (int r = 0; r < height; ++r)
-                    for (int c = 0; c < count; ++c) {
-                        const int column = (panel + c) * kPanel;
-                        const int left = matrix.outputs - column;
-                        output(first + r, column, left < kPanel ? left : kPanel,
-                               sums + (r * count + c) * kPanel);
-                    }
-            }
+    for (int panel = begin; panel < end; panel += per_tile) {
+        const int count = end - panel < per_tile ? end - panel : per_tile;
+        const Value* w = panels_at<Kind>(matrix.data, stride, panel);
+        for (int t = 0; t < tiles.tiles; ++t) {
+            const int first = tiles.begin(t), height = tiles.begin(t + 1) - first;
+            const Value* x[kTileRows];
+            float sums[kTileSums];
+            for (int r = 0; r < height; ++r) x[r] = input(first + r);
+            const int64_t bytes = stride * static_cast<int64_t>(sizeof(Value)) * per_tile;
+            multiply<Kind>(height, x, w, stride, steps, count, sums,
+                           fetch_ahead(w + stride * count, bytes, t, tiles.tiles, steps));
+            for (int r = 0; r < height; ++r)
+                for (int c = 0; c < count; ++c) {
+                    const int column = (panel + c) * kPanel;
+                    const int left = matrix.outputs - column;
+                    output(first + r, column, left < kPanel ? left : kPanel,
+                           sums + (r * count + c) * kPanel);
+                }
         }
-    });
+    }
+}
+
+static inline int panels_of(const Matrix& matrix) {
+    return (matrix.outputs + kPanel - 1) / kPanel;
+}
+
+// Phase: every row times all of `matrix`; a thread that takes part calls `before()` first.
+template <class Kind, class Input, class Output, class Before>
+static void multiply_rows(Member& member, const Matrix& matrix, int rows, Input input,
+                          Output output, Before before) {
+    const int panels = panels_of(matrix);
+    const int64_t panel_bytes = static_cast<int64_t>(steps_of<Kind>(matrix.inputs)) * kStepBytes;
+    const int grain = piece_panels(panels, panel_bytes, member.threads);
+    const RowTiles tiles(rows);
+    member.phase([&] { return (panels + grain - 1) / grain; },
+                 [&] {
+                     before();
+                     return [&](int64_t piece, int64_t) {
+                         const int begin = static_cast<int>(piece) * grain;
+                         const int end = begin + grain < panels ? begin + grain : panels;
+                         multiply_panels<Kind>(matrix, tiles, begin, end, input, output);
+                     };
+                 });
+}
+
+template <class Kind, class Input, class Output>
+static void multiply_rows(Member& member, const Matrix& matrix, int rows, Input input,
+                          Output output) {
+    multiply_rows<Kind>(member, matrix, rows, input, output, [] {});
 }
 
 // out[0..count-1] = sums

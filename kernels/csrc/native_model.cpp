@@ -167,6 +167,7 @@ void NativeModel::take_room(const StepInputs& in, StepArgs& a) {
     const int64_t heads = static_cast<int64_t>(weights_.heads) * weights_.head_dim;
     const int64_t kv_heads = static_cast<int64_t>(weights_.kv_heads) * weights_.head_dim;
     a.input_stride = whole_vectors(weights_.hidden);
+    a.own_rows = static_cast<int>(kFewNumbers / weights_.hidden < T ? kFewNumbers / weights_.hidden : T);
     a.head_stride = whole_vectors(heads);
     room_.measure();
     for (int pass = 0; pass < 2; ++pass) {
@@ -174,6 +175,7 @@ void NativeModel::take_room(const StepInputs& in, StepArgs& a) {
         a.stream = room_.take<float>(T * weights_.hidden);
         a.normed = room_.take<float>(T * weights_.hidden);
         a.inputs = room_.take_bytes(T * a.input_stride * value_bytes);
+        a.own_inputs = room_.take_bytes(in.threads * a.own_rows * a.input_stride * value_bytes);
         a.qkv = room_.take<float>(T * (heads + 2 * kv_heads));
         a.queries = room_.take_bytes(T * a.head_stride * value_bytes);
         a.attended = room_.take_bytes(T * a.head_stride * value_bytes);

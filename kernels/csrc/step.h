@@ -15,6 +15,7 @@
 namespace {
 
 using elastic_moe::Counters;
+using elastic_moe::kFewNumbers;
 using elastic_moe::LayerRows;
 using elastic_moe::LayerWeights;
 using elastic_moe::ModelWeights;
@@ -23,6 +24,9 @@ using elastic_moe::StepArgs;
 
 // Up to this many numbers, rows are not worth sharing out.
 constexpr int64_t kAlone = 8192;
+
+// Nor is a matrix of up to this many bytes, for few rows.
+constexpr int64_t kAloneBytes = 32 << 10;
 
 // Phase: body(row) for 0..rows-1, `cost` numbers each.
 template <class Body>
@@ -43,33 +47,40 @@ static inline int64_t matrix_bytes(const Matrix& m) {
     return static_cast<int64_t>(groups_of(m.outputs)) * steps_of<Kind>(m.inputs) * kStepBytes;
 }
 
-// One run of tokens' queries, keys and values: norm, rotate, put queries aside and the rest into
-// the cache.
+// One key/value head of a row, and the query heads of its group: norm, rotate, put the queries
+// aside and the rest into the cache. `q`, `k`, `v` are the row's, of all heads.
 template <class Kind>
-static void finish_qkv(const StepArgs& s, const LayerWeights& layer, int index, int n, int row) {
+static void finish_head(const StepArgs& s, const LayerWeights& layer, int index, int n, int row,
+                        int head) {
     const ModelWeights& m = *s.model;
-    const int d = m.head_dim, q_size = m.heads * d, kv_size = m.kv_heads * d;
-    float* const q = s.qkv + static_cast<int64_t>(n) * (q_size + 2 * kv_size);
-    float* const k = q + q_size;
-    const float* const v = k + kv_size;
-    if (m.qk_norm == QKNorm::kAll) {
-        rms_norm(q, layer.q_norm, q_size, m.eps, q);
-        rms_norm(k, layer.k_norm, kv_size, m.eps, k);
-    }
+    const int d = m.head_dim, group = m.heads / m.kv_heads;
+    float* const q = s.qkv + static_cast<int64_t>(n) * (m.heads + 2 * m.kv_heads) * d;
+    float* const k = q + (m.heads + head) * d;
+    const float* const v = q + (m.heads + m.kv_heads + head) * d;
     const int position = s.positions[row];
     const float* const cos = s.cos + static_cast<int64_t>(position) * (d / 2);
     const float* const sin = s.sin + static_cast<int64_t>(position) * (d / 2);
     const int32_t* const blocks = s.blocks[static_cast<int64_t>(s.sequences[row]) * m.layers + index];
-    for (int h = 0; h < m.heads; ++h) {
+    for (int h = head * group; h < (head + 1) * group; ++h) {
         if (m.qk_norm == QKNorm::kHead) rms_norm(q + h * d, layer.q_norm, d, m.eps, q + h * d);
         rotate(q + h * d, cos, sin, d, m.interleaved);
     }
-    to_inputs<Kind>(q, q_size, s.head_stride, row_of<Kind>(s.queries, s.head_stride, n));
-    for (int h = 0; h < m.kv_heads; ++h) {
-        if (m.qk_norm == QKNorm::kHead) rms_norm(k + h * d, layer.k_norm, d, m.eps, k + h * d);
-        rotate(k + h * d, cos, sin, d, m.interleaved);
-        store_kv<Kind>(s.kv, blocks, position, h, k + h * d, v + h * d);
+    if (m.qk_norm == QKNorm::kHead) rms_norm(k, layer.k_norm, d, m.eps, k);
+    rotate(k, cos, sin, d, m.interleaved);
+    store_kv<Kind>(s.kv, blocks, position, head, k, v);
+}
+// All heads of a row.
+template <class Kind>
+static void finish_row(const StepArgs& s, const LayerWeights& layer, int index, int n, int row) {
+    const ModelWeights& m = *s.model;
+    const int q_size = m.heads * m.head_dim, kv_size = m.kv_heads * m.head_dim;
+    float* const q = s.qkv + static_cast<int64_t>(n) * (q_size + 2 * kv_size);
+    if (m.qk_norm == QKNorm::kAll) {
+        rms_norm(q, layer.q_norm, q_size, m.eps, q);
+        rms_norm(q + q_size, layer.k_norm, kv_size, m.eps, q + q_size);
     }
+    for (int h = 0; h < m.kv_heads; ++h) finish_head<Kind>(s, layer, index, n, row, h);
+    to_inputs<Kind>(q, q_size, s.head_stride, row_of<Kind>(s.queries, s.head_stride, n));
 }
 
 template <class Kind>
@@ -77,21 +88,37 @@ static void run_attention_block(Member& member, StepArgs& s, int index) {
     const ModelWeights& m = *s.model;
     const LayerWeights& layer = m.layer[index];
     const LayerRows& here = s.layers[index];
+    const int group_size = m.heads / m.kv_heads * m.head_dim;
     const int qkv_size = (m.heads + 2 * m.kv_heads) * m.head_dim;
-    each_row(member, here.rows, m.hidden, [&](int n) {
-        float* const normed = s.normed + static_cast<int64_t>(n) * m.hidden;
+    const bool few = here.rows <= s.own_rows;
+    void* const inputs =
+        few ? row_of<Kind>(s.own_inputs, s.input_stride, static_cast<int64_t>(member.id) * s.own_rows)
+            : s.inputs;
+    const auto norm_row = [&](int n, float* normed) {
         rms_norm(s.stream + static_cast<int64_t>(here.row[n]) * m.hidden, layer.attention_norm,
                  m.hidden, m.eps, normed);
-        to_inputs<Kind>(normed, m.hidden, s.input_stride, row_of<Kind>(s.inputs, s.input_stride, n));
-    });
+        to_inputs<Kind>(normed, m.hidden, s.input_stride, row_of<Kind>(inputs, s.input_stride, n));
+    };
+    if (!few)
+        each_row(member, here.rows, m.hidden,
+                 [&](int n) { norm_row(n, s.normed + static_cast<int64_t>(n) * m.hidden); });
     multiply_rows<Kind>(
         member, layer.qkv, here.rows,
-        [&](int n) { return row_of<Kind>(s.inputs, s.input_stride, n); },
+        [&](int n) { return row_of<Kind>(inputs, s.input_stride, n); },
         [&](int n, int column, int count, const float* sums) {
             store_panel(s.qkv + static_cast<int64_t>(n) * qkv_size + column, sums, count);
+        },
+        [&] {
+            float normed[kFewNumbers];
+            for (int n = 0; few && n < here.rows; ++n) norm_row(n, normed);
         });
-    each_row(member, here.rows, qkv_size,
-             [&](int n) { finish_qkv<Kind>(s, layer, index, n, here.row[n]); });
+    // Single tokens of many sequences: nobody else waits for a head's keys. Whole vectors only, as
+    // heads of one row are then finished side by side.
+    const bool singly = here.span_count == here.rows && m.qk_norm != QKNorm::kAll &&
+                        group_size % kPanel == 0;
+    if (!singly)
+        each_row(member, here.rows, qkv_size,
+                 [&](int n) { finish_row<Kind>(s, layer, index, n, here.row[n]); });
 
     AttentionArgs args = {};
     args.kv = s.kv;
@@ -103,7 +130,13 @@ static void run_attention_block(Member& member, StepArgs& s, int index) {
     args.span_count = here.span_count;
     args.out = s.attended;
     args.out_stride = s.head_stride;
-    run_attention<Kind>(member, args);
+    run_attention<Kind>(member, args, [&](const Span& span, int head) {
+        if (!singly) return;
+        finish_head<Kind>(s, layer, index, span.row, here.row[span.row], head);
+        const int64_t begin = static_cast<int64_t>(head) * group_size;
+        to_inputs<Kind>(s.qkv + static_cast<int64_t>(span.row) * qkv_size + begin, group_size,
+                        group_size, row_of<Kind>(s.queries, s.head_stride, span.row) + begin);
+    });
     multiply_rows<Kind>(
         member, layer.out, here.rows,
         [&](int n) { return row_of<Kind>(s.attended, s.head_stride, n); },
@@ -194,33 +227,40 @@ static void run_mlp_block(Member& member, StepArgs& s, int index) {
     const ModelWeights& m = *s.model;
     const LayerWeights& layer = m.layer[index];
     const LayerRows& here = s.layers[index];
-    each_row(member, here.rows, m.hidden, [&](int n) {
+    const bool routed = layer.experts.experts > 0;
+    const auto norm_row = [&](int n) {
         float* const normed = s.normed + static_cast<int64_t>(n) * m.hidden;
         rms_norm(s.stream + static_cast<int64_t>(here.row[n]) * m.hidden, layer.mlp_norm, m.hidden,
                  m.eps, normed);
         to_inputs<Kind>(normed, m.hidden, s.input_stride, row_of<Kind>(s.inputs, s.input_stride, n));
-    });
-    if (layer.experts.experts) {
-        // The router sees the norm's output itself, never rounded.
-        multiply_rows<Float32>(
-            member, layer.router, here.rows,
-            [&](int n) { return s.normed + static_cast<int64_t>(n) * m.hidden; },
-            [&](int n, int column, int count, const float* sums) {
-                store_panel(s.router_logits + static_cast<int64_t>(n) * m.experts + column, sums,
-                            count);
-            });
-        const elastic_moe::RouteArgs args = route_args(s, index);
-        const bool few = args.rows * args.experts <= kAlone / 16;
-        if (!few)
-            member.share(args.rows, 1 + args.rows / (4 * member.threads),
-                         [&](int64_t begin, int64_t end) { route_rows(args, begin, end); });
-        member.alone([&] {
-            if (few) route_rows(args, 0, args.rows);
-            plan_layer<Kind>(s, index);
-        });
-    } else {
-        member.alone([&] { plan_layer<Kind>(s, index); });
+    };
+    // The router sees the norm's output itself, never rounded.
+    const auto router_input = [&](int n) { return s.normed + static_cast<int64_t>(n) * m.hidden; };
+    const auto router_output = [&](int n, int column, int count, const float* sums) {
+        store_panel(s.router_logits + static_cast<int64_t>(n) * m.experts + column, sums, count);
+    };
+    const elastic_moe::RouteArgs route = route_args(s, index);
+    const bool together =
+        here.rows <= s.own_rows && matrix_bytes<Float32>(layer.router) <= kAloneBytes;
+    const bool route_alone = together || route.rows * route.experts <= kAlone / 16;
+    if (!together) {
+        each_row(member, here.rows, m.hidden, norm_row);
+        if (routed)
+            multiply_rows<Float32>(member, layer.router, here.rows, router_input, router_output);
+        if (routed && !route_alone)
+            member.share(route.rows, 1 + route.rows / (4 * member.threads),
+                         [&](int64_t begin, int64_t end) { route_rows(route, begin, end); });
     }
+    member.alone([&] {
+        if (together) {
+            for (int n = 0; n < here.rows; ++n) norm_row(n);
+            if (routed)
+                multiply_panels<Float32>(layer.router, RowTiles(here.rows), 0,
+                                         panels_of(layer.router), router_input, router_output);
+        }
+        if (routed && route_alone) route_rows(route, 0, route.rows);
+        plan_layer<Kind>(s, index);
+    });
     run_gate_up<Kind>(member, s.plan,
                       [&](int n) { return row_of<Kind>(s.inputs, s.input_stride, n); });
     float* const sums =

@@ -27,7 +27,7 @@ from benchmarks.kernel_cases import (
 )
 from elastic_moe.config import resolve_routing
 from elastic_moe.engine.native_runner import NativeRunner
-from elastic_moe.engine.runner import ReferenceRunner
+from elastic_moe.engine.reference_runner import ReferenceRunner
 from elastic_moe.lab.batch import Batch
 from elastic_moe.lab.bench import random_ids
 from elastic_moe.model.saving import save_checkpoint

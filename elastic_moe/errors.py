@@ -7,6 +7,7 @@
     ├── RequestError        a prompt or sampling setting that cannot be served (also ValueError)
     │   └── ContextLengthError  prompt and new tokens exceed the model's positions
     ├── EngineError         the engine is closed, or lacks the backend that was named
+    │   └── QueueFullError      too many requests are unfinished; try again later
     ├── BenchmarkError      what was to be timed computes something else, or cannot run
     ├── CorpusError         text for training or evaluation is missing or unusable
     └── TrainingError       a run cannot start, resume or go on
@@ -60,6 +61,17 @@ class CheckpointWarning(UserWarning):
 
 class EngineError(ElasticMoEError):
     """The engine is closed, or was asked for something that it cannot do."""
+
+
+class QueueFullError(EngineError):
+    """Too many requests are unfinished. Nothing is wrong with this one: try again later."""
+
+    def __init__(self, unfinished: int, limit: int) -> None:
+        self.unfinished, self.limit = unfinished, limit
+        super().__init__(
+            f"{unfinished} requests are unfinished, and max_queue is {limit}. Try again later, or "
+            f"make the engine with a larger max_queue."
+        )
 
 
 class BenchmarkError(ElasticMoEError):

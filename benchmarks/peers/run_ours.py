@@ -19,7 +19,7 @@ from worker import Ids, model_handlers, serve
 
 from elastic_moe.config import resolve_routing
 from elastic_moe.engine import Engine, SamplingParams
-from elastic_moe.engine.engine import Backend, load_runner
+from elastic_moe.engine.loading import Backend, load_runner
 from elastic_moe.engine.native_runner import NativeRunner
 from elastic_moe.lab.batch import Batch
 from elastic_moe.lab.record import describe_commit, describe_machine, describe_versions

@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     import torch  # deferred: slow to load
 
     from elastic_moe.config import resolve_routing
-    from elastic_moe.engine.engine import load_runner
-    from elastic_moe.engine.runner import ReferenceRunner
+    from elastic_moe.engine.loading import load_runner
+    from elastic_moe.engine.reference_runner import ReferenceRunner
     from elastic_moe.lab.batch import Batch
     from elastic_moe.lab.bench import bench, check_batch, describe_run
     from elastic_moe.lab.kernels import load_kernel

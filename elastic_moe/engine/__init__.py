@@ -3,15 +3,17 @@
 from elastic_moe.engine.engine import Engine
 from elastic_moe.engine.request import (
     AppliedRouting,
+    Choice,
     Completion,
     Delta,
-    SamplingParams,
     TokenLogprob,
     Usage,
 )
+from elastic_moe.engine.sampling_params import SamplingParams
 
 __all__ = [
     "AppliedRouting",
+    "Choice",
     "Completion",
     "Delta",
     "Engine",

@@ -1,43 +1,50 @@
 """`Engine`: a loaded checkpoint that scores and generates, each call under its own sub-network.
 
-Calls may come from any thread or event loop. Sequences run one at a time: a call holds the model
-for one step, so concurrent calls interleave token by token.
+Calls may come from any thread or event loop, and share batches: one thread of the engine's own runs
+the model (see `core`), for everybody in the same steps.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import os
 import threading
-import warnings
+import weakref
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Any, Self, overload
 
 import torch
-from elastic_moe_kernels import cpu, ops
-from elastic_moe_kernels.errors import KernelError
 from torch import Tensor
 
 from elastic_moe.config import Routing, resolve_routing
-from elastic_moe.engine.generation import Generation, chunks
-from elastic_moe.engine.native_runner import NativeRunner
+from elastic_moe.engine.block_manager import PAGE_TOKENS
+from elastic_moe.engine.core import EngineCore, EngineStats
+from elastic_moe.engine.job import Sink
+from elastic_moe.engine.loading import Backend, check_device, choose_backend, load_runner
+from elastic_moe.engine.options import EngineOptions
 from elastic_moe.engine.prompts import is_batch, token_ids
-from elastic_moe.engine.request import Completion, Delta, SamplingParams
-from elastic_moe.engine.runner import Chunk, ReferenceRunner, Runner
+from elastic_moe.engine.request import Completion, Delta
+from elastic_moe.engine.requests import RequestMaker
+from elastic_moe.engine.runner import Chunk, Runner
+from elastic_moe.engine.sampling_params import SamplingParams
+from elastic_moe.engine.sequence import pages_for
+from elastic_moe.engine.streams import AsyncPieces, DeltaStream, Pieces, WholeText
 from elastic_moe.errors import ContextLengthError, EngineError, RequestError
-from elastic_moe.model.checkpoint import DTypeName, load_model
+from elastic_moe.model.checkpoint import DTypeName
 from elastic_moe.model.folder import checkpoint_name, find_checkpoint
 from elastic_moe.model.tokenizer import Tokenizer
 from elastic_moe.model.weights import TensorFiles
 from elastic_moe.routing import Subnet
 
-Backend = Literal["auto", "reference", "cpu"]
 Prompt = str | Sequence[int]
 RANKING_WINDOW = 512  # tokens that are read at once to rank channels
+SCORE_CHUNK = 1024  # tokens that are scored between two steps of others
 _DEFAULT = SamplingParams()
 
 
@@ -46,8 +53,9 @@ class Engine:
 
     Attributes:
         backend: what runs: 'reference' (PyTorch alone) or 'cpu' (the C++ kernels).
-        runner: runs it.
+        runner: runs it; for who measures, while nothing else runs.
         dtype: what matrix inputs, keys and values are rounded to: 'bfloat16' or 'float32'.
+        options: how many sequences run at once, and the like.
         calibration_sha256: SHA-256 of the text that channels were ranked on, None if they were not.
     """
 
@@ -56,13 +64,18 @@ class Engine:
         runner: Runner,
         tokenizer: Tokenizer,
         folder: Path,
+        options: EngineOptions | None = None,
     ) -> None:
         self.runner, self.tokenizer, self.folder = runner, tokenizer, folder
+        self.options = options or EngineOptions()
         self.config, self.shape = runner.config, runner.config.shape
         self.name = checkpoint_name(folder)
         self.backend = runner.backend
         self.dtype = "bfloat16" if runner.dtype == torch.bfloat16 else "float32"
         self.calibration_sha256: str | None = None
+        self._requests = RequestMaker(runner, tokenizer)
+        self._numbers = itertools.count()
+        self._core: EngineCore | None = None
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._closed = False
@@ -76,21 +89,25 @@ class Engine:
         dtype: DTypeName = "auto",
         device: torch.device | str = "cpu",
         download: bool = False,
+        **options: Any,
     ) -> Self:
         """Load a bundled model by name ('elastic-mini'), or a Hugging Face folder or id.
 
         Args:
             download: fetch an id that is not in the Hugging Face cache; otherwise nothing is.
+            options: fields of `EngineOptions`, such as max_num_seqs or kv_cache_bytes.
 
         Raises:
             CheckpointError: the checkpoint is missing, broken or not supported.
-            EngineError: the backend or device that was named cannot run here.
+            EngineError: the backend or device that was named cannot run here, or an option is
+                unknown or outside its range.
         """
         # What cannot run is told before anything is looked for.
-        _choose_backend(backend, _check_device(device))
+        choose_backend(backend, check_device(device))
+        chosen = EngineOptions.of(options)
         folder = find_checkpoint(model, download=download)
         runner = load_runner(folder, backend=backend, dtype=dtype, device=device)
-        return cls(runner, Tokenizer(folder), folder)
+        return cls(runner, Tokenizer(folder), folder, chosen)
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -139,9 +156,14 @@ class Engine:
         windows = [ids[start : start + size] for start in range(0, len(ids), size)]
         if not windows:
             raise RequestError("the calibration text has no tokens; some thousand are needed.")
-        with self._step():
-            order = self.runner.rank_channels(windows, progress)
-            self.calibration_sha256 = hashlib.sha256(text.encode()).hexdigest()
+        core = self._running_core()
+
+        def rank() -> dict[int, Tensor]:
+            core.forget_prefixes()
+            return self.runner.rank_channels(windows, progress)
+
+        order = core.call(rank)
+        self.calibration_sha256 = hashlib.sha256(text.encode()).hexdigest()
         return order
 
     # Running
@@ -150,10 +172,15 @@ class Engine:
         """Logits (T, V) float32 of a sequence, teacher-forced: row i predicts token i + 1."""
         subnet = self.resolve(routing)
         tokens = self._tokens(ids, new_tokens=0)
-        with self._step(), torch.inference_mode():
-            sequence = self.runner.open(subnet, len(tokens))
-            parts = [self.runner.run([Chunk(sequence, c, "all")]).logits for c in chunks(tokens)]
-            return torch.cat(parts)
+        core = self._running_core()
+        sequence = self.runner.open(subnet, len(tokens))
+
+        def run(first: int) -> Tensor:
+            chunk = Chunk(sequence, tokens[first : first + SCORE_CHUNK], "all")
+            return self.runner.run([chunk]).logits
+
+        starts = range(0, len(tokens), SCORE_CHUNK)
+        return torch.cat([core.call(partial(run, first)) for first in starts])
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # an empty list is a batch
@@ -170,24 +197,32 @@ class Engine:
         """Complete a prompt (text or token ids), or a list of prompts.
 
         With a list of prompts, routing and sampling may be lists of the same length, and a list of
-        completions comes back.
+        completions comes back; they run together, as many at once as the options say.
 
         Raises:
             RoutingError: the model has no such sub-network.
-            RequestError: the prompt is empty or has unknown ids, or the lists differ in length.
+            RequestError: the prompt is empty or has unknown ids, the lists differ in length, or
+                the cache is too small for a request.
             ContextLengthError: prompt and max_tokens exceed the model's positions.
+            QueueFullError: too many requests are unfinished.
         """
         if not is_batch(prompt):
-            return self._finish(self.stream(prompt, routing, sampling))
-        requests = zip(
-            prompt,
-            _per_prompt("routing", routing, len(prompt)),
-            _per_prompt("sampling", sampling, len(prompt)),
-            strict=True,
-        )
+            sink = WholeText()
+            self._submit(prompt, routing, sampling, sink)
+            return sink.wait()
         # All requests are checked before the first one runs.
-        streams = [self.stream(*request) for request in requests]
-        return [self._finish(stream) for stream in streams]
+        requests = self._pair(prompt, routing, sampling)
+        for request in requests:
+            self._check(*request)
+        at_once = min(2 * self.options.max_num_seqs, self.options.max_queue)
+        waiting: deque[WholeText] = deque()
+        done: list[Completion] = []
+        for request in requests:
+            if len(waiting) == at_once:
+                done.append(waiting.popleft().wait())
+            waiting.append(WholeText())
+            self._submit(*request, waiting[-1])
+        return done + [sink.wait() for sink in waiting]
 
     def stream(
         self, prompt: Prompt, routing: Routing = None, sampling: SamplingParams = _DEFAULT
@@ -196,35 +231,60 @@ class Engine:
 
         Raises, at the call: as `generate`.
         """
-        self._check_usable()
-        subnet = self.resolve(routing)
-        if not isinstance(sampling, SamplingParams):
-            raise RequestError(f"sampling must be a SamplingParams, got {type(sampling).__name__}.")
-        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
-        tokens = self._tokens(ids, new_tokens=sampling.max_tokens)
-        generation = Generation(self.runner, self.tokenizer, tokens, subnet, sampling)
-        return self._deltas(generation)
+        pieces = Pieces()
+        return DeltaStream(pieces, self._submit(prompt, routing, sampling, pieces), self)
 
     async def agenerate(self, prompt: Any, routing: Any = None, sampling: Any = _DEFAULT) -> Any:
         """As `generate`, without blocking the event loop."""
+        if not is_batch(prompt):
+            pieces = AsyncPieces(whole=True)
+            cancel = self._submit(prompt, routing, sampling, pieces)
+            try:
+                return (await pieces.next()).completion
+            finally:
+                cancel()
         return await asyncio.to_thread(self.generate, prompt, routing, sampling)
 
     async def astream(
         self, prompt: Prompt, routing: Routing = None, sampling: SamplingParams = _DEFAULT
     ) -> AsyncIterator[Delta]:
         """As `stream`, without blocking the event loop."""
-        deltas = self.stream(prompt, routing, sampling)
-        while (delta := await asyncio.to_thread(next, deltas, None)) is not None:
-            yield delta
+        pieces = AsyncPieces()
+        cancel = self._submit(prompt, routing, sampling, pieces)
+        try:
+            while True:
+                delta = await pieces.next()
+                yield delta
+                if delta.completion is not None:
+                    return
+        finally:
+            cancel()
+
+    def stats(self) -> EngineStats:
+        """How busy the engine is."""
+        return self._running_core().stats()
+
+    def check_integrity(self) -> None:
+        """Raise `EngineError` unless the engine's books of sequences and blocks are in order."""
+        core = self._running_core()
+        core.call(core.check_integrity)
 
     # Lifetime
 
-    def close(self) -> None:
+    def close(self, drain_seconds: float = 0.0) -> None:
         """End the engine; whatever would run the model then raises `EngineError`.
 
         Text and sub-networks (`encode`, `decode`, `resolve`) need no model and stay usable.
+
+        Args:
+            drain_seconds: how long requests that run may take to end; those that have not ended
+                by then raise `EngineError`.
         """
-        self._closed = True
+        with self._lock:
+            self._closed = True
+            core = self._core
+        if core is not None and os.getpid() == self._pid:
+            core.close(drain_seconds)
 
     def __enter__(self) -> Self:
         return self
@@ -237,10 +297,17 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _step(self) -> threading.Lock:
-        """The lock that one model step holds, after checking that the engine can run."""
+    def _running_core(self) -> EngineCore:
+        """The engine's thread, started when it is first needed."""
         self._check_usable()
-        return self._lock
+        if self._core is None:
+            with self._lock:
+                self._check_usable()
+                if self._core is None:
+                    core = self.options.start(self.runner, self._num_blocks)
+                    weakref.finalize(self, core.stop)
+                    self._core = core
+        return self._core
 
     def _check_usable(self) -> None:
         if self._closed:
@@ -251,101 +318,56 @@ class Engine:
                 "Make it in the process that uses it, or start processes with 'spawn'."
             )
 
+    def _check(self, prompt: Any, routing: Any, sampling: Any) -> tuple[list[int], Subnet]:
+        """The prompt's tokens and the sub-network of a request that can be served."""
+        self._check_usable()
+        subnet = self.resolve(routing)
+        if not isinstance(sampling, SamplingParams):
+            raise RequestError(f"sampling must be a SamplingParams, got {type(sampling).__name__}.")
+        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+        tokens = self._tokens(ids, new_tokens=sampling.max_tokens)
+        self._check_room(len(tokens) + sampling.max_tokens, subnet.depth)
+        return tokens, subnet
+
+    def _submit(self, prompt: Any, routing: Any, sampling: Any, sink: Sink) -> Callable[[], None]:
+        """Have a request served; returns what ends it."""
+        tokens, subnet = self._check(prompt, routing, sampling)
+        core = self._running_core()
+        job = self._requests.make(next(self._numbers), tokens, subnet, sampling, sink)
+        core.submit(job)
+        return lambda: core.cancel(job)
+
+    @cached_property
+    def _num_blocks(self) -> int:
+        return self.options.num_blocks(self.runner)
+
+    def _check_room(self, tokens: int, depth: int) -> None:
+        """Raise `RequestError` if a sequence of so many tokens can never have its blocks."""
+        needed, there = pages_for(tokens) * depth, self._num_blocks
+        if needed > there:
+            raise RequestError(
+                f"{tokens} tokens in {depth} layers take {needed} blocks of keys and values, and "
+                f"the cache has {there} ({PAGE_TOKENS} tokens of one layer each). Ask for fewer "
+                f"tokens or layers, or make the engine with kv_cache_bytes of at least "
+                f"{needed * self.runner.block_bytes}."
+            )
+
+    def _pair(self, prompts: Any, routing: Any, sampling: Any) -> list[tuple[Any, Any, Any]]:
+        return list(
+            zip(
+                prompts,
+                _per_prompt("routing", routing, len(prompts)),
+                _per_prompt("sampling", sampling, len(prompts)),
+                strict=True,
+            )
+        )
+
     def _tokens(self, prompt: object, new_tokens: int) -> list[int]:
         limit, vocab_size = self.config.max_positions, self.config.vocab_size
         ids = token_ids(prompt, vocab_size)
         if len(ids) + new_tokens > limit:
             raise ContextLengthError(len(ids), new_tokens, limit)
         return ids
-
-    def _deltas(self, generation: Generation) -> Iterator[Delta]:
-        while True:
-            with self._step():
-                delta = generation.step()
-            yield delta
-            if delta.finish_reason is not None:
-                return
-
-    @staticmethod
-    def _finish(deltas: Iterator[Delta]) -> Completion:
-        completion = None
-        for delta in deltas:
-            completion = delta.completion
-        if completion is None:
-            raise EngineError("the generation ended without a completion.")
-        return completion
-
-
-def load_runner(
-    folder: Path,
-    *,
-    backend: Backend = "auto",
-    dtype: DTypeName = "auto",
-    device: torch.device | str = "cpu",
-) -> Runner:
-    """What runs a checkpoint folder, without the text around it.
-
-    Raises:
-        CheckpointError: the checkpoint is missing, broken or not supported.
-        EngineError: the backend or device that was named cannot run here.
-    """
-    place = _check_device(device)
-    runner: Runner | None = None
-    if _choose_backend(backend, place) == "cpu":
-        runner = _native_runner(folder, dtype, backend)
-    if runner is None:
-        runner = ReferenceRunner(load_model(folder, dtype=dtype, device=place))
-    return runner
-
-
-def _choose_backend(backend: Backend, device: torch.device) -> Literal["reference", "cpu"]:
-    on_cpu = device.type == "cpu"
-    if backend == "cpu" and not on_cpu:
-        raise EngineError("backend 'cpu' needs the model on the CPU. Use device='cpu'.")
-    if backend not in ("auto", "reference", "cpu"):
-        raise EngineError(f"backend must be 'auto', 'reference' or 'cpu', got {backend!r}.")
-    if backend == "reference" or not on_cpu:
-        return "reference"
-    if backend == "auto":
-        ops.warn_if_degraded()
-        if cpu.missing():
-            return "reference"
-    try:  # a level that was named and is not there is an error for "auto" too
-        ops.require("cpu")
-    except KernelError as error:
-        raise EngineError(str(error)) from error
-    return "cpu"
-
-
-def _native_runner(folder: Path, dtype: DTypeName, backend: Backend) -> Runner | None:
-    """The C++ step; None if this model's sizes are not for it and 'auto' may choose another."""
-    try:
-        return NativeRunner(folder, dtype)
-    except KernelError as error:
-        if backend == "cpu":
-            raise EngineError(f"{folder}: {error} Use backend='reference'.") from error
-        warnings.warn(
-            f"{folder} runs on the PyTorch reference, which is slower: {error}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return None
-
-
-def _check_device(device: torch.device | str) -> torch.device:
-    try:
-        place = torch.device(device)
-    except (RuntimeError, TypeError):
-        place = None
-    if place is None or place.type not in ("cpu", "cuda"):
-        raise EngineError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {str(device)!r}.")
-    count = torch.cuda.device_count()
-    if place.type == "cuda" and (place.index or 0) >= count:
-        raise EngineError(
-            f"device {str(device)!r} is not there: torch {torch.__version__} sees {count} CUDA "
-            f"devices. Use device='cpu', or a torch built for the driver of this machine."
-        )
-    return place
 
 
 def _per_prompt(field: str, value: Any, count: int) -> list[Any]:

@@ -10,26 +10,25 @@ from elastic_moe_kernels.prepared import BatchArrays, PreparedStep
 from elastic_moe_kernels.step_result import StepResult
 from torch import Tensor
 
-from elastic_moe.engine.paged import BlockPool, PagedSequence
-from elastic_moe.engine.runner import Chunk, Ints
+from elastic_moe.engine.paged import Ints
+from elastic_moe.engine.runner import Chunk
 from elastic_moe.routing import Subnet
 
 
-def flatten(
-    chunks: Sequence[Chunk], paged: Sequence[PagedSequence], sizes: Sequence[int]
-) -> tuple[BatchArrays, dict[str, Subnet]]:
+def flatten(chunks: Sequence[Chunk], sizes: Sequence[int]) -> tuple[BatchArrays, dict[str, Subnet]]:
     """The chunks one after the other, and the sub-networks that their rows name by number.
 
     Args:
-        paged, sizes: the sequence and the number of tokens of each chunk.
+        sizes: tokens of each chunk.
 
     Returns:
         The arrays; and fingerprint -> sub-network, in the order of the numbers.
     """
-    distinct = {s.subnet.fingerprint: s.subnet for s in paged}
+    sequences = [chunk.sequence for chunk in chunks]
+    distinct = {s.subnet.fingerprint: s.subnet for s in sequences}
     number = {fingerprint: i for i, fingerprint in enumerate(distinct)}
-    own = np.array([number[s.subnet.fingerprint] for s in paged], dtype=np.int32)
-    lengths = np.array([s.length for s in paged], dtype=np.int32)
+    own = np.array([number[s.subnet.fingerprint] for s in sequences], dtype=np.int32)
+    lengths = np.array([s.length for s in sequences], dtype=np.int32)
     ends = np.cumsum(sizes, dtype=np.int32)
     starts = lengths - ends + np.array(sizes, dtype=np.int32)
     arrays = BatchArrays(
@@ -37,7 +36,7 @@ def flatten(
         positions=np.arange(ends[-1], dtype=np.int32) + np.repeat(starts, sizes),
         sequences=np.repeat(np.arange(len(chunks), dtype=np.int32), sizes),
         subnets=np.repeat(own, sizes),
-        block_tables=_stack([s.tables for s in paged]),
+        block_tables=_stack([s.tables for s in sequences]),
         logits_rows=_wanted_rows(chunks, sizes),
     )
     return arrays, distinct
@@ -47,7 +46,7 @@ class Decoding:
     """A batch with one token of each sequence, from which the next step may go on.
 
     Args:
-        step: that batch, which has run, its chunks and their sequences.
+        step, chunks: that batch, which has run.
         tables: the block tables that it reads.
         blocks: the cache that it works in.
         angles: positions whose rotary angles it knows.
@@ -57,18 +56,17 @@ class Decoding:
         self,
         step: PreparedStep,
         chunks: Sequence[Chunk],
-        paged: Sequence[PagedSequence],
         tables: Ints,
         blocks: Tensor,
         angles: int,
     ) -> None:
         self._step, self._tables, self._blocks, self._angles = step, tables, blocks, angles
         # Not the sequences themselves: their blocks are free as soon as nobody else has them.
-        self._sequences = [weakref.ref(sequence) for sequence in paged]
+        self._sequences = [weakref.ref(chunk.sequence) for chunk in chunks]
         self._wanted = [chunk.logits for chunk in chunks]
-        self._lengths = [sequence.length for sequence in paged]
+        self._lengths = [chunk.sequence.length for chunk in chunks]
 
-    def advance(self, chunks: Sequence[Chunk], pool: BlockPool) -> StepResult | None:
+    def advance(self, chunks: Sequence[Chunk]) -> StepResult | None:
         """Run the next token of every sequence; None, and nothing ran, if it cannot go on so.
 
         It cannot if these chunks are not one token of each of its sequences in their order, if
@@ -88,11 +86,10 @@ class Decoding:
                 return None
             tokens.append(int(token_ids[0]))
         for i, (sequence, _, _) in enumerate(chunks):
-            assert isinstance(sequence, PagedSequence)
             if sequence.grow(1):
                 own = sequence.tables
                 self._tables[i, :, : own.shape[1]] = own
-        if pool.blocks is not self._blocks:
+        if chunks[0].sequence.pool.blocks is not self._blocks:
             return None
         result = self._step.advance(tokens)
         for i, chunk in enumerate(chunks):

@@ -14,14 +14,12 @@ from elastic_moe_kernels.table import SubnetTable
 from torch import Tensor
 
 from elastic_moe.engine.flat_batch import Decoding, flatten
-from elastic_moe.engine.paged import BlockPool, PagedSequence
 from elastic_moe.engine.runner import (
     NO_STATES,
     Choices,
     Chunk,
     Progress,
     Runner,
-    SequenceState,
     StepOutput,
 )
 from elastic_moe.errors import EngineError
@@ -47,34 +45,28 @@ class NativeRunner(Runner):
         self.model: CpuModel = load_packed(folder, dtype=dtype, level=level)
         self.dtype = self.model.dtype
         self.device = torch.device("cpu")
-        self._pool = BlockPool(self.model)
+        super().__init__(self.model.new_blocks)
         self._angles = 0  # positions whose rotary angles the model has
         self._tables: OrderedDict[tuple[str, ...], SubnetTable] = OrderedDict()  # by fingerprint
         self._decoding: Decoding | None = None
-
-    def open(self, subnet: Subnet, capacity: int) -> SequenceState:
-        return PagedSequence(subnet, capacity, self._pool)
 
     def run(
         self, chunks: Sequence[Chunk], *, states_after: Iterable[int] = (), trace: bool = False
     ) -> StepOutput:
         """As `Runner.run`; all chunks in one native step."""
         if not chunks:
-            return StepOutput(torch.empty(0, self.config.vocab_size), [])
+            return StepOutput(torch.empty(0, self.config.vocab_size), [], [])
         wanted = sorted(set(states_after))
         result = None
         if self._decoding is not None and not wanted and not trace:
-            result = self._decoding.advance(chunks, self._pool)
+            result = self._decoding.advance(chunks)
         if result is None:
             result = self._start(chunks, wanted, trace)
-        counters = result.counters
         return StepOutput(
             result.logits,
             result.best_ids,
-            counters.experts_run,
-            counters.rows_routed,
-            counters.finite == 1,
-            counters,
+            result.sequence_experts,
+            result.counters,
             NO_STATES if result.states is None else dict(zip(wanted, result.states, strict=True)),
             None if result.topk_ids is None else self._choices(chunks, result.topk_ids),
         )
@@ -83,26 +75,27 @@ class NativeRunner(Runner):
         """Run a batch that is not the one before, a token further."""
         self._decoding = None
         sizes = [len(chunk.token_ids) for chunk in chunks]
-        paged = [_own(chunk.sequence) for chunk in chunks]
-        for sequence, size in zip(paged, sizes, strict=True):
+        sequences = [chunk.sequence for chunk in chunks]
+        pool = sequences[0].pool
+        if any(sequence.pool is not pool for sequence in sequences):
+            raise EngineError("sequences of a step must have their blocks in one pool.")
+        for sequence, size in zip(sequences, sizes, strict=True):
             sequence.grow(size)
             self._extend_angles(sequence.length + size)
-        arrays, distinct = flatten(chunks, paged, sizes)
+        arrays, distinct = flatten(chunks, sizes)
         step = self.model.prepare(
             arrays,
             self._table(distinct),
-            self._pool.blocks,
+            pool.blocks,
             logits=any(chunk.logits in ("last", "all") for chunk in chunks),
             states_after=wanted,
             trace=trace,
         )
         result = step.run()
-        for sequence, size in zip(paged, sizes, strict=True):
+        for sequence, size in zip(sequences, sizes, strict=True):
             sequence.length += size
         if not wanted and not trace and set(sizes) == {1}:
-            self._decoding = Decoding(
-                step, chunks, paged, arrays.block_tables, self._pool.blocks, self._angles
-            )
+            self._decoding = Decoding(step, chunks, arrays.block_tables, pool.blocks, self._angles)
         return result
 
     def _choices(self, chunks: Sequence[Chunk], topk_ids: Tensor) -> Choices:
@@ -152,9 +145,3 @@ class NativeRunner(Runner):
         else:
             self._tables.move_to_end(fingerprints)
         return table
-
-
-def _own(sequence: SequenceState) -> PagedSequence:
-    if not isinstance(sequence, PagedSequence):
-        raise EngineError("the sequence was opened by another runner. Open it with this one.")
-    return sequence

@@ -1,31 +1,53 @@
-"""Keys and values of sequences in blocks, as the C++ step reads them."""
+"""Sequences whose keys and values are in blocks: 16 positions of one layer each."""
 
 from __future__ import annotations
 
-import numpy as np
-from elastic_moe_kernels.step import BLOCK_POSITIONS, CpuModel
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 
-from elastic_moe.engine.runner import Ints, SequenceState
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from elastic_moe.engine.block_manager import PAGE_TOKENS, Page
 from elastic_moe.errors import EngineError
 from elastic_moe.routing import Subnet
 
+Ints = NDArray[np.int32]
 FIRST_BLOCKS = 256
 
 
 class BlockPool:
-    """Blocks of keys and values, and which of them are free. It grows as needed."""
+    """Blocks of keys and values, and which of them are free. It grows as needed.
 
-    def __init__(self, model: CpuModel) -> None:
-        self.blocks = model.new_blocks(0)
+    Args:
+        new_blocks: makes room for so many blocks; the first dimension counts them.
+
+    Attributes:
+        blocks: all of them; another tensor after the pool has grown.
+    """
+
+    def __init__(self, new_blocks: Callable[[int], Tensor]) -> None:
+        self.blocks = new_blocks(0)
         self.free: list[int] = []
-        self._model = model
+        self._new_blocks = new_blocks
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+        return self.blocks[:0].element_size() * self.blocks.shape[1:].numel()
+
+    def reserve(self, count: int) -> None:
+        """Have room for so many blocks whose numbers, from 0 on, somebody else gives out."""
+        self.blocks = self._new_blocks(count)
+        self.free = []
 
     def take(self, count: int) -> list[int]:
-        """Numbers of so many blocks; if the pool has to grow, `blocks` is another tensor."""
+        """Numbers of so many blocks."""
         if count > len(self.free):
             old = len(self.blocks)
             more = max(old, count - len(self.free), FIRST_BLOCKS)
-            blocks = self._model.new_blocks(old + more)
+            blocks = self._new_blocks(old + more)
             blocks[:old] = self.blocks
             self.blocks = blocks
             self.free.extend(range(old + more - 1, old - 1, -1))
@@ -34,42 +56,83 @@ class BlockPool:
         return taken[::-1]
 
 
-class PagedSequence(SequenceState):
-    """A sequence whose blocks go back to the pool with it.
+class PagedSequence(ABC):
+    """A sequence under one sub-network: how far it has come, and where its keys and values are.
 
     Attributes:
+        length: tokens whose keys and values are stored.
+        capacity: most tokens that it may come to.
+        pool: where its blocks are.
         tables: (L, B) int32: block i of a layer holds positions 16i..16i+15; -1 for none.
     """
 
     def __init__(self, subnet: Subnet, capacity: int, pool: BlockPool) -> None:
-        super().__init__(subnet, capacity)
-        per_layer = -(-capacity // BLOCK_POSITIONS)
-        layers = len(subnet.layers)
-        self.tables: Ints = np.full((layers, per_layer), -1, dtype=np.int32)
-        self._pool, self._layers = pool, list(subnet.active_layers)
-        self._blocks = 0  # per active layer
+        self.subnet, self.capacity, self.pool = subnet, capacity, pool
+        self.length = 0
+        self.tables: Ints = np.full(
+            (len(subnet.layers), -(-capacity // PAGE_TOKENS)), -1, dtype=np.int32
+        )
+        self._layers = list(subnet.active_layers)
+        self._pages = 0
 
+    @abstractmethod
     def grow(self, tokens: int) -> bool:
-        """Have blocks for so many more tokens; whether new ones were taken."""
+        """Have blocks for so many more tokens; whether the tables changed since the last call."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values that it holds."""
+        return self._pages * len(self._layers) * self.pool.block_bytes
+
+    def _check_capacity(self, tokens: int) -> None:
         end = self.length + tokens
-        if end <= self._blocks * BLOCK_POSITIONS and end <= self.capacity:
-            return False
         if end > self.capacity:
             raise EngineError(
                 f"the sequence holds {self.capacity} positions, {end} are needed. "
                 f"Open it with a larger capacity."
             )
-        needed = -(-end // BLOCK_POSITIONS)
-        count = needed - self._blocks
-        taken = self._pool.take(count * len(self._layers))
-        self.tables[self._layers, self._blocks : needed] = np.reshape(taken, (-1, count))
-        self._blocks = needed
+
+
+class OwningSequence(PagedSequence):
+    """Takes blocks from the pool as it grows; they go back with it."""
+
+    def grow(self, tokens: int) -> bool:
+        self._check_capacity(tokens)
+        needed = -(-(self.length + tokens) // PAGE_TOKENS)
+        if needed <= self._pages:
+            return False
+        count = needed - self._pages
+        taken = self.pool.take(count * len(self._layers))
+        self.tables[self._layers, self._pages : needed] = np.reshape(taken, (-1, count))
+        self._pages = needed
         return True
 
-    @property
-    def nbytes(self) -> int:
-        return self._blocks * len(self._layers) * self._pool.blocks.shape[1]
-
     def __del__(self) -> None:
-        used = self.tables[self._layers, : self._blocks]
-        self._pool.free.extend(used.flatten().tolist())
+        used = self.tables[self._layers, : self._pages]
+        self.pool.free.extend(used.flatten().tolist())
+
+
+class ManagedSequence(PagedSequence):
+    """Has the blocks that a block manager gave it."""
+
+    def __init__(self, subnet: Subnet, capacity: int, pool: BlockPool) -> None:
+        super().__init__(subnet, capacity, pool)
+        self._changed = False
+
+    def enter(self, pages: Sequence[Page]) -> None:
+        """Take over the pages that came since the last time."""
+        for number in range(self._pages, len(pages)):
+            blocks = pages[number].blocks
+            self.tables[self._layers, number] = blocks[: len(self._layers)]
+            self._changed = True
+        self._pages = len(pages)
+
+    def restart(self, length: int) -> None:
+        """Forget all pages, and begin behind so many tokens that those to come hold."""
+        self.tables.fill(-1)
+        self._pages, self.length, self._changed = 0, length, True
+
+    def grow(self, tokens: int) -> bool:
+        self._check_capacity(tokens)
+        changed, self._changed = self._changed, False
+        return changed

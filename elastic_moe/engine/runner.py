@@ -12,39 +12,23 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from elastic_moe_kernels.step_result import Counters
-from numpy.typing import NDArray
 from torch import Tensor
 
-from elastic_moe.model.cache import KVCache
+from elastic_moe.engine.paged import (
+    BlockPool,
+    Ints,
+    ManagedSequence,
+    OwningSequence,
+    PagedSequence,
+)
 from elastic_moe.model.config import ModelConfig
-from elastic_moe.model.ranking import rank_channels, reorder_channels
-from elastic_moe.model.transformer import ElasticTransformer, Trace
 from elastic_moe.routing import Subnet
 
-Ints = NDArray[np.int32]
 Wanted = Literal["none", "best", "last", "all"]
 NO_STATES: Mapping[int, Tensor] = MappingProxyType({})
 Progress = Callable[[int, int], None] | None
-
-
-class SequenceState(ABC):
-    """A sequence under one sub-network: how far it has come, and its keys and values.
-
-    Attributes:
-        length: tokens whose keys and values are stored.
-    """
-
-    def __init__(self, subnet: Subnet, capacity: int) -> None:
-        self.subnet, self.capacity = subnet, capacity
-        self.length = 0
-
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes of keys and values that it holds."""
 
 
 class Chunk(NamedTuple):  # a tuple: one is made for every token that is decoded
@@ -55,7 +39,7 @@ class Chunk(NamedTuple):  # a tuple: one is made for every token that is decoded
         logits: of which of them; 'best' asks for no more than the most likely token after the last.
     """
 
-    sequence: SequenceState
+    sequence: PagedSequence
     token_ids: Sequence[int] | Ints
     logits: Wanted = "last"
 
@@ -89,9 +73,9 @@ class StepOutput(NamedTuple):  # a tuple, as Chunk
     Attributes:
         logits: (n, V) float32, in the order of the chunks and their tokens; (0, V) if no chunk
             asked for more than the best.
-        best_ids: (n,) the most likely token after each of them, the first among equals.
-        experts_run, rows_routed: sums over all layers.
-        finite: whether every logit is a number.
+        best_ids: (n,) the most likely token after each of them, the first among equals; -1 if one
+            of its logits is not a number.
+        experts_run: for each chunk, (token, expert) pairs that ran in all layers.
         counters: of the native step.
         states: layers done -> (T, D) float32, the residual stream of all tokens; if asked for.
         choices: if asked for.
@@ -99,9 +83,7 @@ class StepOutput(NamedTuple):  # a tuple, as Chunk
 
     logits: Tensor
     best_ids: list[int]
-    experts_run: int = 0
-    rows_routed: int = 0
-    finite: bool = True
+    experts_run: list[int]
     counters: Counters | None = None
     states: Mapping[int, Tensor] = NO_STATES
     choices: Choices | None = None
@@ -122,9 +104,27 @@ class Runner(ABC):
     dtype: torch.dtype
     device: torch.device
 
-    @abstractmethod
-    def open(self, subnet: Subnet, capacity: int) -> SequenceState:
-        """A new sequence that may grow to `capacity` tokens."""
+    def __init__(self, new_blocks: Callable[[int], Tensor]) -> None:
+        """`new_blocks` makes room for so many blocks."""
+        self._own_pool = BlockPool(new_blocks)
+        self._managed_pool = BlockPool(new_blocks)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of keys and values of 16 positions in one layer."""
+        return self._own_pool.block_bytes
+
+    def open(self, subnet: Subnet, capacity: int) -> PagedSequence:
+        """A new sequence that may grow to `capacity` tokens; it takes blocks as it grows."""
+        return OwningSequence(subnet, capacity, self._own_pool)
+
+    def reserve(self, blocks: int) -> None:
+        """Have room for so many blocks, which a block manager gives out to managed sequences."""
+        self._managed_pool.reserve(blocks)
+
+    def open_managed(self, subnet: Subnet, capacity: int) -> ManagedSequence:
+        """A new sequence that is told which blocks it has."""
+        return ManagedSequence(subnet, capacity, self._managed_pool)
 
     @abstractmethod
     def run(
@@ -133,7 +133,7 @@ class Runner(ABC):
         """Run the next tokens of some sequences, each under its own sub-network.
 
         Args:
-            chunks: at most one per sequence.
+            chunks: at most one per sequence; all of `open`, or all of `open_managed`.
             states_after: layer counts after which to return the residual stream.
             trace: whether to count which experts ran.
         """
@@ -151,81 +151,3 @@ class Runner(ABC):
         Returns:
             The order in terms of the checkpoint's channels: layer -> (E, F).
         """
-
-
-class ReferenceRunner(Runner):
-    """The PyTorch model, one sequence at a time."""
-
-    backend = "reference"
-
-    def __init__(self, model: ElasticTransformer) -> None:
-        self.model = model
-        self.config = model.config
-        self.dtype = model.input_dtype or torch.float32
-        self.device = model.embed_tokens.weight.device
-
-    def open(self, subnet: Subnet, capacity: int) -> SequenceState:
-        return _Cached(
-            subnet, capacity, KVCache(self.config.num_layers, capacity, self.model.input_dtype)
-        )
-
-    def run(
-        self, chunks: Sequence[Chunk], *, states_after: Iterable[int] = (), trace: bool = False
-    ) -> StepOutput:
-        states: dict[int, list[Tensor]] = {layers: [] for layers in sorted(set(states_after))}
-        logits = [torch.empty(0, self.config.vocab_size, device=self.device)]
-        choices = Choices() if trace else None
-        experts_run = rows_routed = 0
-        with torch.inference_mode():
-            for chunk in chunks:
-                sequence = chunk.sequence
-                assert isinstance(sequence, _Cached)
-                seen = Trace()
-                ids = torch.tensor(list(map(int, chunk.token_ids)), device=self.device)
-                passes = self.model.states(
-                    ids.unsqueeze(0), sequence.subnet, cache=sequence.cache, trace=seen
-                )
-                x = torch.empty(0)
-                for layers, state in passes:
-                    x = state[0]
-                    if layers in states:
-                        states[layers].append(x)
-                sequence.length += len(ids)
-                if chunk.logits != "none":
-                    logits.append(self.model.logits(x if chunk.logits == "all" else x[-1:]))
-                for layer in seen.layers:
-                    experts_run += int((layer.topk_ids >= 0).sum())
-                    rows_routed += len(layer.topk_ids)
-                    if choices is not None:
-                        choices.count(layer.layer, layer.topk_ids, self.config.num_experts)
-            every = torch.cat(logits)
-            return StepOutput(
-                every if any(chunk.logits in ("last", "all") for chunk in chunks) else every[:0],
-                every.numpy(force=True).argmax(-1).tolist(),
-                experts_run,
-                rows_routed,
-                finite=bool(every.isfinite().all()),
-                states={layers: torch.cat(parts) for layers, parts in states.items()},
-                choices=choices,
-            )
-
-    def logits(self, states: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return self.model.logits(states)
-
-    def rank_channels(
-        self, windows: Sequence[Sequence[int]], progress: Progress
-    ) -> dict[int, Tensor]:
-        order = rank_channels(self.model, windows, progress)
-        reorder_channels(self.model, order)
-        return order
-
-
-class _Cached(SequenceState):
-    def __init__(self, subnet: Subnet, capacity: int, cache: KVCache) -> None:
-        super().__init__(subnet, capacity)
-        self.cache = cache
-
-    @property
-    def nbytes(self) -> int:
-        return self.cache.nbytes

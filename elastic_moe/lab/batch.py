@@ -13,7 +13,8 @@ from elastic_moe_kernels.step_result import Counters
 from torch import Tensor
 
 from elastic_moe.engine.native_runner import NativeRunner
-from elastic_moe.engine.runner import Chunk, Runner, SequenceState
+from elastic_moe.engine.paged import PagedSequence
+from elastic_moe.engine.runner import Chunk, Runner
 from elastic_moe.errors import EngineError
 from elastic_moe.routing import Subnet
 
@@ -53,7 +54,7 @@ class Batch:
         self.runner, self._room = runner, room
         self.backend = runner.backend
         self.level = runner.model.level if isinstance(runner, NativeRunner) else None
-        self._sequences: list[SequenceState] = []
+        self._sequences: list[PagedSequence] = []
         self._counters: Counters | None = None
 
     def start(self, contexts: Ids, subnet: Subnet) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_moe.model.cache import LayerCache
+from elastic_moe.model.cache import LayerStore
 from elastic_moe.model.config import ModelConfig
 
 RopeStyle = Literal["half", "interleaved"]
@@ -118,7 +118,7 @@ class Attention(nn.Module):
         self.input_dtype: torch.dtype | None = None
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerStore | None = None
     ) -> Tensor:
         """x (B, T, D) -> (B, T, D). With a cache, its positions come before x's."""
         B, T, _ = x.shape

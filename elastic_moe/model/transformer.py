@@ -16,7 +16,7 @@ from elastic_moe_kernels.table import LayerTable, SubnetTable
 from torch import Tensor, nn
 
 from elastic_moe.errors import EngineError
-from elastic_moe.model.cache import KVCache, LayerCache
+from elastic_moe.model.cache import Cache, LayerStore
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.model.layers import MLP, Attention, Linear, RMSNorm, rotary_angles, round_to
 from elastic_moe.model.moe import Implementation, MoE
@@ -64,7 +64,7 @@ class DecoderLayer(nn.Module):
         sin: Tensor,
         table: LayerTable,
         subnet_of_row: Tensor,
-        cache: LayerCache | None,
+        cache: LayerStore | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """x (B, T, D) -> x (B, T, D), and router_logits (B*T, E), topk_ids (B*T, K) of experts.
 
@@ -112,7 +112,7 @@ class ElasticTransformer(nn.Module):
         input_ids: Tensor,
         subnets: Subnets,
         *,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         trace: Trace | None = None,
     ) -> Tensor:
         """Logits (B, T, V) of input_ids (B, T): one sub-network for all sequences, or one for each.
@@ -127,7 +127,7 @@ class ElasticTransformer(nn.Module):
         input_ids: Tensor,
         subnets: Subnets,
         *,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         trace: Trace | None = None,
     ) -> Tensor:
         """The residual stream (B, T, D) after the last layer, before the final norm."""
@@ -140,7 +140,7 @@ class ElasticTransformer(nn.Module):
         input_ids: Tensor,
         subnets: Subnets,
         *,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         trace: Trace | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield (layers done, residual stream (B, T, D)), from 0 (the embeddings) to L.

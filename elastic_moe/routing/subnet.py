@@ -140,10 +140,24 @@ class Subnet:
         """SHA-256 over the per-layer table, 64 hex digits: equal exactly for equal tables."""
         digest = hashlib.sha256(b"elastic-moe subnet 1\0" + struct.pack("<I", len(self.layers)))
         for layer in self.layers:
-            numbers = (layer.top_k, layer.min_experts, layer.width, layer.threshold)
-            digest.update(struct.pack("<?IIIfI", layer.active, *numbers, len(layer.pool)))
-            digest.update(struct.pack(f"<{len(layer.pool)}I", *layer.pool))
+            digest.update(_as_bytes(layer))
         return digest.hexdigest()
+
+    @cached_property
+    def kv_keys(self) -> tuple[bytes, ...]:
+        """What the keys and values of each active layer depend on beside the tokens, as digests.
+
+        Keys of the i-th active layer depend on which layers run up to there and on what runs in
+        those before it. Two sub-networks with equal i-th digests leave the same keys and values in
+        their first i + 1 layers: one that is cut to a smaller depth has a prefix of these.
+        """
+        digest = hashlib.sha256(b"elastic-moe kv 1\0" + struct.pack("<I", len(self.layers)))
+        keys = []
+        for index in self.active_layers:
+            digest.update(struct.pack("<I", index))
+            keys.append(digest.digest())
+            digest.update(_as_bytes(self.layers[index]))
+        return tuple(keys)
 
     # Costs are per token. With a threshold they are upper bounds, unless the measured mean number
     # of experts per token and active MoE layer is given.
@@ -196,6 +210,12 @@ class Subnet:
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
         """Bytes of keys and values that one token leaves in the cache."""
         return 2 * self.depth * self.shape.num_kv_heads * self.shape.head_dim * bytes_per_value
+
+
+def _as_bytes(layer: LayerSubnet) -> bytes:
+    numbers = (layer.top_k, layer.min_experts, layer.width, layer.threshold)
+    count = len(layer.pool)
+    return struct.pack(f"<?IIIfI{count}I", layer.active, *numbers, count, *layer.pool)
 
 
 def _spell(value: int | float | tuple[int, ...]) -> str:

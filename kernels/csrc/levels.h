@@ -214,7 +214,9 @@ struct StepArgs {
     const int32_t* logits_rows;
     int logits_count;
     float* logits;               // (logits_count, vocab)
-    int32_t* best_ids;           // (logits_count,) the most likely token, the first among equals
+    int32_t* best_ids;           // (logits_count,) zeros: the most likely token, the first among
+                                 // equals, or -1 if a logit is not a number
+    int64_t* sequence_experts;   // (sequences,) zeros: (token, expert) pairs that ran in all layers
     const uint8_t* state_layers;  // (L + 1,) whether to copy the stream after that many layers
     float* states;                // (copies, T, D)
     int32_t* trace_ids;           // (L, T, trace_slots) or null: what ran, -1 elsewhere

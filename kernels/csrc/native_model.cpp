@@ -194,13 +194,13 @@ void NativeModel::take_room(const StepInputs& in, StepArgs& a) {
 // `prepare` completes the inputs, and says what is wrong with them.
 template <class Prepare>
 NativeModel::Answer NativeModel::run(StepInputs& in, Prepare prepare) {
-    if (busy_.test_and_set(std::memory_order_acquire)) return {kBusy, 0, 0, 0, {}, {}};
+    if (busy_.test_and_set(std::memory_order_acquire)) return {kBusy, 0, 0, 0, {}, {}, {}};
     struct Free {
         std::atomic_flag& flag;
         ~Free() { flag.clear(std::memory_order_release); }
     } free{busy_};
     const Found found = prepare();
-    if (found.refusal) return {found.refusal, found.where, found.value, found.detail, {}, {}};
+    if (found.refusal) return {found.refusal, found.where, found.value, found.detail, {}, {}, {}};
     sort_rows(in);
 
     StepArgs a{};
@@ -232,9 +232,11 @@ NativeModel::Answer NativeModel::run(StepInputs& in, Prepare prepare) {
     take_room(in, a);
     std::vector<int32_t> best_ids(static_cast<size_t>(in.logits_count));
     a.best_ids = best_ids.data();
+    std::vector<int64_t> sequence_experts(static_cast<size_t>(in.sequence_count));
+    a.sequence_experts = sequence_experts.data();
     kernels_->step(a);
     const Counters& c = a.counters;
-    return {kStepFine, 0, 0, 0, std::move(best_ids),
+    return {kStepFine, 0, 0, 0, std::move(best_ids), std::move(sequence_experts),
             {c.weight_bytes, c.kv_bytes, c.flops, c.experts_run, c.rows_routed, c.finite}};
 }
 

@@ -74,10 +74,12 @@ class NativeModel {
                    int everyone_channels);
     void set_ends(uintptr_t embeddings, uintptr_t final_norm, uintptr_t head);
 
-    // (refusal, where, value, detail), the most likely tokens, the counters in the order of
-    // `Counters`.
+    // (refusal, where, value, detail), the most likely tokens, (token, expert) pairs of each
+    // sequence, the counters in the order of `Counters`.
     typedef std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t> CounterTuple;
-    typedef std::tuple<int, int64_t, int64_t, int64_t, std::vector<int32_t>, CounterTuple> Answer;
+    typedef std::tuple<int, int64_t, int64_t, int64_t, std::vector<int32_t>, std::vector<int64_t>,
+                       CounterTuple>
+        Answer;
 
     // Run a batch; its arrays must stay until its last step.
     Answer step(StepInputs& in, const IntArray& token_ids, const IntArray& positions,

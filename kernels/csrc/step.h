@@ -186,6 +186,10 @@ static void plan_layer(StepArgs& s, int index) {
         plan_experts<Kind>(s.plan, layer.experts, s.topk_ids, s.topk_weights, s.row_channels,
                            here.rows, here.slots);
         s.counters.experts_run += s.plan.slots_used;
+        for (int n = 0; n < here.rows; ++n)
+            for (int slot = 0; slot < here.slots; ++slot)
+                s.sequence_experts[s.sequences[here.row[n]]] +=
+                    s.topk_ids[static_cast<int64_t>(n) * here.slots + slot] >= 0;
         s.counters.rows_routed += here.rows;
         if (s.trace_ids) {
             int32_t* const trace = s.trace_ids + static_cast<int64_t>(index) * s.rows * s.trace_slots;
@@ -306,17 +310,18 @@ static void step_as(Member& member, StepArgs& s) {
                  m.hidden, m.eps, normed);
         to_inputs<Kind>(normed, m.hidden, s.input_stride, row_of<Kind>(s.inputs, s.input_stride, i));
     });
-    bool finite = true;
     multiply_rows<Kind>(
         member, m.head, s.logits_count,
         [&](int i) { return row_of<Kind>(s.inputs, s.input_stride, i); },
         [&](int i, int column, int count, const float* sums) {
+            bool finite = true;
             for (int j = 0; j < count; ++j) finite &= sums[j] - sums[j] == 0.0f;
+            if (!finite) __atomic_store_n(s.best_ids + i, -1, __ATOMIC_RELAXED);
             store_panel(s.logits + static_cast<int64_t>(i) * m.vocab + column, sums, count);
         });
-    if (!finite) __atomic_store_n(&s.counters.finite, 0, __ATOMIC_RELAXED);
     each_row(member, s.logits_count, m.vocab, [&](int i) {
-        s.best_ids[i] = argmax(s.logits + static_cast<int64_t>(i) * m.vocab, m.vocab);
+        if (s.best_ids[i] < 0) __atomic_store_n(&s.counters.finite, 0, __ATOMIC_RELAXED);
+        else s.best_ids[i] = argmax(s.logits + static_cast<int64_t>(i) * m.vocab, m.vocab);
     });
 }
 

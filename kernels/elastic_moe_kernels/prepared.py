@@ -16,7 +16,7 @@ from elastic_moe_kernels.step_result import Counters, StepResult
 if TYPE_CHECKING:
     from elastic_moe_kernels.step import CpuModel
 
-Answer = tuple[int, int, int, int, list[int], tuple[int, int, int, int, int, int]]
+Answer = tuple[int, int, int, int, list[int], list[int], tuple[int, int, int, int, int, int]]
 
 
 class BatchArrays(NamedTuple):
@@ -111,11 +111,16 @@ class PreparedStep:
             inputs.trace_ids, inputs.trace_slots = self._topk_ids.data_ptr(), shape[2]
 
     def _read(self, answer: Answer) -> StepResult:
-        refusal, where, value, detail, best_ids, counters = answer
+        refusal, where, value, detail, best_ids, sequence_experts, counters = answer
         if refusal:
             self._refuse(refusal, where, value, detail)
         return StepResult(
-            self._logits, self._states, self._topk_ids, Counters._make(counters), best_ids
+            self._logits,
+            self._states,
+            self._topk_ids,
+            Counters._make(counters),
+            best_ids,
+            sequence_experts,
         )
 
     def _refuse(self, refusal: int, where: int, value: int, detail: int) -> None:

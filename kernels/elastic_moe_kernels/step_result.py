@@ -41,7 +41,9 @@ class StepResult(NamedTuple):
         logits: (n, V) float32, of the rows asked for; (0, V) if they were not wanted.
         states: (m, T, D) float32, the stream after each of the layer counts asked for.
         topk_ids: (L, T, K) int32 if asked for: experts that ran, -1 elsewhere.
-        best_ids: (n,) the most likely token of each row asked for, the first among equals.
+        best_ids: (n,) the most likely token of each row asked for, the first among equals; -1 if
+            one of its logits is not a number.
+        sequence_experts: (S,) how many (token, expert) pairs each ran.
     """
 
     logits: Tensor
@@ -49,3 +51,4 @@ class StepResult(NamedTuple):
     topk_ids: Tensor | None
     counters: Counters
     best_ids: list[int]
+    sequence_experts: list[int]

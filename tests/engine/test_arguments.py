@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from elastic_moe import Engine, SamplingParams
-from elastic_moe.engine import generation
+from elastic_moe.engine import job
 from elastic_moe.errors import EngineError, RequestError
 
 TWO = SamplingParams(max_tokens=2, ignore_eos=True)
@@ -49,6 +49,29 @@ TWO = SamplingParams(max_tokens=2, ignore_eos=True)
         ("stop", b"end"),
         ("stop", None),
         ("ignore_eos", 1),
+        ("n", 0),
+        ("n", 129),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", float("inf")),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", float("nan")),
+        ("logit_bias", {"a": 1}),
+        ("logit_bias", {5: 101}),
+        ("logit_bias", {-1: 1}),
+        ("logit_bias", [5]),
+        ("stop_token_ids", "5"),
+        ("stop_token_ids", [-5]),
+        ("stop_token_ids", 5),
+        ("min_tokens", -1),
+        ("prompt_logprobs", 21),
+        ("json_schema", "{"),
+        ("json_schema", [1]),
+        ("json_schema", {"a": {1}}),
+        ("json_object", 1),
+        ("forced_text", 5),
+        ("forced_text", [-1]),
         ("logprobs", 21),
         ("logprobs", True),
         ("logprobs", 1.0),
@@ -189,7 +212,7 @@ def test_tpot_is_the_time_after_the_first_token_over_all_tokens_but_it(
 ) -> None:
     """A clock that moves by one second at each look: start 0, first token 1, end 2."""
     clock = itertools.count()
-    monkeypatch.setattr(generation.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(job.time, "perf_counter", lambda: float(next(clock)))
     sampling = SamplingParams(max_tokens=5, ignore_eos=True)
     usage = tiny.generate(IDS, None, sampling).usage
     assert usage.completion_tokens == 5

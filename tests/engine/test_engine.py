@@ -177,10 +177,10 @@ def test_bad_requests_are_refused_at_the_call(tiny: Engine) -> None:
 
 def test_a_closed_engine_refuses_to_run(tiny_folder: object) -> None:
     with Engine.from_pretrained(tiny_folder) as engine:
-        stream = engine.stream("x")
+        stream = engine.stream("x", None, SamplingParams(max_tokens=600, ignore_eos=True))
         next(stream)
-    with pytest.raises(EngineError, match="closed"):
-        next(stream)
+    with pytest.raises(EngineError, match="closed before the request had ended"):
+        list(stream)
     with pytest.raises(EngineError, match="closed"):
         engine.score([1])
 

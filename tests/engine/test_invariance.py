@@ -161,7 +161,7 @@ def test_a_shallower_network_may_go_on_from_the_cache_of_a_deeper_one(
     sequence = runner.open(shallow, 40)
     sequence.grow(30)
     tables = ahead.tables[:3, :2]
-    blocks = runner._pool.blocks
+    blocks = runner._own_pool.blocks
     blocks[torch.from_numpy(sequence.tables[:3, :2].flatten()).long()] = blocks[
         torch.from_numpy(tables.flatten()).long()
     ]
@@ -207,7 +207,7 @@ def test_blocks_hold_nothing_of_whom_they_belonged_to(runner: NativeRunner) -> N
     shape = runner.config.shape
     ids = random_ids(np.random.default_rng(6), 70)
     want = alone(runner, resolve(shape), ids)
-    runner._pool.blocks.fill_(0xFF)
+    runner._own_pool.blocks.fill_(0xFF)
     assert torch.equal(alone(runner, resolve(shape), ids), want)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from elastic_moe.engine import native_runner, paged
 from elastic_moe.engine.native_runner import NativeRunner
-from elastic_moe.engine.runner import Chunk, SequenceState, StepOutput, Wanted
+from elastic_moe.engine.paged import PagedSequence
+from elastic_moe.engine.runner import Chunk, StepOutput, Wanted
 from elastic_moe.errors import EngineError
 from elastic_moe.routing import Subnet, resolve
 
@@ -52,7 +53,7 @@ class Texts:
     def __init__(self, runner: NativeRunner) -> None:
         self.runner = runner
         self.want = [whole(runner, i) for i in range(len(TEXTS))]
-        self.sequences: list[SequenceState] = [runner.open(s, LENGTH) for s in subnets(runner)]
+        self.sequences: list[PagedSequence] = [runner.open(s, LENGTH) for s in subnets(runner)]
 
     def feed(self, *numbers: int, wanted: Wanted = "last") -> StepOutput:
         """One more token of each of these, and compare."""
@@ -91,7 +92,6 @@ def test_decoding_builds_one_batch(
     built = prepared(runner, monkeypatch)
     for _ in range(LENGTH):
         out = texts.feed(0, 1, 2, 3, wanted=wanted)
-        assert out.finite
         assert out.logits.shape[0] == (4 if wanted == "last" else 0)
     assert built == [4]
 
@@ -158,11 +158,11 @@ def test_a_cache_that_moves_while_decoding(
     kept = []  # so that there are no free blocks
     moved = 0
     for _ in range(LENGTH):
-        while runner._pool.free:
-            kept.append(runner._pool.take(1))
-        before = runner._pool.blocks
+        while runner._own_pool.free:
+            kept.append(runner._own_pool.take(1))
+        before = runner._own_pool.blocks
         texts.feed(0, 1, 2, 3)
-        moved += before is not runner._pool.blocks
+        moved += before is not runner._own_pool.blocks
     assert moved >= 4
 
 
@@ -182,12 +182,12 @@ def test_angles_that_are_too_few_while_decoding(
 def test_blocks_of_a_sequence_that_is_dropped_are_free_at_once(runner: NativeRunner) -> None:
     texts = Texts(runner)
     gc.collect()
-    free = len(runner._pool.free)
+    free = len(runner._own_pool.free)
     for _ in range(3):
         texts.feed(0, 1, 2, 3)
-    assert len(runner._pool.free) < free
+    assert len(runner._own_pool.free) < free
     texts.sequences.clear()
-    assert len(runner._pool.free) == free
+    assert len(runner._own_pool.free) == free
 
 
 def test_a_sequence_that_is_full_stops_the_step(runner: NativeRunner) -> None:

@@ -1,0 +1,151 @@
+"""A request on its way through the engine, with its choices; used on the engine's thread alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from elastic_moe.engine.generation import Generation
+from elastic_moe.engine.paged import ManagedSequence
+from elastic_moe.engine.request import (
+    AppliedRouting,
+    Choice,
+    Completion,
+    Delta,
+    TokenLogprob,
+    Usage,
+)
+from elastic_moe.engine.sampling import Logits, token_logprob
+from elastic_moe.engine.sampling_params import SamplingParams
+from elastic_moe.engine.sequence import Sequence
+from elastic_moe.routing import Subnet
+
+
+class Sink(Protocol):
+    """Where the pieces of a request go. Neither call may raise or block."""
+
+    def put(self, delta: Delta) -> None:
+        """The next piece."""
+
+    def fail(self, error: BaseException) -> None:
+        """There will be no more."""
+
+
+class Text:
+    """One choice: what the scheduler, the runner and the reader know of it."""
+
+    __slots__ = ("fresh", "generation", "job", "sequence", "state")
+
+    def __init__(
+        self, job: Job, sequence: Sequence, state: ManagedSequence, generation: Generation
+    ) -> None:
+        self.job, self.sequence, self.state, self.generation = job, sequence, state, generation
+        self.fresh = True  # its pages are others than the runner's tables say
+
+
+class Job:
+    """One request.
+
+    Args:
+        number: unique; requests are served in this order.
+        prompt: token ids.
+
+    Attributes:
+        texts: its choices.
+        ended: nothing of it runs any more.
+    """
+
+    def __init__(
+        self, number: int, prompt: list[int], subnet: Subnet, params: SamplingParams, sink: Sink
+    ) -> None:
+        self.number, self.prompt, self.subnet = number, prompt, subnet
+        self.params, self.sink = params, sink
+        self.texts: list[Text] = []
+        self.ended = False
+        self._rows = self._experts = 0
+        self._prompt_logprobs: list[TokenLogprob] = []
+        self._started = time.perf_counter()
+        self._first_token = 0.0
+
+    def add_text(
+        self,
+        generation: Generation,
+        open_state: Callable[[Subnet, int], ManagedSequence],
+    ) -> None:
+        """Have another choice, which begins when the first one has computed the prompt."""
+        first = self.texts[0].sequence if self.texts else None
+        sequence = Sequence(
+            (self.number, len(self.texts)), self.prompt, self.subnet.kv_keys, after=first
+        )
+        # Log-probabilities of the prompt take its logits, so it is computed in any case.
+        sequence.reads_cache = self.params.prompt_logprobs is None or first is not None
+        state = open_state(self.subnet, len(self.prompt) + self.params.max_tokens)
+        self.texts.append(Text(self, sequence, state, generation))
+
+    @property
+    def finished(self) -> bool:
+        """Whether all choices have come to their end."""
+        return all(text.generation.choice is not None for text in self.texts)
+
+    def count(self, rows: int, experts: int) -> None:
+        """Tokens that ran, and (token, expert) pairs that ran for them."""
+        self._rows += rows
+        self._experts += experts
+
+    def note_token(self) -> None:
+        """A token came."""
+        if not self._first_token:
+            self._first_token = time.perf_counter()
+
+    def wants_prompt_logprobs(self, text: Text, start: int) -> bool:
+        """Whether logits of tokens from `start` on say something about the prompt."""
+        return (
+            self.params.prompt_logprobs is not None
+            and text is self.texts[0]
+            and start + 1 < len(self.prompt)
+        )
+
+    def take_prompt_logits(self, start: int, logits: Logits | None) -> None:
+        """Logits (n, V) of the prompt's tokens from `start` on; again after a preemption."""
+        top = self.params.prompt_logprobs
+        if top is None or logits is None:
+            return
+        for position, row in enumerate(logits[: len(self.prompt) - 1 - start], start + 1):
+            if position == len(self._prompt_logprobs) + 1:
+                self._prompt_logprobs.append(token_logprob(row, self.prompt[position], top))
+
+    def completion(self) -> Completion:
+        """The whole, when all choices have ended."""
+        now = time.perf_counter()
+        choices: list[Choice] = [t.generation.choice for t in self.texts if t.generation.choice]
+        first, subnet = choices[0], self.subnet
+        written = len(first.token_ids)
+        active = len(subnet.shape.moe_layers.intersection(subnet.active_layers))
+        mean_experts = self._experts / (self._rows * active) if active else 0.0
+        mean_context = (len(self.prompt) + written) // 2
+        return Completion(
+            text=first.text,
+            token_ids=first.token_ids,
+            logprobs=first.logprobs,
+            finish_reason=first.finish_reason,
+            usage=Usage(
+                prompt_tokens=len(self.prompt),
+                completion_tokens=sum(len(choice.token_ids) for choice in choices),
+                ttft_seconds=self._first_token - self._started,
+                tpot_seconds=(now - self._first_token) / (written - 1) if written > 1 else 0.0,
+                cached_tokens=self.texts[0].sequence.cached_tokens or 0,
+            ),
+            routing=AppliedRouting(
+                name=subnet.name,
+                fingerprint=subnet.fingerprint,
+                depth=subnet.depth,
+                active_params=subnet.active_params,
+                mean_experts=mean_experts,
+                flops_per_token=subnet.flops_per_token(mean_context, mean_experts),
+            ),
+            choices=tuple(choices),
+            prompt_logprobs=(
+                None if self.params.prompt_logprobs is None else tuple(self._prompt_logprobs)
+            ),
+        )

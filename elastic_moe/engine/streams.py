@@ -1,0 +1,118 @@
+"""How pieces of text get from the engine's thread to who waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any
+
+from elastic_moe.engine.request import Completion, Delta
+from elastic_moe.errors import EngineError
+
+Item = Delta | BaseException
+
+
+class Pieces:
+    """Hands pieces to another thread."""
+
+    def __init__(self) -> None:
+        self.queue: SimpleQueue[Item] = SimpleQueue()
+
+    def put(self, delta: Delta) -> None:
+        self.queue.put(delta)
+
+    def fail(self, error: BaseException) -> None:
+        self.queue.put(error)
+
+
+class DeltaStream:
+    """An iterator over a request's pieces; dropping or closing it ends the request.
+
+    Args:
+        pieces: what the engine fills. The engine has no reference to this iterator, so that it
+            can be dropped.
+        cancel: ends the request.
+        owner: what must live as long as this.
+    """
+
+    def __init__(self, pieces: Pieces, cancel: Callable[[], None], owner: object) -> None:
+        self._queue, self._cancel, self._owner = pieces.queue, cancel, owner
+        self._done = False
+
+    def __iter__(self) -> DeltaStream:
+        return self
+
+    def __next__(self) -> Delta:
+        if self._done:
+            raise StopIteration
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            self._done = True
+            raise item
+        self._done = item.completion is not None
+        return item
+
+    def close(self) -> None:
+        """End the request, if it has not ended."""
+        if not self._done:
+            self._done = True
+            self._cancel()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class WholeText:
+    """Waits for a request's end."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[Completion | BaseException] = SimpleQueue()
+
+    def put(self, delta: Delta) -> None:
+        if delta.completion is not None:
+            self._queue.put(delta.completion)
+
+    def fail(self, error: BaseException) -> None:
+        self._queue.put(error)
+
+    def wait(self) -> Completion:
+        """The completion, or what went wrong."""
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+
+class AsyncPieces:
+    """Hands pieces to an event loop; an end of that loop ends the request.
+
+    Args:
+        whole: whether only the last piece is wanted.
+    """
+
+    def __init__(self, *, whole: bool = False) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Item] = asyncio.Queue()
+        self._whole = whole
+
+    def put(self, delta: Delta) -> None:
+        if not self._whole or delta.completion is not None:
+            self._post(delta)
+
+    def fail(self, error: BaseException) -> None:
+        self._post(error)
+
+    async def next(self) -> Delta:
+        """The next piece, or what went wrong."""
+        item = await self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def _post(self, item: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+        except RuntimeError as error:  # the loop is closed: nobody can be told
+            if not self._loop.is_closed():
+                raise EngineError("the event loop takes no more calls.") from error

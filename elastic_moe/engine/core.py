@@ -308,16 +308,16 @@ class EngineCore:
         row = 0
         for text, chunk, experts in zip(texts, chunks, out.experts_run, strict=True):
             job, count = text.job, len(chunk.token_ids)
-            start = text.sequence.computed
-            self._scheduler.computed(text.sequence, count)
-            job.count(count, experts)
-            if chunk.logits == "none":
-                continue
-            rows = count if chunk.logits == "all" else 1
+            rows = {"none": 0, "all": count}.get(chunk.logits, 1)
             own = None if logits is None else logits[row : row + rows]
             best_ids = out.best_ids[row : row + rows]
             row += rows
-            if job.ended:
+            if job.ended:  # by a choice before this one
+                continue
+            start = text.sequence.computed
+            self._scheduler.computed(text.sequence, count)
+            job.count(count, experts)
+            if not rows:
                 continue
             try:
                 self._give(text, start, own, best_ids)

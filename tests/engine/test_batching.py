@@ -46,12 +46,12 @@ def engine_of(folder: Path, dtype: str, kind: str) -> Engine:
     options: dict[str, Any] = {
         "solo": {"max_num_seqs": 1, "enable_prefix_caching": False},
         "shared": {"max_num_seqs": 33, "max_num_batched_tokens": 64, "on_step": STEPS.append},
-        # 6 layers: full contexts of 80 tokens for about three of them.
+        # 6 layers, up to 70 tokens: the longest takes 30 blocks.
         "small": {"max_num_seqs": 16, "max_num_batched_tokens": 48, "kv_cache_bytes": 0},
     }[kind]
     if kind == "small":
         block = engine_of(folder, dtype, "solo").runner.block_bytes
-        options["kv_cache_bytes"] = 100 * block
+        options["kv_cache_bytes"] = 44 * block
     return Engine.from_pretrained(folder, backend="cpu", dtype=dtype, **options)
 
 
@@ -139,7 +139,9 @@ def test_32_requests_with_32_subnetworks_get_what_each_gets_alone(
 def test_a_cache_that_preempts_changes_nothing(tiny_folder: Path, dtype: str) -> None:
     engine = engine_of(tiny_folder, dtype, "small")
     before = engine.stats().preemptions
-    assert together(engine) == solo(tiny_folder, dtype)
+    for _ in range(3):
+        done = engine.generate(*map(list, zip(*requests(engine.shape), strict=True)))
+        assert [result(completion) for completion in done] == solo(tiny_folder, dtype)
     assert engine.stats().preemptions > before
     engine.check_integrity()
 

@@ -202,6 +202,15 @@ def test_without_prefix_caching_nothing_stays() -> None:
     assert world.blocks.available_blocks == 2000
 
 
+def test_the_end_of_a_text_is_evicted_before_its_beginning() -> None:
+    subnet = SUBNETS[0]
+    world = World(7 * subnet.depth, 512, 4)
+    prefill(world, TEXT[:95], subnet)  # 6 pages, and one is free
+    prefill(world, [9] * 30, subnet)  # takes 2
+    assert world.blocks.evicted_pages == 1
+    assert prefill(world, TEXT[:95], subnet).cached_tokens == 80
+
+
 def test_a_text_of_fewer_layers_takes_fewer_blocks() -> None:
     used = []
     for subnet in (FULL, resolve(MINI, depth=12)):

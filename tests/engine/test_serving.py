@@ -15,6 +15,7 @@ import torch
 
 from elastic_moe import Engine, SamplingParams
 from elastic_moe.engine.core import StepRecord
+from elastic_moe.engine.generation import Generation
 from elastic_moe.errors import EngineError, QueueFullError, RequestError
 
 PROMPT = list(range(20, 60))
@@ -257,6 +258,41 @@ def test_a_step_that_fails_takes_only_the_guilty_one(
     idle(engine)
 
 
+@pytest.mark.parametrize("where", ["in its text", "in the step"])
+def test_a_choice_that_fails_ends_the_others_of_its_request(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """In the same step, before they have their token; a mate goes on."""
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    want = engine.generate(PROMPT, "k1", params).token_ids
+    take, run, core = Generation.take, engine.runner.run, engine._running_core()
+
+    def faulty_take(generation: Generation, *arguments: Any) -> Any:
+        if generation._params.n == 3 and len(generation.token_ids) == 20:
+            raise ValueError("cursed")
+        return take(generation, *arguments)
+
+    def faulty_run(chunks: Any, **options: Any) -> Any:
+        cursed = [text.state for text in core._texts.values() if text.job.params.n == 3]
+        if any(c.sequence in cursed and c.sequence.length > len(PROMPT) + 20 for c in chunks):
+            raise ValueError("cursed")
+        return run(chunks, **options)
+
+    if where == "in its text":
+        monkeypatch.setattr(Generation, "take", faulty_take)
+    else:
+        monkeypatch.setattr(engine.runner, "run", faulty_run)
+    three = engine.stream(
+        PROMPT, None, SamplingParams(max_tokens=40, ignore_eos=True, n=3, temperature=1.0)
+    )
+    next(three)
+    mate = engine.stream(PROMPT, "k1", params)
+    with pytest.raises(ValueError, match="cursed"):
+        list(three)
+    assert list(mate)[-1].completion.token_ids == want
+    idle(engine)
+
+
 def test_a_defect_of_the_engine_is_told_to_everybody(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -355,6 +391,16 @@ def test_requests_that_need_more_than_there_is_take_turns(tiny_folder: Path) -> 
         assert [c.token_ids for c in engine.generate(prompts, None, params)] == want
         assert engine.stats().preemptions > 0
         idle(engine)
+
+
+def test_prompt_logprobs_come_once_though_their_prompt_is_read_twice(tiny_folder: Path) -> None:
+    block = Engine.from_pretrained(tiny_folder).runner.block_bytes
+    params = SamplingParams(max_tokens=60, ignore_eos=True, prompt_logprobs=1)
+    with Engine.from_pretrained(tiny_folder, kv_cache_bytes=60 * block) as engine:
+        want = engine.generate([9, *PROMPT], None, params).prompt_logprobs
+        done = engine.generate([[9, *PROMPT]] * 5, None, params)
+        assert engine.stats().preemptions > 0
+        assert [c.prompt_logprobs for c in done] == [want] * 5
 
 
 def test_closing_lets_requests_end_within_its_time(tiny_folder: Path) -> None:

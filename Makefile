@@ -12,7 +12,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sweep test test-sanitize check bench interop peers clean
+.PHONY: help sweep test test-sanitize check soak bench interop peers clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
@@ -65,6 +65,9 @@ check: .venv/.installed  ## lint, formatting, types
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy --strict
+
+soak: .venv/.installed  ## drive 2,000 random requests through the engine and compare each with its solo run
+	.venv/bin/python -m tests.engine.soak $(ARGS)
 
 bench: .venv/.installed  ## time the kernels beside their reference and the machine's limit
 	.venv/bin/python -m pytest benchmarks --benchmark-only $(ARGS)

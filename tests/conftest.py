@@ -56,10 +56,8 @@ def random_model(config: object = TINY, seed: int = 0) -> ElasticTransformer:
     return model
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint folder with a tiny random model and the bundled tokenizer."""
-    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+def make_tiny_folder(folder: Path) -> Path:
+    """Save a checkpoint folder with a tiny random model and the bundled tokenizer."""
     bundled = BUNDLED / "elastic-mini"
     special = json.loads((bundled / "config.json").read_text())
     config = write_config(
@@ -72,6 +70,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(bundled / name, folder / name)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such a folder."""
+    return make_tiny_folder(tmp_path_factory.mktemp("checkpoints") / "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.bars import BARS, MIN_ROUNDS, Round, judge
+from benchmarks.peers.engine_bars import ENGINE_BARS
+from benchmarks.peers.engine_stage import EngineStage
 from benchmarks.peers.slowdown import SLOWER
 from benchmarks.peers.stages import THREADS, LayerStage, ModelStage, Places
 from elastic_moe.files import write_text
 from elastic_moe.lab.record import describe_commit, describe_machine, describe_versions
 from elastic_moe.model.folder import BUNDLED
 
-Stage = ModelStage | LayerStage
+Stage = ModelStage | LayerStage | EngineStage
 STAGES: dict[str, tuple[Callable[[Places], Stage], tuple[str, ...]]] = {
     "standard": (
         lambda places: ModelStage(places, "standard"),
@@ -34,6 +36,7 @@ STAGES: dict[str, tuple[Callable[[Places], Stage], tuple[str, ...]]] = {
     ),
     "layer": (lambda places: LayerStage(places, "standard"), ("layer16", "layer64", "layer512")),
     "mini": (lambda places: ModelStage(places, "mini"), ("mini",)),
+    "engine": (EngineStage, ("engine16", "mix k", "mix width", "mix depth", "prefix", "load")),
     "awkward": (
         lambda places: ModelStage(places, "awkward"),
         ("awkward prefill512", "awkward decode1", "awkward decode16"),
@@ -43,8 +46,9 @@ STAGES: dict[str, tuple[Callable[[Places], Stage], tuple[str, ...]]] = {
         ("awkward layer16", "awkward layer64"),
     ),
 }
+ALL_BARS = {**BARS, **ENGINE_BARS}
 # Tokens that one call brings forward.
-TOKENS = {"prefill512": 512, "decode1": 1, "decode16": 16, "mini": 1, "saving": 1}
+TOKENS = {"prefill512": 512, "decode1": 1, "decode16": 16, "mini": 1, "saving": 1, "engine16": 16}
 
 
 def run_stage(name: str, places: Places, rounds: int, level: str | None) -> list[dict[str, Any]]:
@@ -69,7 +73,7 @@ def run_stage(name: str, places: Places, rounds: int, level: str | None) -> list
     records = []
     for case, values in measured.items():
         show(case, values)
-        judged = [judge(bar, values) for bar in BARS[case]]
+        judged = [judge(bar, values) for bar in ALL_BARS[case]]
         for verdict in judged:
             print(f"    {verdict}")
         records.append(

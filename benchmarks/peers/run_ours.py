@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from slowdown import SLOWER, TwiceTheExperts
+from timed_native import TimedNative
 from worker import Ids, model_handlers, serve
 
 from elastic_moe.config import resolve_routing
@@ -82,25 +83,6 @@ class Ours:
         finally:
             packed.native = timer.native
         return statistics.median(outside)
-
-
-class TimedNative:
-    """Stands before the native model and adds up the seconds inside its steps."""
-
-    def __init__(self, native: Any) -> None:
-        self.native, self.seconds = native, 0.0
-
-    def step(self, *arguments: Any) -> Any:
-        return self._timed(self.native.step, arguments)
-
-    def advance(self, *arguments: Any) -> Any:
-        return self._timed(self.native.advance, arguments)
-
-    def _timed(self, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        start = time.perf_counter()
-        result = call(*arguments)
-        self.seconds += time.perf_counter() - start
-        return result
 
 
 def main() -> None:

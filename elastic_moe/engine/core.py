@@ -7,6 +7,7 @@ told to, or by a fault of its own, which every request is then told.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -65,7 +66,7 @@ class EngineCore:
     """Runs jobs on a thread of its own.
 
     Args:
-        num_blocks: blocks of keys and values.
+        num_blocks: blocks of keys and values, which the runner has reserved.
         max_queue: jobs that may be unfinished at once.
         num_threads: for the kernels.
         on_step: told every step, on the engine's thread.
@@ -89,7 +90,6 @@ class EngineCore:
         self._scheduler = Scheduler(
             self._blocks, max_step_tokens=max_step_tokens, max_sequences=max_sequences
         )
-        runner.reserve(num_blocks)
         self._texts: dict[Sequence, Text] = {}
         self._jobs: set[Job] = set()
         self._mail: deque[Callable[[], None]] = deque()
@@ -98,6 +98,7 @@ class EngineCore:
         self._closed = False  # no more jobs; guarded by _wake
         self._drain_until: float | None = None
         self._preemptions = self._steps = 0
+        self._pid = os.getpid()
         self._thread = threading.Thread(target=self._work, name="elastic-moe engine", daemon=True)
         self._thread.start()
 
@@ -155,8 +156,11 @@ class EngineCore:
     def close(self, drain_seconds: float = 0.0) -> None:
         """Take nothing more in, let what runs end within so many seconds, stop the thread.
 
-        What has not ended by then is told so by an `EngineError`.
+        What has not ended by then is told so by an `EngineError`. In a process that was forked off
+        there is no thread to stop, and nothing happens.
         """
+        if os.getpid() != self._pid:
+            return
         with self._wake:
             first = not self._closed
             self._closed = True
@@ -165,12 +169,6 @@ class EngineCore:
             self._post(lambda: setattr(self, "_drain_until", until))
         if threading.current_thread() is not self._thread:
             self._thread.join()
-
-    def stop(self) -> None:
-        """As `close` without a wait, for who cannot wait."""
-        with self._wake:
-            self._closed = True
-        self._post(lambda: setattr(self, "_drain_until", 0.0))
 
     def forget_prefixes(self) -> None:
         """Drop cached prefixes, as another model would have left others; for `call`."""

@@ -283,7 +283,7 @@ class Engine:
         with self._lock:
             self._closed = True
             core = self._core
-        if core is not None and os.getpid() == self._pid:
+        if core is not None:
             core.close(drain_seconds)
 
     def __enter__(self) -> Self:
@@ -305,7 +305,8 @@ class Engine:
                 self._check_usable()
                 if self._core is None:
                     core = self.options.start(self.runner, self._num_blocks)
-                    weakref.finalize(self, core.stop)
+                    # Also when Python ends: a thread inside native code would not survive that.
+                    weakref.finalize(self, core.close)
                     self._core = core
         return self._core
 

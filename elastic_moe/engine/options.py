@@ -84,7 +84,18 @@ class EngineOptions:
         )
 
     def start(self, runner: Runner, num_blocks: int) -> EngineCore:
-        """The thread that does it."""
+        """The thread that does it.
+
+        Raises:
+            EngineError: the memory for keys and values cannot be had.
+        """
+        try:
+            runner.reserve(num_blocks)
+        except (RuntimeError, MemoryError) as error:
+            raise EngineError(
+                f"{num_blocks * runner.block_bytes} bytes for keys and values cannot be had. "
+                f"Choose a smaller kv_cache_bytes."
+            ) from error
         return EngineCore(
             runner,
             num_blocks=num_blocks,

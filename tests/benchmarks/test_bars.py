@@ -17,7 +17,7 @@ from benchmarks.peers.bars import (
     judge,
     saving,
 )
-from benchmarks.peers.run import STAGES, ceiling
+from benchmarks.peers.run import ALL_BARS, STAGES, ceiling
 
 B, M = 30e9, 400e9
 
@@ -131,7 +131,8 @@ def test_saving_is_time_saved_over_bytes_saved(seconds: float, expected: float) 
 
 
 def test_every_case_has_bars_and_every_bar_a_case() -> None:
-    assert {case for _, cases in STAGES.values() for case in cases} == set(BARS)
+    assert {case for _, cases in STAGES.values() for case in cases} == set(ALL_BARS)
+    assert [case for case, bars in ALL_BARS.items() if not bars] == ["load"]
 
 
 def test_the_ceiling_is_the_nearer_limit() -> None:

@@ -275,7 +275,7 @@ def test_flops_are_those_of_the_cost_formula(runner: NativeRunner, name: str) ->
     ids = random_ids(np.random.default_rng(8), 40)
     out = runner.run([Chunk(runner.open(subnet, 40), ids, "all")])
     assert out.counters is not None
-    mean = out.experts_run / out.rows_routed
+    mean = out.experts_run[0] / out.counters.rows_routed
     want = sum(subnet.flops_per_token(context, mean) for context in range(1, 41))
     # The step computes the router's logits of all experts, whatever the pool.
     idle = runner.config.num_experts - len(subnet.uniform("pool"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -337,6 +339,19 @@ def test_a_dropped_engine_ends_its_thread(tiny_folder: Path) -> None:
     gc.collect()
     thread.join(timeout=20)
     assert not thread.is_alive()
+
+
+def test_python_ends_while_requests_run(tiny_folder: Path) -> None:
+    """The thread is inside native code then, which Python's end would tear apart."""
+    code = f"""
+from elastic_moe import Engine, SamplingParams
+engine = Engine.from_pretrained({str(tiny_folder)!r})
+params = SamplingParams(max_tokens=600, ignore_eos=True)
+streams = [engine.stream([5, 6], None, params) for _ in range(40)]
+next(streams[0])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_stream_keeps_its_engine(tiny_folder: Path) -> None:

@@ -1,0 +1,174 @@
+"""elastic-moe's engine: run_engine.py FOLDER THREADS. Runs under .venv.
+
+Requests come in as a caller's would, and every step of the model is watched from inside: when it
+began and ended, what it touched, how long the native call took.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+from timed_native import TimedNative
+from worker import Ids, serve
+
+from elastic_moe.engine import Engine, SamplingParams
+from elastic_moe.engine.loading import load_runner
+from elastic_moe.engine.native_runner import NativeRunner
+from elastic_moe.engine.options import EngineOptions
+from elastic_moe.lab.record import describe_commit, describe_machine, describe_versions
+from elastic_moe.model.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of the model."""
+
+    start: float
+    tokens: tuple[int, ...]
+    native_seconds: float
+    touched_bytes: int
+    flops: int
+
+
+class Served:
+    """An engine on a checkpoint without a tokenizer, and the steps that it ran."""
+
+    def __init__(self, folder: Path, sequences: int) -> None:
+        runner = load_runner(folder, backend="cpu", dtype="bfloat16")
+        if not isinstance(runner, NativeRunner):
+            raise SystemExit("the C++ kernels do not run this checkpoint")
+        self.runner = runner
+        self.level = runner.model.level
+        self._timer = runner.model.native = TimedNative(runner.model.native)
+        self._run = runner.run
+        runner.run = self._watched  # type: ignore[method-assign]
+        self.steps: list[Step] = []
+        with tempfile.TemporaryDirectory() as words:
+            make_tokenizer(Path(words), runner.config.vocab_size)
+            self._tokenizer = Tokenizer(Path(words))
+        options = EngineOptions(max_num_seqs=sequences, kv_cache_bytes=2 << 30)
+        self.engine = Engine(runner, self._tokenizer, folder, options)
+
+    def _watched(self, chunks: Sequence[Any], **options: Any) -> Any:
+        before, start = self._timer.seconds, time.perf_counter()
+        out = self._run(chunks, **options)
+        c = out.counters
+        if c is None:
+            raise SystemExit("the step counted nothing")
+        tokens = tuple(len(chunk.token_ids) for chunk in chunks)
+        native = self._timer.seconds - before
+        touched = c.weight_bytes + c.kv_bytes
+        self.steps.append(Step(start, tokens, native, touched, c.flops))
+        return out
+
+    def decode(self, contexts: Ids, new_tokens: int, routings: Sequence[str]) -> dict[str, Any]:
+        """Steps in which all sequences write a token: period, native part, bytes."""
+        self.steps.clear()
+        params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+        streams = [
+            self.engine.stream(ids, name, params)
+            for ids, name in zip(contexts, routings, strict=True)
+        ]
+        for stream in streams:
+            for _ in stream:
+                pass
+        together = (1,) * len(contexts)
+        pairs = [
+            (step, after)
+            for step, after in zip(self.steps, self.steps[1:], strict=False)
+            if step.tokens == together == after.tokens
+        ][2:]  # the first ones warm up
+        if len(pairs) < 4:
+            raise SystemExit(f"only {len(pairs)} steps were shared by all {len(contexts)}")
+        period = [after.start - step.start for step, after in pairs]
+        outside = [p - step.native_seconds for p, (step, _) in zip(period, pairs, strict=True)]
+        best = min(range(len(pairs)), key=period.__getitem__)
+        return {
+            "seconds": period[best],
+            "touched_bytes": pairs[best][0].touched_bytes,
+            "flops": pairs[best][0].flops,
+            "median_seconds": statistics.median(period),
+            "outside_seconds": statistics.median(outside),
+        }
+
+    def prefix(self, ids: Sequence[int], routings: Sequence[str]) -> dict[str, float]:
+        """Seconds to the first token of these ids: nothing cached, then all of them."""
+        params = SamplingParams(max_tokens=1, ignore_eos=True)
+        core = self.engine._running_core()
+        found: dict[str, float] = {}
+        for name in routings:
+            core.call(core.forget_prefixes)
+            cold = self.engine.generate(list(ids), name, params).usage
+            core.call(core.forget_prefixes)
+            self.engine.generate(list(ids), routings[0], params)
+            warm = self.engine.generate(list(ids), name, params).usage
+            if cold.cached_tokens or not warm.cached_tokens:
+                raise SystemExit("the prefix cache was not as it should be")
+            found[f"{name} cold"], found[f"{name} warm"] = cold.ttft_seconds, warm.ttft_seconds
+        return found
+
+    def load(self, contexts: Ids, new_tokens: int) -> dict[str, float]:
+        """All requests at once: tokens per second, times to the first and per further token."""
+        core = self.engine._running_core()
+        core.call(core.forget_prefixes)
+        params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+        start = time.perf_counter()
+        done = self.engine.generate([list(ids) for ids in contexts], None, params)
+        seconds = time.perf_counter() - start
+        return {
+            "tokens_per_second": len(contexts) * new_tokens / seconds,
+            "ttft_seconds": statistics.median(c.usage.ttft_seconds for c in done),
+            "tpot_seconds": statistics.median(c.usage.tpot_seconds for c in done),
+        }
+
+
+def make_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A word for every id."""
+    words = {f"w{i}": i for i in range(vocab_size)}
+    model = tokenizers.models.WordLevel(words, unk_token="w0")
+    tokenizers.Tokenizer(model).save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": 1}))
+
+
+def main() -> None:
+    folder, threads = Path(sys.argv[1]), int(sys.argv[2])
+    torch.set_num_threads(threads)
+    served = Served(folder, 64)
+
+    def logits(contexts: Ids, tokens: Ids, path: str) -> None:
+        """As a contestant's: through scoring, which is teacher-forced."""
+        every = [
+            [*ids, *step] for ids, step in zip(contexts, zip(*tokens, strict=True), strict=True)
+        ]
+        rows = [served.engine.score(ids)[len(contexts[0]) - 1 :].numpy() for ids in every]
+        np.save(path, np.stack(rows, axis=1))
+
+    serve(
+        {
+            "decode": served.decode,
+            "prefix": served.prefix,
+            "load": served.load,
+            "logits": logits,
+            "identify": lambda: {
+                "backend": served.runner.backend,
+                "level": served.level,
+                "machine": describe_machine(),
+                "commit": describe_commit(),
+            },
+        },
+        describe_versions(),
+    )
+
+
+main()

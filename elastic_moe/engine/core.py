@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -273,15 +273,16 @@ class EngineCore:
     def _chunk(self, text: Text, count: int) -> Chunk:
         """The next tokens of a text, whose pages are there."""
         sequence, state = text.sequence, text.state
-        if text.fresh:
-            state.restart(sequence.computed)
-            text.fresh = False
-        state.enter(sequence.pages)
         start = sequence.computed
+        if text.fresh:
+            state.restart(start)
+            text.fresh = False
+        if state.pages != len(sequence.pages):
+            state.enter(sequence.pages)
         wanted: Wanted = "none"
         if start + count == len(sequence.token_ids):
             wanted = text.generation.sampler.wanted
-        if text.job.wants_prompt_logprobs(text, start):
+        if text.tells_prompt and start + 1 < sequence.prompt_tokens:
             wanted = "all"
         return Chunk(state, sequence.token_ids[start : start + count], wanted)
 
@@ -302,11 +303,13 @@ class EngineCore:
 
     def _publish(self, texts: list[Text], chunks: list[Chunk], out: StepOutput) -> None:
         """Give every text its tokens."""
-        logits = out.logits.numpy(force=True) if len(out.logits) else None
+        # No look at the tensor where nobody needs it: its code is cold after a large step.
+        looks = any(chunk.logits in ("last", "all") for chunk in chunks)
+        logits = out.logits.numpy(force=True) if looks else None
         row = 0
         for text, chunk, experts in zip(texts, chunks, out.experts_run, strict=True):
             job, count = text.job, len(chunk.token_ids)
-            rows = {"none": 0, "all": count}.get(chunk.logits, 1)
+            rows = 0 if chunk.logits == "none" else count if chunk.logits == "all" else 1
             own = None if logits is None else logits[row : row + rows]
             best_ids = out.best_ids[row : row + rows]
             row += rows
@@ -331,17 +334,18 @@ class EngineCore:
                 f"config.json are so large or small that a sum overflows. Fetch or convert the "
                 f"checkpoint again."
             )
-        if job.wants_prompt_logprobs(text, start):
+        if text.tells_prompt and start + 1 < sequence.prompt_tokens:
             job.take_prompt_logits(start, logits)
         if sequence.remaining:
             return
         delta = text.generation.take(None if logits is None else logits[-1], best_ids[-1])
-        sequence.token_ids.append(text.generation.token_ids[-1])
-        job.note_token()
+        sequence.token_ids += delta.token_ids
+        if not job.first_token:
+            job.first_token = time.perf_counter()
         if delta.finish_reason is not None:
             self._forget(text)
             if job.finished:
-                delta = replace(delta, completion=job.completion())
+                delta = delta._replace(completion=job.completion())
                 self._end(job)
         job.sink.put(delta)
 

@@ -85,7 +85,6 @@ class Decoding:
             ):
                 return None
             tokens.append(int(token_ids[0]))
-        for i, (sequence, _, _) in enumerate(chunks):
             if sequence.grow(1):
                 own = sequence.tables
                 self._tables[i, :, : own.shape[1]] = own

@@ -35,9 +35,14 @@ class Generation:
         self.index, self.sampler = index, sampler
         self.token_ids: list[int] = []
         self.choice: Choice | None = None
-        self._tokenizer, self._params, self._end_ids = tokenizer, params, end_ids
-        self._last = min(params.max_tokens, forced_tokens or params.max_tokens)
-        self._forced_tokens = forced_tokens
+        self._tokenizer, self._params = tokenizer, params
+        self._end_ids = end_ids if forced_tokens is None else ()
+        self._stop = params.stop
+        # Tokens after which it ends in any case, and how.
+        self._last = params.max_tokens
+        self._last_reason: FinishReason = "length"
+        if forced_tokens is not None and forced_tokens <= params.max_tokens:
+            self._last, self._last_reason = forced_tokens, "stop"
         self._stream = tokenizer.stream()
         self._logprobs: list[TokenLogprob] = []
         self._text = ""  # all text so far, up to and including a stop text
@@ -48,25 +53,23 @@ class Generation:
         token = self.sampler.choose(logits, best_id)
         told = None
         if self._params.logprobs is not None and logits is not None:
-            told = token_logprob(logits, token, self._params.logprobs)
-            self._logprobs.append(told)
+            told = (token_logprob(logits, token, self._params.logprobs),)
+            self._logprobs += told
         self.token_ids.append(token)
-        ended = token in self._end_ids and self._forced_tokens is None
+        ended = token in self._end_ids
         if not ended:
             self._text += self._stream.step(token)
-        stop = self._params.stop
-        stopped_at = self._find_stop() if stop else None
+        stopped_at = self._find_stop() if self._stop else None
         reason: FinishReason | None = None
-        if ended or stopped_at is not None or len(self.token_ids) == self._forced_tokens:
-            reason = "stop"
-        elif len(self.token_ids) == self._last:
-            reason = "length"
-        if reason is not None:
+        if ended or stopped_at is not None or len(self.token_ids) == self._last:
+            reason = "stop" if ended or stopped_at is not None else self._last_reason
             self._finish(reason, stopped_at, ended)
-            text = self._take_text(len(self._text))
-        else:
-            text = self._take_text(len(self._text) - (self._held_back() if stop else 0))
-        return Delta(text, (token,), reason, None, self.index, None if told is None else (told,))
+        end = len(self._text)
+        if self._stop and reason is None:
+            end -= self._held_back()
+        text = self._text[self._sent : end]
+        self._sent = max(self._sent, end)
+        return Delta(text, (token,), reason, None, self.index, told)
 
     def _finish(self, reason: FinishReason, stopped_at: int | None, ended: bool) -> None:
         if stopped_at is not None:
@@ -78,9 +81,9 @@ class Generation:
 
     def _find_stop(self) -> int | None:
         """Where the earliest stop text begins, or None."""
-        longest = max(map(len, self._params.stop), default=0)
+        longest = max(map(len, self._stop), default=0)
         search_from = max(0, self._sent - longest)
-        found = [self._text.find(stop, search_from) for stop in self._params.stop]
+        found = [self._text.find(stop, search_from) for stop in self._stop]
         return min((at for at in found if at >= 0), default=None)
 
     def _held_back(self) -> int:
@@ -88,14 +91,9 @@ class Generation:
         return max(
             (
                 length
-                for stop in self._params.stop
+                for stop in self._stop
                 for length in range(1, len(stop))
                 if self._text.endswith(stop[:length])
             ),
             default=0,
         )
-
-    def _take_text(self, end: int) -> str:
-        piece = self._text[self._sent : end]
-        self._sent = max(self._sent, end)
-        return piece

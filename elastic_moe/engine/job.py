@@ -25,23 +25,27 @@ from elastic_moe.routing import Subnet
 class Sink(Protocol):
     """Where the pieces of a request go. Neither call may raise or block."""
 
-    def put(self, delta: Delta) -> None:
-        """The next piece."""
+    @property
+    def put(self) -> Callable[[Delta], None]:
+        """Takes the next piece."""
 
-    def fail(self, error: BaseException) -> None:
-        """There will be no more."""
+    @property
+    def fail(self) -> Callable[[BaseException], None]:
+        """Is told why there will be no more."""
 
 
 class Text:
     """One choice: what the scheduler, the runner and the reader know of it."""
 
-    __slots__ = ("fresh", "generation", "job", "sequence", "state")
+    __slots__ = ("fresh", "generation", "job", "sequence", "state", "tells_prompt")
 
     def __init__(
         self, job: Job, sequence: Sequence, state: ManagedSequence, generation: Generation
     ) -> None:
         self.job, self.sequence, self.state, self.generation = job, sequence, state, generation
         self.fresh = True  # its pages are others than the runner's tables say
+        # Whether the logits of its prompt are asked for.
+        self.tells_prompt = job.params.prompt_logprobs is not None and not job.texts
 
 
 class Job:
@@ -54,6 +58,7 @@ class Job:
     Attributes:
         texts: its choices.
         ended: nothing of it runs any more.
+        first_token: when the first token came; 0 before.
     """
 
     def __init__(
@@ -66,7 +71,7 @@ class Job:
         self._rows = self._experts = 0
         self._prompt_logprobs: list[TokenLogprob] = []
         self._started = time.perf_counter()
-        self._first_token = 0.0
+        self.first_token = 0.0
 
     def add_text(
         self,
@@ -79,9 +84,10 @@ class Job:
             (self.number, len(self.texts)), self.prompt, self.subnet.kv_keys, after=first
         )
         # Log-probabilities of the prompt take its logits, so it is computed in any case.
-        sequence.reads_cache = self.params.prompt_logprobs is None or first is not None
         state = open_state(self.subnet, len(self.prompt) + self.params.max_tokens)
-        self.texts.append(Text(self, sequence, state, generation))
+        text = Text(self, sequence, state, generation)
+        sequence.reads_cache = not text.tells_prompt
+        self.texts.append(text)
 
     @property
     def finished(self) -> bool:
@@ -92,19 +98,6 @@ class Job:
         """Tokens that ran, and (token, expert) pairs that ran for them."""
         self._rows += rows
         self._experts += experts
-
-    def note_token(self) -> None:
-        """A token came."""
-        if not self._first_token:
-            self._first_token = time.perf_counter()
-
-    def wants_prompt_logprobs(self, text: Text, start: int) -> bool:
-        """Whether logits of tokens from `start` on say something about the prompt."""
-        return (
-            self.params.prompt_logprobs is not None
-            and text is self.texts[0]
-            and start + 1 < len(self.prompt)
-        )
 
     def take_prompt_logits(self, start: int, logits: Logits | None) -> None:
         """Logits (n, V) of the prompt's tokens from `start` on; again after a preemption."""
@@ -132,8 +125,8 @@ class Job:
             usage=Usage(
                 prompt_tokens=len(self.prompt),
                 completion_tokens=sum(len(choice.token_ids) for choice in choices),
-                ttft_seconds=self._first_token - self._started,
-                tpot_seconds=(now - self._first_token) / (written - 1) if written > 1 else 0.0,
+                ttft_seconds=self.first_token - self._started,
+                tpot_seconds=(now - self.first_token) / (written - 1) if written > 1 else 0.0,
                 cached_tokens=self.texts[0].sequence.cached_tokens or 0,
             ),
             routing=AppliedRouting(

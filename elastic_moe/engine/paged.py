@@ -63,6 +63,7 @@ class PagedSequence(ABC):
         length: tokens whose keys and values are stored.
         capacity: most tokens that it may come to.
         pool: where its blocks are.
+        pages: of 16 positions that it has, in all its layers.
         tables: (L, B) int32: block i of a layer holds positions 16i..16i+15; -1 for none.
     """
 
@@ -73,7 +74,7 @@ class PagedSequence(ABC):
             (len(subnet.layers), -(-capacity // PAGE_TOKENS)), -1, dtype=np.int32
         )
         self._layers = list(subnet.active_layers)
-        self._pages = 0
+        self.pages = 0
 
     @abstractmethod
     def grow(self, tokens: int) -> bool:
@@ -82,7 +83,7 @@ class PagedSequence(ABC):
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values that it holds."""
-        return self._pages * len(self._layers) * self.pool.block_bytes
+        return self.pages * len(self._layers) * self.pool.block_bytes
 
     def _check_capacity(self, tokens: int) -> None:
         end = self.length + tokens
@@ -99,16 +100,16 @@ class OwningSequence(PagedSequence):
     def grow(self, tokens: int) -> bool:
         self._check_capacity(tokens)
         needed = -(-(self.length + tokens) // PAGE_TOKENS)
-        if needed <= self._pages:
+        if needed <= self.pages:
             return False
-        count = needed - self._pages
+        count = needed - self.pages
         taken = self.pool.take(count * len(self._layers))
-        self.tables[self._layers, self._pages : needed] = np.reshape(taken, (-1, count))
-        self._pages = needed
+        self.tables[self._layers, self.pages : needed] = np.reshape(taken, (-1, count))
+        self.pages = needed
         return True
 
     def __del__(self) -> None:
-        used = self.tables[self._layers, : self._pages]
+        used = self.tables[self._layers, : self.pages]
         self.pool.free.extend(used.flatten().tolist())
 
 
@@ -121,18 +122,19 @@ class ManagedSequence(PagedSequence):
 
     def enter(self, pages: Sequence[Page]) -> None:
         """Take over the pages that came since the last time."""
-        for number in range(self._pages, len(pages)):
+        for number in range(self.pages, len(pages)):
             blocks = pages[number].blocks
             self.tables[self._layers, number] = blocks[: len(self._layers)]
             self._changed = True
-        self._pages = len(pages)
+        self.pages = len(pages)
 
     def restart(self, length: int) -> None:
         """Forget all pages, and begin behind so many tokens that those to come hold."""
         self.tables.fill(-1)
-        self._pages, self.length, self._changed = 0, length, True
+        self.pages, self.length, self._changed = 0, length, True
 
     def grow(self, tokens: int) -> bool:
-        self._check_capacity(tokens)
+        if self.length + tokens > self.capacity:
+            self._check_capacity(tokens)
         changed, self._changed = self._changed, False
         return changed

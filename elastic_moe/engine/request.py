@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length"]
 
@@ -84,8 +84,7 @@ class Completion:
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):  # a tuple: one is made for every token
     """A piece of a generation.
 
     Attributes:
@@ -93,7 +92,7 @@ class Delta:
         token_ids: of this piece.
         finish_reason: in the last piece of a choice.
         completion: in the very last piece: the whole.
-        index: which choice.
+        choice: which one it belongs to.
         logprobs: of the tokens, if asked for.
     """
 
@@ -101,5 +100,5 @@ class Delta:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     completion: Completion | None = None
-    index: int = 0
+    choice: int = 0
     logprobs: tuple[TokenLogprob, ...] | None = None

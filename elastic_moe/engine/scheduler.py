@@ -77,11 +77,15 @@ class Scheduler:
         """Choose the next step's tokens; their pages are there then."""
         plan = Plan()
         budget = self.max_step_tokens
+        prompts = []
         for sequence in list(self.running):
-            if sequence.remaining == 1 and self._in_turn(sequence, plan):
+            if len(sequence.token_ids) - sequence.computed > 1:
+                prompts.append(sequence)
+            elif self._in_turn(sequence, plan):
                 plan.parts.append((sequence, 1))
                 budget -= 1
-        prompts = [s for s in self.running if s.remaining > 1]
+        if plan.preempted:
+            prompts = [sequence for sequence in prompts if sequence in self.running]
         for i, sequence in enumerate(prompts):
             others = i + 1 < len(prompts) or bool(self.waiting)
             count = self._make_room(sequence, min(sequence.remaining, _share(budget, others)))
@@ -133,6 +137,8 @@ class Scheduler:
 
     def _in_turn(self, sequence: Sequence, plan: Plan) -> bool:
         """Have room for one token, at the cost of those that came later; False if none is left."""
+        if len(sequence.pages) * PAGE_TOKENS > sequence.computed and not plan.preempted:
+            return True
         while sequence in self.running:
             if self._make_room(sequence, 1):
                 return True

@@ -18,12 +18,7 @@ class Pieces:
 
     def __init__(self) -> None:
         self.queue: SimpleQueue[Item] = SimpleQueue()
-
-    def put(self, delta: Delta) -> None:
-        self.queue.put(delta)
-
-    def fail(self, error: BaseException) -> None:
-        self.queue.put(error)
+        self.put = self.fail = self.queue.put
 
 
 class DeltaStream:

@@ -99,7 +99,7 @@ def test_choices_come_with_their_index(tiny: Engine) -> None:
     assert done is not None
     assert [d.completion for d in deltas[:-1]] == [None] * (len(deltas) - 1)
     for choice in done.choices:
-        own = [d for d in deltas if d.index == choice.index]
+        own = [d for d in deltas if d.choice == choice.index]
         assert "".join(d.text for d in own) == choice.text
         assert tuple(t for d in own for t in d.token_ids) == choice.token_ids
         assert tuple(p for d in own for p in d.logprobs or ()) == choice.logprobs

@@ -133,3 +133,23 @@ def test_the_speeds_it_shows_are_those_of_the_committed_rounds() -> None:
     )
     assert f"{times:.0f} times less than the fastest" in README
     assert f"of {len(mini)} alternating rounds" in README
+
+
+def test_the_engines_figures_are_those_of_the_committed_rounds() -> None:
+    """Medians over the rounds."""
+    path = ROOT / "benchmarks" / "results" / "peers.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = {record["case"]: record for record in map(json.loads, lines)}
+
+    def median(name: str) -> float:
+        return statistics.median(r["other"][name] for r in records["load"]["rounds"])
+
+    for count in (1, 4, 16, 64):
+        first, further = (median(f"{count} {t}_seconds") * 1e3 for t in ("ttft", "tpot"))
+        rate = median(f"{count} tokens_per_second")
+        assert f"| {count} | {rate:.0f} | {first:,.0f} ms | {further:.0f} ms |" in README
+    mixed = [records[f"mix {axis}"]["bars"][0]["median"] for axis in ("k", "width", "depth")]
+    assert f"take {min(mixed):.0%} to {max(mixed):.0%} of the time per byte" in README
+    whole, half = (bar["median"] for bar in records["prefix"]["bars"])
+    assert f"brings the first token {whole:.0f} times" in README
+    assert f"and {half:.0f} times for half the depth" in README

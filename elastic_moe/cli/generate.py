@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 from elastic_moe.cli.arguments import add_model, add_ranking, add_routing, load_engine, read_routing
 from elastic_moe.errors import RequestError
@@ -14,6 +15,7 @@ EXAMPLES = """examples:
   elastic-moe generate --prompt "The with statement is used to"
   elastic-moe generate --chat "What does textwrap.dedent do?" --routing L24-k2 --stats
   elastic-moe generate --prompt "def " --temperature 0.8 --seed 7 --routing w4
+  elastic-moe generate --prompt "A cat: " --json-schema cat.schema.json --max-tokens 200
   echo "Once upon a time" | elastic-moe generate --max-tokens 100 --json
 """
 
@@ -34,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
     parser.add_argument("--sampling-top-k", type=int, default=0, help="0: all (default)")
+    parser.add_argument("--min-p", type=float, default=0.0, help="default: %(default)s")
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--json-schema", metavar="FILE", type=Path, help="write JSON that this schema allows"
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="may be repeated"
@@ -41,6 +50,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
     parser.add_argument("--stats", action="store_true", help="print TTFT, TPOT and cost at the end")
     parser.add_argument("--json", action="store_true", help="print the finished completion as JSON")
+
+
+def read_schema(path: Path) -> str:
+    """The text of a schema file.
+
+    Raises:
+        RequestError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--json-schema {path} cannot be read: {error}") from error
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,6 +73,9 @@ def run(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         top_p=args.top_p,
         top_k=args.sampling_top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        json_schema=None if args.json_schema is None else read_schema(args.json_schema),
         seed=args.seed,
         stop=tuple(args.stop),
         ignore_eos=args.ignore_eos,

@@ -20,6 +20,8 @@ FIRST_BLOCKS = 256
 class BlockPool:
     """Blocks of keys and values, and which of them are free. It grows as needed.
 
+    One thread at a time may take blocks; they may be given back from any.
+
     Args:
         new_blocks: makes room for so many blocks; the first dimension counts them.
 
@@ -51,9 +53,8 @@ class BlockPool:
             blocks[:old] = self.blocks
             self.blocks = blocks
             self.free.extend(range(old + more - 1, old - 1, -1))
-        taken = self.free[len(self.free) - count :]
-        del self.free[len(self.free) - count :]
-        return taken[::-1]
+        # One by one: sequences that another thread drops meanwhile give their blocks back.
+        return [self.free.pop() for _ in range(count)]
 
 
 class PagedSequence(ABC):

@@ -99,6 +99,8 @@ def test_every_option_of_the_model_reaches_the_engine(
         ("--temperature", "0.7", "temperature", 0.7),
         ("--top-p", "0.5", "top_p", 0.5),
         ("--sampling-top-k", "3", "top_k", 3),
+        ("--min-p", "0.1", "min_p", 0.1),
+        ("--repetition-penalty", "1.5", "repetition_penalty", 1.5),
         ("--seed", "9", "seed", 9),
         ("--stop", "end", "stop", ("end",)),
         ("--ignore-eos", None, "ignore_eos", True),
@@ -119,6 +121,22 @@ def test_every_option_of_sampling_reaches_the_engine(
     sampling = reached.value.passed[3] if len(reached.value.passed) > 3 else None
     sampling = sampling or reached.value.passed[-1]
     assert getattr(sampling, name) == expected
+
+
+def test_generate_writes_json_that_a_schema_file_allows(
+    tiny: Engine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(Engine, "from_pretrained", lambda *_, **__: tiny)
+    schema = tmp_path / "schema.json"
+    command = ["generate", "--prompt", "x", "--json-schema", str(schema)]
+    assert main(command) == 2
+    assert "schema.json cannot be read" in capsys.readouterr().err
+    schema.write_text('{"enum": ["cat", "dog"]}')
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out) in ("cat", "dog")
 
 
 @pytest.mark.parametrize(

@@ -226,3 +226,26 @@ def test_each_request_is_told_the_experts_that_it_ran(tiny_folder: Path) -> None
     assert want[0].mean_experts == engine.shape.max_top_k
     assert [routing.mean_experts for routing in (want[2], want[4])] == [1.0, 1.0]
     assert 1 < want[1].mean_experts < 3
+
+
+def test_the_reference_serves_the_same_requests(tiny_folder: Path) -> None:
+    """Its own logits, so nearly the same ones: greedy tokens, with preemption and prefixes."""
+    block = Engine.from_pretrained(tiny_folder, backend="reference").runner.block_bytes
+    engine = Engine.from_pretrained(
+        tiny_folder,
+        backend="reference",
+        dtype="float32",
+        kv_cache_bytes=2 * 40 * block,  # the block above is of the file's bf16
+        max_num_batched_tokens=20,
+        max_num_seqs=6,
+    )
+    native = engine_of(tiny_folder, "float32", "solo")
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    prompts = [[n, *range(20, 45)] for n in (7, 7, 8, 9)]
+    names = ["full", "L3", "k1", "w2-t0.5"]
+    got = engine.generate(prompts, names, params)
+    want = native.generate(prompts, names, params)
+    assert [c.token_ids for c in got] == [c.token_ids for c in want]
+    assert engine.stats().preemptions > 0
+    engine.check_integrity()
+    assert engine.generate(prompts[0], "L3", params).usage.cached_tokens == 16

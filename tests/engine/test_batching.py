@@ -248,4 +248,5 @@ def test_the_reference_serves_the_same_requests(tiny_folder: Path) -> None:
     assert [c.token_ids for c in got] == [c.token_ids for c in want]
     assert engine.stats().preemptions > 0
     engine.check_integrity()
+    engine.generate(prompts[0], None, params)
     assert engine.generate(prompts[0], "L3", params).usage.cached_tokens == 16

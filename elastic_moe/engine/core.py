@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -19,7 +20,8 @@ from typing import Any, TypeVar
 import torch
 
 from elastic_moe.engine.block_manager import BlockManager
-from elastic_moe.engine.job import Job, Text
+from elastic_moe.engine.job import Job, Sink, Text
+from elastic_moe.engine.request import Delta
 from elastic_moe.engine.runner import Chunk, Runner, StepOutput, Wanted
 from elastic_moe.engine.scheduler import Plan, Scheduler
 from elastic_moe.engine.sequence import Sequence
@@ -92,7 +94,11 @@ class EngineCore:
         )
         self._texts: dict[Sequence, Text] = {}
         self._jobs: set[Job] = set()
+        # Pieces that leave when the next native call is about to begin: a reader that wakes earlier
+        # would only wait for the interpreter's lock.
+        self._outbox: list[tuple[Sink, Delta]] = []
         self._mail: deque[Callable[[], None]] = deque()
+        self._calls: deque[Callable[[], None]] = deque()  # long ones: a step comes between two
         self._wake = threading.Condition()
         self._unfinished = 0  # jobs that were taken in; guarded by _wake
         self._closed = False  # no more jobs; guarded by _wake
@@ -121,7 +127,7 @@ class EngineCore:
 
     def cancel(self, job: Job) -> None:
         """End a job before the next step, if it has not ended; nothing more comes to its sink."""
-        if not job.ended:
+        if not job.ended and os.getpid() == self._pid:
             self._post(lambda: self._end(job))
 
     def call(self, work: Callable[[], T]) -> T:
@@ -136,7 +142,7 @@ class EngineCore:
 
         with self._wake:
             self._check_open()
-            self._mail.append(run)
+            self._calls.append(run)
             self._wake.notify()
         return future.result()
 
@@ -161,12 +167,10 @@ class EngineCore:
         """
         if os.getpid() != self._pid:
             return
+        until = time.monotonic() + drain_seconds
         with self._wake:
-            first = not self._closed
             self._closed = True
-        if first:
-            until = time.monotonic() + drain_seconds
-            self._post(lambda: setattr(self, "_drain_until", until))
+        self._post(lambda: self._drain(until))
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -183,7 +187,12 @@ class EngineCore:
         if known != set(self._texts) or {t.job for t in self._texts.values()} != self._jobs:
             raise EngineError("the engine is broken: it lost a text or a job.")
 
+    def _drain(self, until: float) -> None:
+        self._drain_until = min(until, self._drain_until or until)
+
     def _check_open(self) -> None:
+        if threading.current_thread() is self._thread:
+            raise EngineError("on_step runs on the engine's thread, which cannot wait for itself.")
         if self._closed:
             raise EngineError("the engine is closed. Make a new one with Engine.from_pretrained.")
 
@@ -199,12 +208,16 @@ class EngineCore:
         error: Exception = EngineError("the engine was closed before the request had ended.")
         try:
             while True:
-                if not self._mail and not self._scheduler.busy and self._drain_until is None:
+                if not self._scheduler.busy or self._calls:
+                    self._deliver()
+                if not self._scheduler.busy and self._drain_until is None:
                     with self._wake:
-                        while not self._mail:
+                        while not self._mail and not self._calls:
                             self._wake.wait()
                 while self._mail:
                     self._mail.popleft()()
+                if self._calls:
+                    self._calls.popleft()()
                 if self._drain_until is not None and (
                     not self._scheduler.busy or time.monotonic() >= self._drain_until
                 ):
@@ -215,12 +228,14 @@ class EngineCore:
             error = EngineError(f"the engine failed: {type(fault).__name__}: {fault}")
             error.__cause__ = fault
         finally:
+            self._deliver()
             with self._wake:
                 self._closed = True
             for job in list(self._jobs):
                 self._fail(job, error)
-            while self._mail:  # what came in meanwhile
-                self._mail.popleft()()
+            for late in (self._mail, self._calls):  # what came in meanwhile
+                while late:
+                    late.popleft()()
             for job in list(self._jobs):
                 self._fail(job, error)
 
@@ -247,7 +262,13 @@ class EngineCore:
 
     def _fail(self, job: Job, error: BaseException) -> None:
         self._end(job)
+        self._deliver()
         job.sink.fail(error)
+
+    def _deliver(self) -> None:
+        for sink, delta in self._outbox:
+            sink.put(delta)
+        self._outbox.clear()
 
     def _step(self) -> None:
         plan = self._scheduler.plan()
@@ -255,14 +276,16 @@ class EngineCore:
             self._texts[sequence].fresh = True
             self._preemptions += 1
         if not plan.parts:
+            self._deliver()
             return
         texts = [self._texts[sequence] for sequence, _ in plan.parts]
         chunks = [
             self._chunk(text, count) for text, (_, count) in zip(texts, plan.parts, strict=True)
         ]
         if self._on_step is not None:
-            self._on_step(self._record(plan))
+            self._observe(self._on_step, plan)
         self._steps += 1
+        self._deliver()
         try:
             out = self._runner.run(chunks)
         except Exception as error:  # noqa: BLE001  (whose it is shows when they run singly)
@@ -303,9 +326,11 @@ class EngineCore:
 
     def _publish(self, texts: list[Text], chunks: list[Chunk], out: StepOutput) -> None:
         """Give every text its tokens."""
-        # No look at the tensor where nobody needs it: its code is cold after a large step.
-        looks = any(chunk.logits in ("last", "all") for chunk in chunks)
-        logits = out.logits.numpy(force=True) if looks else None
+        logits = None
+        for chunk in chunks:
+            if chunk.logits in ("last", "all"):
+                logits = out.logits.numpy(force=True)
+                break
         row = 0
         for text, chunk, experts in zip(texts, chunks, out.experts_run, strict=True):
             job, count = text.job, len(chunk.token_ids)
@@ -343,11 +368,24 @@ class EngineCore:
         if not job.first_token:
             job.first_token = time.perf_counter()
         if delta.finish_reason is not None:
+            if text is job.texts[0]:
+                job.first_end = time.perf_counter()
             self._forget(text)
             if job.finished:
                 delta = delta._replace(completion=job.completion())
                 self._end(job)
-        job.sink.put(delta)
+        self._outbox.append((job.sink, delta))
+
+    def _observe(self, on_step: Callable[[StepRecord], None], plan: Plan) -> None:
+        try:
+            on_step(self._record(plan))
+        except Exception as error:  # noqa: BLE001  (an observer's fault is not the requests')
+            self._on_step = None
+            warnings.warn(
+                f"on_step raised {type(error).__name__}: {error}. It is not called any more.",
+                RuntimeWarning,
+                stacklevel=1,
+            )
 
     def _record(self, plan: Plan) -> StepRecord:
         def who(sequence: Sequence) -> tuple[int, int]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import math
 import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
@@ -25,10 +26,10 @@ from torch import Tensor
 from elastic_moe.config import Routing, resolve_routing
 from elastic_moe.engine.block_manager import PAGE_TOKENS
 from elastic_moe.engine.core import EngineCore, EngineStats
-from elastic_moe.engine.job import Sink
+from elastic_moe.engine.job import Job, Sink
 from elastic_moe.engine.loading import Backend, check_device, choose_backend, load_runner
 from elastic_moe.engine.options import EngineOptions
-from elastic_moe.engine.prompts import is_batch, token_ids
+from elastic_moe.engine.prompts import Request, is_batch, pair, token_ids
 from elastic_moe.engine.request import Completion, Delta
 from elastic_moe.engine.requests import RequestMaker
 from elastic_moe.engine.runner import Chunk, Runner
@@ -206,23 +207,11 @@ class Engine:
             ContextLengthError: prompt and max_tokens exceed the model's positions.
             QueueFullError: too many requests are unfinished.
         """
-        if not is_batch(prompt):
-            sink = WholeText()
-            self._submit(prompt, routing, sampling, sink)
-            return sink.wait()
-        # All requests are checked before the first one runs.
-        requests = self._pair(prompt, routing, sampling)
-        for request in requests:
-            self._check(*request)
-        at_once = min(2 * self.options.max_num_seqs, self.options.max_queue)
-        waiting: deque[WholeText] = deque()
-        done: list[Completion] = []
-        for request in requests:
-            if len(waiting) == at_once:
-                done.append(waiting.popleft().wait())
-            waiting.append(WholeText())
-            self._submit(*request, waiting[-1])
-        return done + [sink.wait() for sink in waiting]
+        one = not is_batch(prompt)
+        requests = [(prompt, routing, sampling)] if one else pair(prompt, routing, sampling)
+        sinks = [WholeText() for _ in requests]
+        done = self._generate(self._make_all(requests, sinks), sinks)
+        return done[0] if one else done
 
     def stream(
         self, prompt: Prompt, routing: Routing = None, sampling: SamplingParams = _DEFAULT
@@ -232,25 +221,41 @@ class Engine:
         Raises, at the call: as `generate`.
         """
         pieces = Pieces()
-        return DeltaStream(pieces, self._submit(prompt, routing, sampling, pieces), self)
+        job = self._make(prompt, routing, sampling, pieces)
+        return DeltaStream(pieces, self._submit(job), self)
 
     async def agenerate(self, prompt: Any, routing: Any = None, sampling: Any = _DEFAULT) -> Any:
         """As `generate`, without blocking the event loop."""
-        if not is_batch(prompt):
-            pieces = AsyncPieces(whole=True)
-            cancel = self._submit(prompt, routing, sampling, pieces)
-            try:
-                return (await pieces.next()).completion
-            finally:
-                cancel()
-        return await asyncio.to_thread(self.generate, prompt, routing, sampling)
+        one = not is_batch(prompt)
+        requests = [(prompt, routing, sampling)] if one else pair(prompt, routing, sampling)
+        sinks = [AsyncPieces(whole=True) for _ in requests]
+        # In a thread: long texts and schemas take their time.
+        jobs = await asyncio.to_thread(self._make_all, requests, sinks)
+        gate = asyncio.Semaphore(self._at_once)
+
+        async def serve(job: Job, sink: AsyncPieces) -> Completion | None:
+            async with gate:
+                cancel = self._submit(job)
+                try:
+                    return (await sink.next()).completion
+                finally:
+                    cancel()
+
+        tasks = [asyncio.create_task(serve(*both)) for both in zip(jobs, sinks, strict=True)]
+        try:
+            done = await asyncio.gather(*tasks)
+        finally:  # if one fails, the others end
+            for task in tasks:
+                task.cancel()
+        return done[0] if one else done
 
     async def astream(
         self, prompt: Prompt, routing: Routing = None, sampling: SamplingParams = _DEFAULT
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta]:
         """As `stream`, without blocking the event loop."""
         pieces = AsyncPieces()
-        cancel = self._submit(prompt, routing, sampling, pieces)
+        job = await asyncio.to_thread(self._make, prompt, routing, sampling, pieces)
+        cancel = self._submit(job)
         try:
             while True:
                 delta = await pieces.next()
@@ -280,6 +285,10 @@ class Engine:
             drain_seconds: how long requests that run may take to end; those that have not ended
                 by then raise `EngineError`.
         """
+        if not (isinstance(drain_seconds, (int, float)) and 0 <= drain_seconds < math.inf):
+            raise EngineError(
+                f"drain_seconds must be a finite number of at least 0, got {drain_seconds!r}."
+            )
         with self._lock:
             self._closed = True
             core = self._core
@@ -319,8 +328,8 @@ class Engine:
                 "Make it in the process that uses it, or start processes with 'spawn'."
             )
 
-    def _check(self, prompt: Any, routing: Any, sampling: Any) -> tuple[list[int], Subnet]:
-        """The prompt's tokens and the sub-network of a request that can be served."""
+    def _make(self, prompt: Any, routing: Any, sampling: Any, sink: Sink) -> Job:
+        """A job for a request that can be served."""
         self._check_usable()
         subnet = self.resolve(routing)
         if not isinstance(sampling, SamplingParams):
@@ -328,15 +337,40 @@ class Engine:
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt
         tokens = self._tokens(ids, new_tokens=sampling.max_tokens)
         self._check_room(len(tokens) + sampling.max_tokens, subnet.depth)
-        return tokens, subnet
+        return self._requests.make(next(self._numbers), tokens, subnet, sampling, sink)
 
-    def _submit(self, prompt: Any, routing: Any, sampling: Any, sink: Sink) -> Callable[[], None]:
-        """Have a request served; returns what ends it."""
-        tokens, subnet = self._check(prompt, routing, sampling)
+    def _submit(self, job: Job) -> Callable[[], None]:
+        """Have a job done; returns what ends it."""
         core = self._running_core()
-        job = self._requests.make(next(self._numbers), tokens, subnet, sampling, sink)
         core.submit(job)
-        return lambda: core.cancel(job)
+        return partial(core.cancel, job)
+
+    def _make_all(self, requests: Iterable[Request], sinks: Iterable[Sink]) -> list[Job]:
+        """Jobs for requests, all of which are checked before the first one runs."""
+        return [self._make(*request, sink) for request, sink in zip(requests, sinks, strict=True)]
+
+    def _generate(self, jobs: Sequence[Job], sinks: Sequence[WholeText]) -> list[Completion]:
+        """Do jobs, as many at once as the queue takes; if one fails, the others end."""
+        waiting: deque[tuple[WholeText, Callable[[], None]]] = deque()
+        done: list[Completion] = []
+        try:
+            for job, sink in zip(jobs, sinks, strict=True):
+                if len(waiting) == self._at_once:
+                    done.append(waiting[0][0].wait())
+                    waiting.popleft()
+                waiting.append((sink, self._submit(job)))
+            while waiting:
+                done.append(waiting[0][0].wait())
+                waiting.popleft()
+        finally:
+            for _, cancel in waiting:
+                cancel()
+        return done
+
+    @property
+    def _at_once(self) -> int:
+        """Requests of one call that are unfinished at once."""
+        return min(2 * self.options.max_num_seqs, self.options.max_queue)
 
     @cached_property
     def _num_blocks(self) -> int:
@@ -353,27 +387,9 @@ class Engine:
                 f"{needed * self.runner.block_bytes}."
             )
 
-    def _pair(self, prompts: Any, routing: Any, sampling: Any) -> list[tuple[Any, Any, Any]]:
-        return list(
-            zip(
-                prompts,
-                _per_prompt("routing", routing, len(prompts)),
-                _per_prompt("sampling", sampling, len(prompts)),
-                strict=True,
-            )
-        )
-
     def _tokens(self, prompt: object, new_tokens: int) -> list[int]:
         limit, vocab_size = self.config.max_positions, self.config.vocab_size
         ids = token_ids(prompt, vocab_size)
         if len(ids) + new_tokens > limit:
             raise ContextLengthError(len(ids), new_tokens, limit)
         return ids
-
-
-def _per_prompt(field: str, value: Any, count: int) -> list[Any]:
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        return [value] * count
-    if len(value) != count:
-        raise RequestError(f"{field} lists {len(value)} values for {count} prompts.")
-    return list(value)

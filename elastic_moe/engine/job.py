@@ -58,7 +58,8 @@ class Job:
     Attributes:
         texts: its choices.
         ended: nothing of it runs any more.
-        first_token: when the first token came; 0 before.
+        first_token, first_end: when the first token came, and when the first choice ended; 0
+            before.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Job:
         self._rows = self._experts = 0
         self._prompt_logprobs: list[TokenLogprob] = []
         self._started = time.perf_counter()
-        self.first_token = 0.0
+        self.first_token = self.first_end = 0.0
 
     def add_text(
         self,
@@ -110,7 +111,6 @@ class Job:
 
     def completion(self) -> Completion:
         """The whole, when all choices have ended."""
-        now = time.perf_counter()
         choices: list[Choice] = [t.generation.choice for t in self.texts if t.generation.choice]
         first, subnet = choices[0], self.subnet
         written = len(first.token_ids)
@@ -126,7 +126,9 @@ class Job:
                 prompt_tokens=len(self.prompt),
                 completion_tokens=sum(len(choice.token_ids) for choice in choices),
                 ttft_seconds=self.first_token - self._started,
-                tpot_seconds=(now - self.first_token) / (written - 1) if written > 1 else 0.0,
+                tpot_seconds=(self.first_end - self.first_token) / (written - 1)
+                if written > 1
+                else 0.0,
                 cached_tokens=self.texts[0].sequence.cached_tokens or 0,
             ),
             routing=AppliedRouting(

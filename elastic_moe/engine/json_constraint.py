@@ -27,15 +27,15 @@ class JsonGrammars:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._known: Any = None
 
-    def constraint(self, params: SamplingParams) -> JsonConstraint | None:
-        """What these parameters ask for; None if nothing.
+    def constraints(self, params: SamplingParams) -> list[JsonConstraint | None]:
+        """What these parameters ask of each choice; None for nothing.
 
         Raises:
             RequestError: the schema cannot be followed.
             EngineError: llguidance is not installed, or the model has no end token.
         """
         if params.json_schema is None and not params.json_object:
-            return None
+            return [None] * params.n
         schema = str(params.json_schema or json.dumps({"type": "object"}))  # a text: it was read
         try:
             import llguidance  # deferred: only JSON needs it
@@ -53,7 +53,7 @@ class JsonGrammars:
         if matcher.is_error():
             first = matcher.get_error().strip().splitlines()[0]
             raise RequestError(f"json_schema cannot be followed: {first}")
-        return JsonConstraint(matcher, self._vocab_size)
+        return [JsonConstraint(matcher.deep_copy(), self._vocab_size) for _ in range(params.n)]
 
     def _read_tokenizer(self, llguidance: Any) -> Any:
         ends = sorted(self._tokenizer.eos_ids)

@@ -45,7 +45,9 @@ class NativeRunner(Runner):
         self.model: CpuModel = load_packed(folder, dtype=dtype, level=level)
         self.dtype = self.model.dtype
         self.device = torch.device("cpu")
-        super().__init__(self.model.new_blocks)
+        # Not a method of the model: channels that are ranked make it another one.
+        size = self.model.block_bytes
+        super().__init__(lambda count: torch.empty(count, size, dtype=torch.uint8))
         self._angles = 0  # positions whose rotary angles the model has
         self._tables: OrderedDict[tuple[str, ...], SubnetTable] = OrderedDict()  # by fingerprint
         self._decoding: Decoding | None = None
@@ -62,6 +64,10 @@ class NativeRunner(Runner):
             result = self._decoding.advance(chunks)
         if result is None:
             result = self._start(chunks, wanted, trace)
+        if not wanted and not trace:
+            return StepOutput(
+                result.logits, result.best_ids, result.sequence_experts, result.counters
+            )
         return StepOutput(
             result.logits,
             result.best_ids,

@@ -17,6 +17,7 @@ from elastic_moe.engine.sequence import pages_for
 from elastic_moe.errors import EngineError
 from elastic_moe.routing.checks import as_index, shorten
 
+FREE_BYTES = 4 << 30  # where the system does not tell
 FULL_CONTEXTS = 8  # of the whole network, that the cache holds by default
 
 
@@ -35,7 +36,8 @@ class EngineOptions:
         enable_prefix_caching: keep keys and values of texts that have ended, for those that begin
             alike.
         num_threads: for the kernels; None for as many as PyTorch uses.
-        on_step: called with a `StepRecord` before every step, on the engine's thread.
+        on_step: called with a `StepRecord` before every step, on the engine's thread: it must not
+            call the engine.
     """
 
     max_num_seqs: int = 64
@@ -52,6 +54,8 @@ class EngineOptions:
         for name in ("kv_cache_bytes", "num_threads"):
             if getattr(self, name) is not None:
                 self._check_count(name, getattr(self, name))
+        if self.on_step is not None and not callable(self.on_step):
+            raise EngineError(f"on_step must be callable, got {shorten(self.on_step)}.")
         if self.max_num_seqs > self.max_num_batched_tokens:
             raise EngineError(
                 f"max_num_seqs must be at most max_num_batched_tokens, as each sequence takes a "
@@ -123,4 +127,6 @@ def _free_bytes(device: torch.device) -> int:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return 1024 * int(line.split()[1])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # no such thing on every system
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return FREE_BYTES

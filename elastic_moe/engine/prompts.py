@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from elastic_moe.errors import RequestError
 from elastic_moe.routing.checks import as_index, shorten
+
+Request = tuple[Any, Any, Any]  # prompt, routing, sampling
 
 
 def is_batch(prompt: object) -> bool:
@@ -42,3 +45,27 @@ def token_ids(prompt: object, vocab_size: int) -> list[int]:
             )
         ids.append(token)
     return ids
+
+
+def pair(prompts: Sequence[Any], routing: Any, sampling: Any) -> list[Request]:
+    """A request for each prompt; routing and sampling are for all of them, or lists.
+
+    Raises:
+        RequestError: a list is not as long as the prompts'.
+    """
+    return list(
+        zip(
+            prompts,
+            _per_prompt("routing", routing, len(prompts)),
+            _per_prompt("sampling", sampling, len(prompts)),
+            strict=True,
+        )
+    )
+
+
+def _per_prompt(field: str, value: Any, count: int) -> list[Any]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return [value] * count
+    if len(value) != count:
+        raise RequestError(f"{field} lists {len(value)} values for {count} prompts.")
+    return list(value)

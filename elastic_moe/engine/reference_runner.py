@@ -24,7 +24,10 @@ class ReferenceRunner(Runner):
         self.config = model.config
         self.dtype = model.input_dtype or torch.float32
         self.device = model.embed_tokens.weight.device
-        super().__init__(self._new_blocks)
+        # A block: keys or values, 16 positions, key/value heads, channels.
+        shape = (2, PAGE_TOKENS, self.config.num_kv_heads, self.config.head_dim)
+        dtype, device = self.dtype, self.device
+        super().__init__(lambda count: torch.empty((count, *shape), dtype=dtype, device=device))
 
     def run(
         self, chunks: Sequence[Chunk], *, states_after: Iterable[int] = (), trace: bool = False
@@ -79,12 +82,6 @@ class ReferenceRunner(Runner):
                 states[layers].append(x)
         sequence.length = cache.length
         return x
-
-    def _new_blocks(self, count: int) -> Tensor:
-        """(count, keys or values, 16 positions, key/value heads, channels)."""
-        c = self.config
-        shape = (count, 2, PAGE_TOKENS, c.num_kv_heads, c.head_dim)
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
 
 class _BlockCache:

@@ -24,7 +24,7 @@ class Usage:
     Attributes:
         completion_tokens: of all choices.
         ttft_seconds: from the call to the first token.
-        tpot_seconds: (end to end - TTFT) / (tokens of the first choice - 1); 0 for a single token.
+        tpot_seconds: (end to end - TTFT) / (tokens - 1) of the first choice; 0 for a single token.
         cached_tokens: of the prompt, those whose keys and values were there already.
     """
 

@@ -12,7 +12,7 @@ from elastic_moe.engine.sampling import Sampler
 from elastic_moe.engine.sampling_params import SamplingParams
 from elastic_moe.errors import RequestError
 from elastic_moe.model.tokenizer import Tokenizer
-from elastic_moe.routing import Subnet
+from elastic_moe.routing import Subnet, shorten
 
 
 class RequestMaker:
@@ -39,13 +39,13 @@ class RequestMaker:
         if not params.ignore_eos:
             ends |= self._tokenizer.eos_ids
         job = Job(number, prompt, subnet, params, sink)
-        for index in range(params.n):
+        for index, constraint in enumerate(self._grammars.constraints(params)):
             sampler = Sampler(
                 params,
                 prompt,
                 index,
                 ends,
-                constraint=self._grammars.constraint(params),
+                constraint=constraint,
                 forced=forced,
             )
             generation = Generation(
@@ -64,7 +64,10 @@ class RequestMaker:
         if text is None:
             return None
         if isinstance(text, str):
-            return self._tokenizer.encode(text, add_special_tokens=False)
+            ids = self._tokenizer.encode(text, add_special_tokens=False)
+            if not ids:
+                raise RequestError(f"forced_text {shorten(text)} has no tokens.")
+            return ids
         self._check_ids("forced_text", text)
         return list(text)
 

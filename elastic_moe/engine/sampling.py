@@ -103,7 +103,9 @@ class Sampler:
         x = self._adjust(logits)
         if params.temperature == 0:
             return int(x.argmax())  # the first among equals
-        ids, weights = _candidates(x / params.temperature, params)
+        with np.errstate(over="ignore"):  # far below the best is nothing, however far
+            scaled = (x - x.max()) / params.temperature
+        ids, weights = _candidates(scaled, params)
         reached = weights.cumsum()
         drawn = uniform(params.seed, self._choice, self._position) * reached[-1]
         index = int(np.searchsorted(reached, drawn, side="right"))
@@ -143,8 +145,12 @@ def uniform(seed: int, choice: int, position: int) -> float:
 def _candidates(
     x: NDArray[np.float64], params: SamplingParams
 ) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Tokens to draw from and their weights: min_p, then top_k, then top_p."""
-    weights = np.exp(x - x.max())
+    """Tokens to draw from and their weights: min_p, then top_k, then top_p.
+
+    Args:
+        x: (V,) scaled logits, the largest of them 0.
+    """
+    weights = np.exp(x)
     ids: NDArray[Any] = np.arange(len(x))
     if params.min_p:
         ids = np.flatnonzero(weights >= params.min_p)

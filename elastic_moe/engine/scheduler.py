@@ -86,12 +86,17 @@ class Scheduler:
                 budget -= 1
         if plan.preempted:
             prompts = [sequence for sequence in prompts if sequence in self.running]
+        short = False
         for i, sequence in enumerate(prompts):
             others = i + 1 < len(prompts) or bool(self.waiting)
-            count = self._make_room(sequence, min(sequence.remaining, _share(budget, others)))
+            wanted = min(sequence.remaining, _share(budget, others))
+            count = self._make_room(sequence, wanted)
             if count:
                 plan.parts.append((sequence, count))
                 budget -= count
+            if count < wanted:  # the next blocks are for this one, not for those behind it
+                short = True
+                break
         while self.running and not plan.parts:
             # Prompts alone, and each waits for blocks of another: the last one gives its own.
             self._preempt(self.running[-1], plan)
@@ -99,7 +104,7 @@ class Scheduler:
                 count = self._make_room(sequence, min(sequence.remaining, budget))
                 plan.parts.extend([(sequence, count)] if count else [])
                 budget -= count
-        if not plan.preempted:
+        if not plan.preempted and not short:
             self._admit(plan, budget)
         return plan
 

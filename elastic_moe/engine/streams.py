@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from elastic_moe.engine.request import Completion, Delta
 from elastic_moe.errors import EngineError
 
-Item = Delta | BaseException
+Item = Delta | BaseException | None  # None: closed by the reader's own side
 
 
 class Pieces:
@@ -34,6 +35,7 @@ class DeltaStream:
     def __init__(self, pieces: Pieces, cancel: Callable[[], None], owner: object) -> None:
         self._queue, self._cancel, self._owner = pieces.queue, cancel, owner
         self._done = False
+        self._pid = os.getpid()
 
     def __iter__(self) -> DeltaStream:
         return self
@@ -41,7 +43,11 @@ class DeltaStream:
     def __next__(self) -> Delta:
         if self._done:
             raise StopIteration
+        if os.getpid() != self._pid:
+            raise EngineError("a stream cannot be read after a fork. Make it where it is read.")
         item = self._queue.get()
+        if item is None:
+            raise StopIteration
         if isinstance(item, BaseException):
             self._done = True
             raise item
@@ -49,10 +55,11 @@ class DeltaStream:
         return item
 
     def close(self) -> None:
-        """End the request, if it has not ended."""
+        """End the request, if it has not ended; from any thread, one that waits for it wakes."""
         if not self._done:
             self._done = True
             self._cancel()
+            self._queue.put(None)
 
     def __del__(self) -> None:
         self.close()
@@ -88,7 +95,7 @@ class AsyncPieces:
 
     def __init__(self, *, whole: bool = False) -> None:
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Item] = asyncio.Queue()
+        self._queue: asyncio.Queue[Delta | BaseException] = asyncio.Queue()
         self._whole = whole
 
     def put(self, delta: Delta) -> None:

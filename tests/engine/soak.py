@@ -159,7 +159,7 @@ def run(folder: Path, count: int, seed: int, dtype: str, threads: int = 12) -> d
                 assert got == ask(solo, request), f"request {number}: {request}"
     engine.close()
     solo.close()
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
     ends = Counter(got if isinstance(got, str) else "answered" for got in found)
     return {
         "requests": count,

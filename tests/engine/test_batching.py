@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from elastic_moe import Completion, Engine, SamplingParams
 from elastic_moe.engine import flat_batch
 from elastic_moe.engine.core import StepRecord
 from elastic_moe.routing import Subnet
+from tests.engine.holding import held
 from tests.engine.test_invariance import random_subnet
 
 pytestmark = pytest.mark.skipif(bool(cpu.missing()), reason="the C++ kernels are not installed")
@@ -107,11 +109,22 @@ def together(engine: Engine) -> list[Result]:
     threads = [
         threading.Thread(target=ask, args=item) for item in enumerate(requests(engine.shape))
     ]
-    for thread in threads:
-        thread.start()
+    with held(engine):
+        for thread in threads:
+            thread.start()
+        while engine.stats().unfinished < len(threads):
+            time.sleep(0.001)
     for thread in threads:
         thread.join()
     return [found[number] for number in range(len(threads))]
+
+
+def at_once(engine: Engine, prompt: list[int], names: list[str], params: Any) -> list[Completion]:
+    """The prompt under each of these sub-networks, in shared steps."""
+    with held(engine):
+        streams = [engine.stream(prompt, name, params) for name in names]
+    done = [list(stream)[-1].completion for stream in streams]
+    return [completion for completion in done if completion is not None]
 
 
 def test_32_requests_with_32_subnetworks_get_what_each_gets_alone(
@@ -165,7 +178,7 @@ def test_the_comparison_sees_two_rows_that_exchange_their_subnetworks(
     engine = Engine.from_pretrained(tiny_folder, backend="cpu", dtype="float32")
     params = SamplingParams(max_tokens=6, ignore_eos=True, logprobs=0)
     alone = [engine.generate([7, 8, 9, 10], name, params) for name in ("k1", "k2")]
-    both = engine.generate([[7, 8, 9, 10]] * 2, ["k1", "k2"], params)
+    both = at_once(engine, [7, 8, 9, 10], ["k1", "k2"], params)
     assert [result(c) for c in both] != [result(c) for c in alone]
 
 
@@ -220,7 +233,7 @@ def test_each_request_is_told_the_experts_that_it_ran(tiny_folder: Path) -> None
     params = SamplingParams(max_tokens=8, ignore_eos=True)
     want = [engine.generate([9, 8, 7, 6], name, params).routing for name in names]
     steps.clear()
-    got = [c.routing for c in engine.generate([[9, 8, 7, 6]] * 5, names, params)]
+    got = [c.routing for c in at_once(engine, [9, 8, 7, 6], names, params)]
     assert got == want
     assert max(len(step.parts) for step in steps) == 5
     assert want[0].mean_experts == engine.shape.max_top_k

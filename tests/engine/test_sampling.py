@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_moe.engine.sampling import Sampler, token_logprob, uniform
+from elastic_moe.engine.sampling import Sampler, _candidates, token_logprob, uniform
 from elastic_moe.engine.sampling_params import SamplingParams
 
 PROBABILITIES = [0.1, 0.5, 0.05, 0.3, 0.05]
@@ -40,6 +40,10 @@ def test_temperature_zero_takes_the_likeliest() -> None:
 def test_draws_follow_the_probabilities() -> None:
     found = draws(temperature=1.0, seed=5)
     assert found == pytest.approx(PROBABILITIES, abs=0.03)
+
+
+def test_the_smallest_temperature_takes_the_likeliest() -> None:
+    assert draws(50, temperature=5e-324) == [0, 1, 0, 0, 0]
 
 
 def test_temperature_divides_the_logits() -> None:
@@ -88,17 +92,24 @@ def test_candidates_are_those_of_sorting_everything(
     order = sorted(range(vocab), key=lambda i: (-p[i], i))
     order = [i for i in order if p[i] >= min_p]
     order = order[: top_k or None]
-    total, reached, kept = sum(p[i] for i in order), 0.0, []
-    for i in order:
-        if reached >= top_p * total * (1 + 1e-12) and top_p < 1:
-            break
-        kept.append(i)
-        reached += p[i]
-    source = sampler(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    chosen = {source.choose(logits, 0) for _ in range(50)}
-    # Sums in another order may decide a tie at the edge of top_p otherwise: one more is fine.
-    edge = order[len(kept) : len(kept) + 1]
-    assert chosen <= {*kept, *edge}
+    total = sum(p[i] for i in order)
+
+    def kept(wanted: float) -> set[int]:
+        """The first whose probabilities reach this sum."""
+        reached, found = 0.0, []
+        for i in order:
+            if reached >= wanted and top_p < 1:
+                break
+            found.append(i)
+            reached += p[i]
+        return set(found)
+
+    params = SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)
+    ids, weights = _candidates(logits.astype(np.float64) - logits.max(), params)
+    # Sums in another order may decide otherwise at the very edge of top_p.
+    least, most = kept(top_p * total * (1 - 1e-12)), kept(top_p * total * (1 + 1e-12))
+    assert least <= set(ids.tolist()) <= most
+    assert weights == pytest.approx(p[ids])
 
 
 def test_penalties_are_taken_from_what_came() -> None:

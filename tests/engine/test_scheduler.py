@@ -240,6 +240,22 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     assert 0 < long.computed < 64
 
 
+def test_a_long_prompt_comes_to_its_end_though_smaller_ones_keep_coming() -> None:
+    """The blocks that are freed are for the one that came first."""
+    world = World(960, 64, 16)
+    rng = random.Random(0)
+    first = world.add(0, [rng.randrange(5) for _ in range(300)], FULL, 1)
+    shallow = resolve(MINI, depth=4)
+    number = 0
+    while first in world.goals:
+        assert world.steps < 300, "it starves"
+        while len(world.scheduler.waiting) < 20:
+            number += 1
+            prompt = [rng.randrange(5) for _ in range(20)]
+            world.add(number, prompt, shallow, rng.randint(1, 22))
+        world.step()
+
+
 def test_those_that_write_go_on_while_prompts_are_read() -> None:
     world = World(5000, 16, 4)
     writer = world.add(0, [1, 2, 3], SUBNETS[0], 50)

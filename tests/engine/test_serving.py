@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import multiprocessing
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +21,7 @@ from elastic_moe import Engine, SamplingParams
 from elastic_moe.engine.core import StepRecord
 from elastic_moe.engine.generation import Generation
 from elastic_moe.errors import EngineError, QueueFullError, RequestError
+from tests.engine.holding import held
 
 PROMPT = list(range(20, 60))
 LONG = SamplingParams(max_tokens=590, ignore_eos=True)
@@ -313,22 +316,65 @@ def test_cancelled_requests_leave_nothing(engine: Engine) -> None:
     for stream in streams[:4]:
         next(stream)
     assert engine.stats().used_blocks > 0
-    before = engine.stats().steps
-    for stream in streams:
-        stream.close()
+    with held(engine):
+        before = engine.stats().steps
+        for stream in streams:
+            stream.close()
     assert list(streams[0]) == []
     idle(engine)
-    assert engine.stats().steps <= before + 40
+    assert engine.stats().steps <= before + 1
 
 
 def test_a_dropped_iterator_ends_its_request(engine: Engine) -> None:
     stream = engine.stream(PROMPT, None, LONG)
     next(stream)
-    del stream
-    never_started = engine.stream(PROMPT, None, LONG)
-    del never_started
-    gc.collect()
+    with held(engine):
+        before = engine.stats().steps
+        never_started = engine.stream(PROMPT, None, LONG)
+        del stream, never_started
+        gc.collect()
     idle(engine)
+    assert engine.stats().steps <= before + 1
+
+
+def test_closing_a_stream_wakes_who_waits_for_it(engine: Engine) -> None:
+    with ThreadPoolExecutor(1) as pool, held(engine):
+        stream = engine.stream(PROMPT, None, LONG)
+        waiting = pool.submit(list, stream)
+        time.sleep(0.05)
+        stream.close()
+        assert waiting.result(timeout=20) == []
+    idle(engine)
+
+
+def test_a_list_that_fails_leaves_nothing_running(engine: Engine) -> None:
+    """Its requests are checked before the first one runs; what fails later ends the others."""
+    bad = SamplingParams(json_schema={"type": "nonsense"})
+    before = engine.stats().steps
+    with pytest.raises(RequestError, match="json_schema cannot be followed"):
+        engine.generate([PROMPT] * 3, None, [LONG, LONG, bad])
+    with pytest.raises(RequestError, match="json_schema cannot be followed"):
+        asyncio.run(engine.agenerate([PROMPT] * 3, None, [LONG, LONG, bad]))
+    assert engine.stats().steps == before
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_list_of_which_one_raises_ends_the_others(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    take = Generation.take
+
+    def faulty(generation: Generation, *arguments: Any) -> Any:
+        if len(generation.token_ids) == 3 and generation._params.max_tokens == 6:
+            raise ValueError("cursed")
+        return take(generation, *arguments)
+
+    monkeypatch.setattr(Generation, "take", faulty)
+    request: Any = ([PROMPT] * 3, None, [SHORT, LONG, LONG])
+    with pytest.raises(ValueError, match="cursed"):
+        asyncio.run(engine.agenerate(*request)) if asynchronous else engine.generate(*request)
+    idle(engine)
+    assert engine.stats().steps < 400
 
 
 def test_a_dropped_engine_ends_its_thread(tiny_folder: Path) -> None:
@@ -362,24 +408,17 @@ def test_a_stream_keeps_its_engine(tiny_folder: Path) -> None:
 
 def test_a_full_queue_refuses_and_recovers(tiny_folder: Path) -> None:
     with Engine.from_pretrained(tiny_folder, max_queue=3, max_num_seqs=1) as engine:
-        streams = [engine.stream(PROMPT, None, LONG) for _ in range(3)]
-        with pytest.raises(QueueFullError, match="3 requests are unfinished, and max_queue is 3"):
-            engine.stream(PROMPT)
-        streams[0].close()
-        streams[1].close()
-        idle_until(lambda: engine.stats().unfinished == 1)
-        assert engine.generate(PROMPT, None, SHORT).usage.completion_tokens == 6
-        # A list is fed as the queue takes it.
-        streams[2].close()
+        with held(engine):
+            streams = [engine.stream(PROMPT, None, LONG) for _ in range(3)]
+            with pytest.raises(
+                QueueFullError, match="3 requests are unfinished, and max_queue is 3"
+            ):
+                engine.stream(PROMPT)
+            for stream in streams:
+                stream.close()
         idle(engine)
+        # A list is fed as the queue takes it.
         assert len(engine.generate([PROMPT] * 20, None, SHORT)) == 20
-
-
-def idle_until(there: Any) -> None:
-    until = time.monotonic() + 20
-    while not there():
-        assert time.monotonic() < until
-        time.sleep(0.005)
 
 
 def test_what_the_cache_can_never_hold_is_refused_with_both_numbers(tiny_folder: Path) -> None:
@@ -427,6 +466,70 @@ def test_closing_lets_requests_end_within_its_time(tiny_folder: Path) -> None:
         engine.stream(PROMPT)
 
 
+@pytest.mark.parametrize("seconds", [None, -1, float("nan"), float("inf"), "5"])
+def test_a_time_to_drain_that_is_none_is_refused_and_nothing_is_closed(
+    engine: Engine, seconds: Any
+) -> None:
+    with pytest.raises(EngineError, match="drain_seconds must be a finite number"):
+        engine.close(seconds)
+    assert engine.generate(PROMPT, None, SHORT).usage.completion_tokens == 6
+
+
+def test_a_second_close_may_be_in_more_of_a_hurry(tiny_folder: Path) -> None:
+    engine = Engine.from_pretrained(tiny_folder, max_num_seqs=1)
+    streams = [engine.stream(PROMPT, None, LONG) for _ in range(100)]
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(engine.close, 600)
+        time.sleep(0.05)
+        start = time.monotonic()
+        engine.close()
+        slow.result(timeout=20)
+    assert time.monotonic() - start < 20
+    with pytest.raises(EngineError, match="closed before"):
+        list(streams[-1])
+
+
+def test_an_observer_may_neither_call_nor_break_the_engine(tiny_folder: Path) -> None:
+    refused: list[str] = []
+
+    def on_step(_: StepRecord) -> None:
+        try:
+            engine.score([1])
+        except EngineError as error:
+            refused.append(str(error))
+        raise ValueError("an observer's own fault")
+
+    engine = Engine.from_pretrained(tiny_folder, on_step=on_step)
+    with pytest.warns(RuntimeWarning, match="on_step raised ValueError: an observer's own"):
+        assert engine.generate(PROMPT, None, SHORT).usage.completion_tokens == 6
+    engine.close()
+    assert len(refused) == 1
+    assert "on_step runs on the engine's thread" in refused[0]
+
+
+def _read_in_child(stream: Any, queue: Any) -> None:
+    try:
+        next(stream)
+    except EngineError as error:
+        queue.put(str(error))
+    stream.close()
+    queue.put("closed")
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_stream_cannot_be_read_after_a_fork(engine: Engine) -> None:
+    stream = engine.stream(PROMPT, None, LONG)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_read_in_child, args=(stream, queue))
+    child.start()
+    assert "after a fork" in queue.get(timeout=60)
+    assert queue.get(timeout=60) == "closed"
+    child.join()
+    assert len(next(stream).token_ids) == 1
+    stream.close()
+
+
 def test_closing_ends_what_takes_longer(tiny_folder: Path) -> None:
     engine = Engine.from_pretrained(tiny_folder, max_num_seqs=1)
     streams = [engine.stream(PROMPT, None, LONG) for _ in range(200)]
@@ -460,31 +563,59 @@ def test_async_streams_share_steps_and_can_be_dropped(tiny_folder: Path) -> None
     assert full == engine.generate(PROMPT, None, params).token_ids
     assert k1 == engine.generate(PROMPT, "k1", params).token_ids
     assert done.token_ids == engine.generate(PROMPT).token_ids
-    assert max(len(step.parts) for step in steps) > 1
     idle(engine)
+    assert max(len(step.parts) for step in steps) > 1
+    dropped = [step for step in steps if any(number == 2 for number, _, _ in step.parts)]
+    assert len(dropped) < 300
     engine.close()
 
 
 def test_a_cancelled_task_ends_its_request(engine: Engine) -> None:
     async def cancelled() -> None:
-        task = asyncio.create_task(engine.agenerate(PROMPT, None, LONG))
-        await asyncio.sleep(0.02)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        for prompts in (PROMPT, [PROMPT] * 3):
+            with held(engine):
+                task = asyncio.create_task(engine.agenerate(prompts, None, LONG))
+                while not engine.stats().unfinished:
+                    await asyncio.sleep(0.001)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
 
     asyncio.run(cancelled())
     idle(engine)
+    assert engine.stats().steps == 0
 
 
 def test_scoring_goes_on_beside_generation(engine: Engine) -> None:
     want = engine.score(PROMPT, "k2")
-    stream = engine.stream(PROMPT, None, LONG)
-    next(stream)
-    assert torch.equal(engine.score(PROMPT, "k2"), want)
+    with ThreadPoolExecutor(2) as pool, held(engine):
+        stream = engine.stream(PROMPT, None, LONG)
+        scored = pool.submit(engine.score, PROMPT, "k2")
+        ranked = pool.submit(engine.rank_channels, "some text to rank by")
+        time.sleep(0.05)
+    assert torch.equal(scored.result(), want)
     with pytest.raises(EngineError, match="requests are running"):
-        engine.rank_channels("some text to rank by")
+        ranked.result()
     stream.close()
+
+
+def test_a_step_comes_between_two_calls(engine: Engine) -> None:
+    """Callers that never stop calling do not hold up who writes."""
+    core, stop = engine._running_core(), threading.Event()
+
+    def call() -> None:
+        while not stop.is_set():
+            core.call(lambda: time.sleep(0.002))
+
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(3):
+            pool.submit(call)
+        try:
+            start = time.monotonic()
+            assert engine.generate(PROMPT, None, SHORT).usage.completion_tokens == 6
+            assert time.monotonic() - start < 5
+        finally:
+            stop.set()
 
 
 def test_calls_from_many_threads_at_once(engine: Engine) -> None:
@@ -510,6 +641,7 @@ def test_calls_from_many_threads_at_once(engine: Engine) -> None:
         ({"max_num_seqs": 0}, "max_num_seqs must be an integer of at least 1, got 0"),
         ({"max_queue": 1.5}, "max_queue must be an integer of at least 1, got 1.5"),
         ({"kv_cache_bytes": 0}, "kv_cache_bytes must be an integer of at least 1"),
+        ({"on_step": 5}, "on_step must be callable, got 5"),
         ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "at most max_num_batched_tokens"),
     ],
 )
@@ -519,14 +651,18 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
 
 
 def test_kv_of_12_layers_are_a_quarter_of_48(mini: Engine) -> None:
-    used = []
-    for name in ("full", "L12"):
-        stream = mini.stream(PROMPT, name, SamplingParams(max_tokens=200, ignore_eos=True))
-        for _ in range(3):
+    core, used = mini._running_core(), []
+    for first, name in ((20, "full"), (60, "L12")):  # nothing in common
+        # 33 tokens, then up to 15: three pages from the first step to the last.
+        params = SamplingParams(max_tokens=15, ignore_eos=True)
+        stream = mini.stream(list(range(first, first + 33)), name, params)
+        next(stream)
+        seen = core.call(lambda: (mini.stats().used_blocks, len(core._scheduler.running)))
+        while seen[1] == 0:  # it had ended by then
+            first += 1
+            stream = mini.stream(list(range(first, first + 33)), name, params)
             next(stream)
-        used.append(mini.stats().used_blocks)
-        stream.close()
-        idle(mini)
-    # The engine runs ahead of its reader, by a page at most while three tokens are read.
-    pages = [used[0] // 48, used[1] // 12]
-    assert used == [48 * pages[0], 12 * pages[1]]
+            seen = core.call(lambda: (mini.stats().used_blocks, len(core._scheduler.running)))
+        used.append(seen[0])
+        list(stream)
+    assert used == [3 * 48, 3 * 12]

@@ -28,6 +28,7 @@ from elastic_moe.engine.sequence import Sequence
 from elastic_moe.errors import EngineError, QueueFullError
 
 T = TypeVar("T")
+CLOSED = "the engine is closed. Make a new one with Engine.from_pretrained."
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +195,7 @@ class EngineCore:
         if threading.current_thread() is self._thread:
             raise EngineError("on_step runs on the engine's thread, which cannot wait for itself.")
         if self._closed:
-            raise EngineError("the engine is closed. Make a new one with Engine.from_pretrained.")
+            raise EngineError(CLOSED)
 
     def _post(self, message: Callable[[], None]) -> None:
         with self._wake:
@@ -208,7 +209,7 @@ class EngineCore:
         error: Exception = EngineError("the engine was closed before the request had ended.")
         try:
             while True:
-                if not self._scheduler.busy or self._calls:
+                if not self._scheduler.busy:
                     self._deliver()
                 if not self._scheduler.busy and self._drain_until is None:
                     with self._wake:
@@ -217,6 +218,7 @@ class EngineCore:
                 while self._mail:
                     self._mail.popleft()()
                 if self._calls:
+                    self._deliver()  # a call may take long
                     self._calls.popleft()()
                 if self._drain_until is not None and (
                     not self._scheduler.busy or time.monotonic() >= self._drain_until

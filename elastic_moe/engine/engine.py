@@ -25,7 +25,7 @@ from torch import Tensor
 
 from elastic_moe.config import Routing, resolve_routing
 from elastic_moe.engine.block_manager import PAGE_TOKENS
-from elastic_moe.engine.core import EngineCore, EngineStats
+from elastic_moe.engine.core import CLOSED, EngineCore, EngineStats
 from elastic_moe.engine.job import Job, Sink
 from elastic_moe.engine.loading import Backend, check_device, choose_backend, load_runner
 from elastic_moe.engine.options import EngineOptions
@@ -321,7 +321,7 @@ class Engine:
 
     def _check_usable(self) -> None:
         if self._closed:
-            raise EngineError("the engine is closed. Make a new one with Engine.from_pretrained.")
+            raise EngineError(CLOSED)
         if os.getpid() != self._pid:
             raise EngineError(
                 "the engine was made in another process and cannot be used after a fork. "

@@ -84,10 +84,9 @@ class Job:
         sequence = Sequence(
             (self.number, len(self.texts)), self.prompt, self.subnet.kv_keys, after=first
         )
-        # Log-probabilities of the prompt take its logits, so it is computed in any case.
         state = open_state(self.subnet, len(self.prompt) + self.params.max_tokens)
         text = Text(self, sequence, state, generation)
-        sequence.reads_cache = not text.tells_prompt
+        sequence.reads_cache = not text.tells_prompt  # logits of the prompt are not cached
         self.texts.append(text)
 
     @property

@@ -194,7 +194,6 @@ class Scheduler:
         """Put a sequence back: it keeps its tokens, and begins anew when its turn comes."""
         self.running.remove(sequence)
         self._give_back(sequence)
-        sequence.preemptions += 1
         self.add(sequence)
         plan.preempted.append(sequence)
         plan.parts = [part for part in plan.parts if part[0] is not sequence]

@@ -23,7 +23,6 @@ class Sequence:
         prompt_done: whether its prompt was computed once, or never will be.
         pages: of 16 tokens each.
         cached_tokens: of the prompt, those that were found in the prefix cache at first.
-        preemptions: how often it was put back.
     """
 
     __slots__ = (
@@ -35,7 +34,6 @@ class Sequence:
         "computed",
         "kv_keys",
         "pages",
-        "preemptions",
         "prompt_done",
         "prompt_tokens",
         "published",
@@ -60,7 +58,6 @@ class Sequence:
         self.published = 0  # pages that others may find, or that were not worth it
         self.pages: list[Page] = []
         self.cached_tokens: int | None = None
-        self.preemptions = 0
         self._keys: list[bytes] = []
         self._digest: Any = hashlib.sha256(b"elastic-moe tokens 1\0")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
-from typing import Any
 
 from elastic_moe.engine.request import Completion, Delta
 from elastic_moe.errors import EngineError
@@ -87,7 +87,7 @@ class WholeText:
 
 
 class AsyncPieces:
-    """Hands pieces to an event loop; an end of that loop ends the request.
+    """Hands pieces to an event loop; one that is closed gets nothing more.
 
     Args:
         whole: whether only the last piece is wanted.
@@ -112,9 +112,6 @@ class AsyncPieces:
             raise item
         return item
 
-    def _post(self, item: Any) -> None:
-        try:
+    def _post(self, item: Delta | BaseException) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody can be told
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
-        except RuntimeError as error:  # the loop is closed: nobody can be told
-            if not self._loop.is_closed():
-                raise EngineError("the event loop takes no more calls.") from error

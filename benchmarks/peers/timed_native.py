@@ -8,8 +8,10 @@ from typing import Any
 
 
 class TimedNative:
-    """Attributes:
-    seconds: inside steps so far.
+    """The same calls, timed.
+
+    Attributes:
+        seconds: inside steps so far.
     """
 
     def __init__(self, native: Any) -> None:

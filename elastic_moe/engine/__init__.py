@@ -1,7 +1,7 @@
 """The engine: requests in, completions out."""
 
 from elastic_moe.engine.engine import Engine
-from elastic_moe.engine.request import (
+from elastic_moe.engine.outputs import (
     AppliedRouting,
     Choice,
     Completion,

@@ -21,7 +21,7 @@ import torch
 
 from elastic_moe.engine.block_manager import BlockManager
 from elastic_moe.engine.job import Job, Sink, Text
-from elastic_moe.engine.request import Delta
+from elastic_moe.engine.outputs import Delta
 from elastic_moe.engine.runner import Chunk, Runner, StepOutput, Wanted
 from elastic_moe.engine.scheduler import Plan, Scheduler
 from elastic_moe.engine.sequence import Sequence

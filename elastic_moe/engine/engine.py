@@ -29,9 +29,9 @@ from elastic_moe.engine.core import CLOSED, EngineCore, EngineStats
 from elastic_moe.engine.job import Job, Sink
 from elastic_moe.engine.loading import Backend, check_device, choose_backend, load_runner
 from elastic_moe.engine.options import EngineOptions
+from elastic_moe.engine.outputs import Completion, Delta
 from elastic_moe.engine.prompts import Request, is_batch, pair, token_ids
-from elastic_moe.engine.request import Completion, Delta
-from elastic_moe.engine.requests import RequestMaker
+from elastic_moe.engine.request_maker import RequestMaker
 from elastic_moe.engine.runner import Chunk, Runner
 from elastic_moe.engine.sampling_params import SamplingParams
 from elastic_moe.engine.sequence import pages_for

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from elastic_moe.engine.request import Choice, Delta, FinishReason, TokenLogprob
+from elastic_moe.engine.outputs import Choice, Delta, FinishReason, TokenLogprob
 from elastic_moe.engine.sampling import Logits, Sampler, token_logprob
 from elastic_moe.engine.sampling_params import SamplingParams
 from elastic_moe.model.tokenizer import Tokenizer

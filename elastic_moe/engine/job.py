@@ -7,8 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from elastic_moe.engine.generation import Generation
-from elastic_moe.engine.paged import ManagedSequence
-from elastic_moe.engine.request import (
+from elastic_moe.engine.outputs import (
     AppliedRouting,
     Choice,
     Completion,
@@ -16,6 +15,7 @@ from elastic_moe.engine.request import (
     TokenLogprob,
     Usage,
 )
+from elastic_moe.engine.paged import ManagedSequence
 from elastic_moe.engine.sampling import Logits, token_logprob
 from elastic_moe.engine.sampling_params import SamplingParams
 from elastic_moe.engine.sequence import Sequence

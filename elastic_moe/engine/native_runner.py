@@ -16,8 +16,8 @@ from torch import Tensor
 from elastic_moe.engine.flat_batch import Decoding, flatten
 from elastic_moe.engine.runner import (
     NO_STATES,
-    Choices,
     Chunk,
+    ExpertCounts,
     Progress,
     Runner,
     StepOutput,
@@ -74,7 +74,7 @@ class NativeRunner(Runner):
             result.sequence_experts,
             result.counters,
             NO_STATES if result.states is None else dict(zip(wanted, result.states, strict=True)),
-            None if result.topk_ids is None else self._choices(chunks, result.topk_ids),
+            None if result.topk_ids is None else self._expert_counts(chunks, result.topk_ids),
         )
 
     def _start(self, chunks: Sequence[Chunk], wanted: list[int], trace: bool) -> StepResult:
@@ -104,16 +104,16 @@ class NativeRunner(Runner):
             self._decoding = Decoding(step, chunks, arrays.block_tables, pool.blocks, self._angles)
         return result
 
-    def _choices(self, chunks: Sequence[Chunk], topk_ids: Tensor) -> Choices:
+    def _expert_counts(self, chunks: Sequence[Chunk], topk_ids: Tensor) -> ExpertCounts:
         """Which experts ran, from the ids (L, T, K)."""
-        choices = Choices()
+        expert_counts = ExpertCounts()
         sizes = [len(chunk.token_ids) for chunk in chunks]
         for layer in sorted(self.config.moe_layers):
             ran = [chunk.sequence.subnet.layers[layer].active for chunk in chunks]
             if any(ran):
                 rows = torch.from_numpy(np.repeat(np.array(ran), sizes))
-                choices.count(layer, topk_ids[layer][rows], self.config.num_experts)
-        return choices
+                expert_counts.count(layer, topk_ids[layer][rows], self.config.num_experts)
+        return expert_counts
 
     def logits(self, states: Tensor) -> Tensor:
         return self.model.logits(states)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from elastic_moe.engine.block_manager import PAGE_TOKENS
 from elastic_moe.engine.paged import PagedSequence
-from elastic_moe.engine.runner import Choices, Chunk, Progress, Runner, StepOutput
+from elastic_moe.engine.runner import Chunk, ExpertCounts, Progress, Runner, StepOutput
 from elastic_moe.model.ranking import rank_channels, reorder_channels
 from elastic_moe.model.transformer import ElasticTransformer, Trace
 
@@ -34,7 +34,7 @@ class ReferenceRunner(Runner):
     ) -> StepOutput:
         states: dict[int, list[Tensor]] = {layers: [] for layers in sorted(set(states_after))}
         logits = [torch.empty(0, self.config.vocab_size, device=self.device)]
-        choices = Choices() if trace else None
+        expert_counts = ExpertCounts() if trace else None
         experts_run = [0] * len(chunks)
         with torch.inference_mode():
             for number, chunk in enumerate(chunks):
@@ -44,8 +44,8 @@ class ReferenceRunner(Runner):
                     logits.append(self.model.logits(x if chunk.logits == "all" else x[-1:]))
                 for layer in seen.layers:
                     experts_run[number] += int((layer.topk_ids >= 0).sum())
-                    if choices is not None:
-                        choices.count(layer.layer, layer.topk_ids, self.config.num_experts)
+                    if expert_counts is not None:
+                        expert_counts.count(layer.layer, layer.topk_ids, self.config.num_experts)
             every = torch.cat(logits)
             best = every.argmax(-1).where(every.isfinite().all(-1), -1)
             return StepOutput(
@@ -53,7 +53,7 @@ class ReferenceRunner(Runner):
                 best.tolist(),
                 experts_run,
                 states={layers: torch.cat(parts) for layers, parts in states.items()},
-                choices=choices,
+                expert_counts=expert_counts,
             )
 
     def logits(self, states: Tensor) -> Tensor:

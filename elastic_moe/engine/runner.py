@@ -45,20 +45,20 @@ class Chunk(NamedTuple):  # a tuple: one is made for every token that is decoded
 
 
 @dataclass(frozen=True, slots=True)
-class Choices:
+class ExpertCounts:
     """What the routers of a step chose.
 
     Attributes:
-        tokens: layer -> (E,) how many tokens chose each expert.
+        tokens_per_expert: layer -> (E,) how many tokens chose each expert.
         rows: layer -> tokens that it routed.
     """
 
-    tokens: dict[int, Tensor] = field(default_factory=dict)
+    tokens_per_expert: dict[int, Tensor] = field(default_factory=dict)
     rows: dict[int, int] = field(default_factory=dict)
 
     def add(self, layer: int, tokens: Tensor, rows: int) -> None:
         """Add what one layer's router chose for some rows."""
-        self.tokens[layer] = self.tokens.get(layer, 0) + tokens
+        self.tokens_per_expert[layer] = self.tokens_per_expert.get(layer, 0) + tokens
         self.rows[layer] = self.rows.get(layer, 0) + rows
 
     def count(self, layer: int, topk_ids: Tensor, num_experts: int) -> None:
@@ -78,7 +78,7 @@ class StepOutput(NamedTuple):  # a tuple, as Chunk
         experts_run: for each chunk, (token, expert) pairs that ran in all layers.
         counters: of the native step.
         states: layers done -> (T, D) float32, the residual stream of all tokens; if asked for.
-        choices: if asked for.
+        expert_counts: what the routers chose; if asked for.
     """
 
     logits: Tensor
@@ -86,7 +86,7 @@ class StepOutput(NamedTuple):  # a tuple, as Chunk
     experts_run: list[int]
     counters: Counters | None = None
     states: Mapping[int, Tensor] = NO_STATES
-    choices: Choices | None = None
+    expert_counts: ExpertCounts | None = None
 
 
 class Runner(ABC):

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from elastic_moe.engine.request import TokenLogprob
+from elastic_moe.engine.outputs import TokenLogprob
 from elastic_moe.engine.runner import Wanted
 from elastic_moe.engine.sampling_params import SamplingParams
 

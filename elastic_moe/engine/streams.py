@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
 
-from elastic_moe.engine.request import Completion, Delta
+from elastic_moe.engine.outputs import Completion, Delta
 from elastic_moe.errors import EngineError
 
 Item = Delta | BaseException | None  # None: closed by the reader's own side

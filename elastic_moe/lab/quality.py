@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from elastic_moe.engine.runner import Choices, Chunk, Runner, StepOutput
+from elastic_moe.engine.runner import Chunk, ExpertCounts, Runner, StepOutput
 from elastic_moe.errors import ElasticMoEError
 from elastic_moe.lab.text import EvaluationSet
 from elastic_moe.routing import Subnet
@@ -195,24 +195,26 @@ class _ExpertUse:
     """What the routers of each layer chose in one pass, whichever depths are measured in it."""
 
     def __init__(self) -> None:
-        self._choices = Choices()
+        self._counts = ExpertCounts()
 
     def add(self, out: StepOutput) -> None:
         """Count the choices of a batch."""
-        assert out.choices is not None
-        for layer, tokens in out.choices.tokens.items():
-            self._choices.add(layer, tokens, out.choices.rows[layer])
+        assert out.expert_counts is not None
+        for layer, tokens in out.expert_counts.tokens_per_expert.items():
+            self._counts.add(layer, tokens, out.expert_counts.rows[layer])
 
     def mean(self, depth: int) -> float:
         """Experts that ran, per token and MoE layer of the first `depth` layers."""
-        ran = sum(int(c.sum()) for layer, c in self._choices.tokens.items() if layer < depth)
-        rows = sum(count for layer, count in self._choices.rows.items() if layer < depth)
+        ran = sum(
+            int(c.sum()) for layer, c in self._counts.tokens_per_expert.items() if layer < depth
+        )
+        rows = sum(count for layer, count in self._counts.rows.items() if layer < depth)
         return ran / rows if rows else 0.0
 
     def shares(self, depth: int) -> dict[int, list[float]]:
         """Layer -> fraction of its choices that fell on each expert, of the first `depth`."""
         return {
             layer: (counts / counts.sum()).tolist()
-            for layer, counts in sorted(self._choices.tokens.items())
+            for layer, counts in sorted(self._counts.tokens_per_expert.items())
             if layer < depth
         }

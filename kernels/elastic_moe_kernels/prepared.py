@@ -30,7 +30,7 @@ class BatchArrays(NamedTuple):
     logits_rows: Ints
 
 
-class Wanted(NamedTuple):
+class WantedOutputs(NamedTuple):
     """What a step gives beside the most likely tokens."""
 
     logits: bool
@@ -50,7 +50,7 @@ class PreparedStep:
         model: CpuModel,
         inputs: Any,
         arrays: BatchArrays,
-        wanted: Wanted,
+        wanted: WantedOutputs,
         *kept: object,
     ) -> None:
         self._model, self._inputs, self._arrays = model, inputs, arrays

@@ -22,7 +22,7 @@ from elastic_moe_kernels.packing import (
     pack_experts,
     pack_matrix,
 )
-from elastic_moe_kernels.prepared import BatchArrays, PreparedStep, Wanted
+from elastic_moe_kernels.prepared import BatchArrays, PreparedStep, WantedOutputs
 from elastic_moe_kernels.step_checks import (
     Ints,
     check_blocks,
@@ -259,7 +259,7 @@ class CpuModel:
         inputs.kv, inputs.kv_blocks = blocks.data_ptr(), len(blocks)
         inputs.threads = threads
         slots = max(table.layer(i).max_top_k for i in range(dims.num_layers)) if trace else 0
-        wanted = Wanted(logits, tuple(check_states(states_after, dims.num_layers)), slots)
+        wanted = WantedOutputs(logits, tuple(check_states(states_after, dims.num_layers)), slots)
         return PreparedStep(self, inputs, arrays, wanted, columns, cos, sin, blocks)
 
     def logits(self, states: Tensor) -> Tensor:

@@ -131,10 +131,10 @@ def test_what_runs_between_is_seen(runner: NativeRunner) -> None:
     assert torch.equal(out.logits, texts.want[0][at : at + 5])
     texts.feed(0, 1)
     out = texts.feed(0, 1)
-    assert out.choices is None
+    assert out.expert_counts is None
     chunks = [Chunk(texts.sequences[0], TEXTS[0][texts.sequences[0].length :][:1], "none")]
     traced = runner.run(chunks, states_after=[2], trace=True)
-    assert traced.choices is not None
+    assert traced.expert_counts is not None
     assert list(traced.states) == [2]
     texts.feed(0, 1)
 

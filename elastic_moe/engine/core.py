@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 import torch
 
 from elastic_moe.engine.block_manager import BlockManager
+from elastic_moe.engine.generation import Piece
 from elastic_moe.engine.job import Job, Sink, Text
-from elastic_moe.engine.outputs import Delta
 from elastic_moe.engine.runner import Chunk, Runner, StepOutput, Wanted
 from elastic_moe.engine.scheduler import Plan, Scheduler
 from elastic_moe.engine.sequence import Sequence
@@ -97,7 +97,7 @@ class EngineCore:
         self._jobs: set[Job] = set()
         # Pieces that leave when the next native call is about to begin: a reader that wakes earlier
         # would only wait for the interpreter's lock.
-        self._outbox: list[tuple[Sink, Delta]] = []
+        self._outbox: list[tuple[Sink, Piece]] = []
         self._mail: deque[Callable[[], None]] = deque()
         self._calls: deque[Callable[[], None]] = deque()  # long ones: a step comes between two
         self._wake = threading.Condition()
@@ -268,8 +268,8 @@ class EngineCore:
         job.sink.fail(error)
 
     def _deliver(self) -> None:
-        for sink, delta in self._outbox:
-            sink.put(delta)
+        for sink, piece in self._outbox:
+            sink.put(piece)
         self._outbox.clear()
 
     def _step(self) -> None:
@@ -365,18 +365,19 @@ class EngineCore:
             job.take_prompt_logits(start, logits)
         if sequence.remaining:
             return
-        delta = text.generation.take(None if logits is None else logits[-1], best_ids[-1])
-        sequence.token_ids += delta.token_ids
+        piece = text.generation.take(None if logits is None else logits[-1], best_ids[-1])
+        sequence.token_ids.append(piece.token_id)
         if not job.first_token:
             job.first_token = time.perf_counter()
-        if delta.finish_reason is not None:
+        if piece.finish_reason is not None:
             if text is job.texts[0]:
                 job.first_end = time.perf_counter()
             self._forget(text)
             if job.finished:
-                delta = delta._replace(completion=job.completion())
+                piece = piece._replace(ending=job.ending())
                 self._end(job)
-        self._outbox.append((job.sink, delta))
+        if piece.ending is not None or not job.sink.whole:
+            self._outbox.append((job.sink, piece))
 
     def _observe(self, on_step: Callable[[StepRecord], None], plan: Plan) -> None:
         try:

@@ -233,11 +233,11 @@ class Engine:
         jobs = await asyncio.to_thread(self._make_all, requests, sinks)
         gate = asyncio.Semaphore(self._at_once)
 
-        async def serve(job: Job, sink: AsyncPieces) -> Completion | None:
+        async def serve(job: Job, sink: AsyncPieces) -> Completion:
             async with gate:
                 cancel = self._submit(job)
                 try:
-                    return (await sink.next()).completion
+                    return await sink.completion()
                 finally:
                     cancel()
 

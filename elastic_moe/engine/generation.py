@@ -1,13 +1,81 @@
-"""One text being written: its tokens, its text so far, where it ends."""
+"""One choice being written: its tokens, where it ends, and its pieces on the way to a reader.
+
+The engine's thread chooses tokens, for all requests between two steps of the model. Their text is
+made where it is read, in the reader's thread; only stop texts must be looked for at once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
-from elastic_moe.engine.outputs import Choice, Delta, FinishReason, TokenLogprob
+from elastic_moe.engine.outputs import (
+    AppliedRouting,
+    Choice,
+    Completion,
+    Delta,
+    FinishReason,
+    TokenLogprob,
+    Usage,
+)
 from elastic_moe.engine.sampling import Logits, Sampler, token_logprob
 from elastic_moe.engine.sampling_params import SamplingParams
+from elastic_moe.engine.text_writer import TextWriter
 from elastic_moe.model.tokenizer import Tokenizer
+
+
+class Ending(NamedTuple):
+    """A request's end."""
+
+    generations: tuple[Generation, ...]
+    usage: Usage
+    routing: AppliedRouting
+    prompt_logprobs: tuple[TokenLogprob, ...] | None
+
+    def completion(self) -> Completion:
+        """The whole, as its reader sees it."""
+        choices = tuple(generation.choice() for generation in self.generations)
+        first = choices[0]
+        return Completion(
+            text=first.text,
+            token_ids=first.token_ids,
+            logprobs=first.logprobs,
+            finish_reason=first.finish_reason,
+            usage=self.usage,
+            routing=self.routing,
+            choices=choices,
+            prompt_logprobs=self.prompt_logprobs,
+        )
+
+
+class Piece(NamedTuple):  # a tuple: one is made for every token
+    """What a step gave a choice.
+
+    Attributes:
+        text: None if it is not made yet.
+        ending: in the very last piece of a request.
+    """
+
+    generation: Generation
+    token_id: int
+    text: str | None
+    finish_reason: FinishReason | None
+    logprobs: tuple[TokenLogprob, ...] | None
+    ending: Ending | None = None
+
+    def delta(self) -> Delta:
+        """As its reader sees it. Pieces of a choice are read once, in their order."""
+        text = self.text
+        if text is None:
+            text = self.generation.write(self.token_id, self.finish_reason is not None)
+        return Delta(
+            text,
+            (self.token_id,),
+            self.finish_reason,
+            None if self.ending is None else self.ending.completion(),
+            self.generation.index,
+            self.logprobs,
+        )
 
 
 class Generation:
@@ -20,7 +88,7 @@ class Generation:
 
     Attributes:
         token_ids: written so far.
-        choice: the whole, once it has ended.
+        finish_reason: once it has ended.
     """
 
     def __init__(
@@ -32,23 +100,21 @@ class Generation:
         end_ids: Collection[int],
         forced_tokens: int | None,
     ) -> None:
-        self.index, self.sampler = index, sampler
+        self.index, self.sampler, self._params = index, sampler, params
         self.token_ids: list[int] = []
-        self.choice: Choice | None = None
-        self._tokenizer, self._params = tokenizer, params
+        self.finish_reason: FinishReason | None = None
         self._end_ids = end_ids if forced_tokens is None else ()
-        self._stop = params.stop
         # Tokens after which it ends in any case, and how.
         self._last = params.max_tokens
         self._last_reason: FinishReason = "length"
         if forced_tokens is not None and forced_tokens <= params.max_tokens:
             self._last, self._last_reason = forced_tokens, "stop"
-        self._stream = tokenizer.stream()
+        self._writer = TextWriter(tokenizer, params.stop)
+        self._stops = bool(params.stop)
         self._logprobs: list[TokenLogprob] = []
-        self._text = ""  # all text so far, up to and including a stop text
-        self._sent = 0  # characters of it that left in deltas
+        self._finished = False  # its text
 
-    def take(self, logits: Logits | None, best_id: int) -> Delta:
+    def take(self, logits: Logits | None, best_id: int) -> Piece:
         """Choose the next token; logits (V,) may be None if only the best was wanted."""
         token = self.sampler.choose(logits, best_id)
         told = None
@@ -56,44 +122,40 @@ class Generation:
             told = (token_logprob(logits, token, self._params.logprobs),)
             self._logprobs += told
         self.token_ids.append(token)
+        last = len(self.token_ids) == self._last
+        if token in self._end_ids:
+            self.finish_reason = "stop"
+        elif last:
+            self.finish_reason = self._last_reason
+        text = self.write(token, self.finish_reason is not None) if self._stops else None
+        return Piece(self, token, text, self.finish_reason, told)
+
+    def write(self, token: int, last: bool) -> str:
+        """The text that may be read once this token has come, the last or not.
+
+        A stop text makes it the last.
+        """
         ended = token in self._end_ids
-        if not ended:
-            self._text += self._stream.step(token)
-        stopped_at = self._find_stop() if self._stop else None
-        reason: FinishReason | None = None
-        if ended or stopped_at is not None or len(self.token_ids) == self._last:
-            reason = "stop" if ended or stopped_at is not None else self._last_reason
-            self._finish(reason, stopped_at, ended)
-        end = len(self._text)
-        if self._stop and reason is None:
-            end -= self._held_back()
-        text = self._text[self._sent : end]
-        self._sent = max(self._sent, end)
-        return Delta(text, (token,), reason, None, self.index, told)
+        text = "" if ended else self._writer.write(token)
+        if self._writer.stopped:
+            self.finish_reason, last = "stop", True
+        return text + self._finish() if last else text
 
-    def _finish(self, reason: FinishReason, stopped_at: int | None, ended: bool) -> None:
-        if stopped_at is not None:
-            self._text = self._text[:stopped_at]
-        elif not ended:  # bytes of an unfinished character become U+FFFD, as in decode
-            self._text = self._tokenizer.decode(self.token_ids)
-        logprobs = None if self._params.logprobs is None else tuple(self._logprobs)
-        self.choice = Choice(self.index, self._text, tuple(self.token_ids), logprobs, reason)
-
-    def _find_stop(self) -> int | None:
-        """Where the earliest stop text begins, or None."""
-        longest = max(map(len, self._stop), default=0)
-        search_from = max(0, self._sent - longest)
-        found = [self._text.find(stop, search_from) for stop in self._stop]
-        return min((at for at in found if at >= 0), default=None)
-
-    def _held_back(self) -> int:
-        """Characters at the end of the text that may turn out to begin a stop text."""
-        return max(
-            (
-                length
-                for stop in self._stop
-                for length in range(1, len(stop))
-                if self._text.endswith(stop[:length])
-            ),
-            default=0,
+    def choice(self) -> Choice:
+        """The whole, once it has ended."""
+        assert self.finish_reason is not None
+        if not self._finished:
+            self._finish()
+        return Choice(
+            self.index,
+            self._writer.text,
+            tuple(self.token_ids),
+            None if self._params.logprobs is None else tuple(self._logprobs),
+            self.finish_reason,
         )
+
+    def _finish(self) -> str:
+        """What is left of the text."""
+        self._finished = True
+        ended = self.token_ids[-1] in self._end_ids
+        return self._writer.finish(self.token_ids[:-1] if ended else self.token_ids)

@@ -6,15 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from elastic_moe.engine.generation import Generation
-from elastic_moe.engine.outputs import (
-    AppliedRouting,
-    Choice,
-    Completion,
-    Delta,
-    TokenLogprob,
-    Usage,
-)
+from elastic_moe.engine.generation import Ending, Generation, Piece
+from elastic_moe.engine.outputs import AppliedRouting, TokenLogprob, Usage
 from elastic_moe.engine.paged import ManagedSequence
 from elastic_moe.engine.sampling import Logits, token_logprob
 from elastic_moe.engine.sampling_params import SamplingParams
@@ -26,7 +19,11 @@ class Sink(Protocol):
     """Where the pieces of a request go. Neither call may raise or block."""
 
     @property
-    def put(self) -> Callable[[Delta], None]:
+    def whole(self) -> bool:
+        """Whether only the very last piece is wanted."""
+
+    @property
+    def put(self) -> Callable[[Piece], None]:
         """Takes the next piece."""
 
     @property
@@ -92,7 +89,7 @@ class Job:
     @property
     def finished(self) -> bool:
         """Whether all choices have come to their end."""
-        return all(text.generation.choice is not None for text in self.texts)
+        return all(text.generation.finish_reason is not None for text in self.texts)
 
     def count(self, rows: int, experts: int) -> None:
         """Tokens that ran, and (token, expert) pairs that ran for them."""
@@ -108,38 +105,29 @@ class Job:
             if position == len(self._prompt_logprobs) + 1:
                 self._prompt_logprobs.append(token_logprob(row, self.prompt[position], top))
 
-    def completion(self) -> Completion:
-        """The whole, when all choices have ended."""
-        choices: list[Choice] = [t.generation.choice for t in self.texts if t.generation.choice]
-        first, subnet = choices[0], self.subnet
-        written = len(first.token_ids)
+    def ending(self) -> Ending:
+        """What there is to say when all choices have ended."""
+        generations = tuple(text.generation for text in self.texts)
+        subnet, written = self.subnet, len(generations[0].token_ids)
         active = len(subnet.shape.moe_layers.intersection(subnet.active_layers))
         mean_experts = self._experts / (self._rows * active) if active else 0.0
         mean_context = (len(self.prompt) + written) // 2
-        return Completion(
-            text=first.text,
-            token_ids=first.token_ids,
-            logprobs=first.logprobs,
-            finish_reason=first.finish_reason,
-            usage=Usage(
-                prompt_tokens=len(self.prompt),
-                completion_tokens=sum(len(choice.token_ids) for choice in choices),
-                ttft_seconds=self.first_token - self._started,
-                tpot_seconds=(self.first_end - self.first_token) / (written - 1)
-                if written > 1
-                else 0.0,
-                cached_tokens=self.texts[0].sequence.cached_tokens or 0,
-            ),
-            routing=AppliedRouting(
-                name=subnet.name,
-                fingerprint=subnet.fingerprint,
-                depth=subnet.depth,
-                active_params=subnet.active_params,
-                mean_experts=mean_experts,
-                flops_per_token=subnet.flops_per_token(mean_context, mean_experts),
-            ),
-            choices=tuple(choices),
-            prompt_logprobs=(
-                None if self.params.prompt_logprobs is None else tuple(self._prompt_logprobs)
-            ),
+        usage = Usage(
+            prompt_tokens=len(self.prompt),
+            completion_tokens=sum(len(generation.token_ids) for generation in generations),
+            ttft_seconds=self.first_token - self._started,
+            tpot_seconds=(self.first_end - self.first_token) / (written - 1)
+            if written > 1
+            else 0.0,
+            cached_tokens=self.texts[0].sequence.cached_tokens or 0,
         )
+        routing = AppliedRouting(
+            name=subnet.name,
+            fingerprint=subnet.fingerprint,
+            depth=subnet.depth,
+            active_params=subnet.active_params,
+            mean_experts=mean_experts,
+            flops_per_token=subnet.flops_per_token(mean_context, mean_experts),
+        )
+        told = None if self.params.prompt_logprobs is None else tuple(self._prompt_logprobs)
+        return Ending(generations, usage, routing, told)

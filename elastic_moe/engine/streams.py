@@ -8,14 +8,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
 
+from elastic_moe.engine.generation import Piece
 from elastic_moe.engine.outputs import Completion, Delta
 from elastic_moe.errors import EngineError
 
-Item = Delta | BaseException | None  # None: closed by the reader's own side
+Item = Piece | BaseException | None  # None: closed by the reader's own side
 
 
 class Pieces:
     """Hands pieces to another thread."""
+
+    whole = False
 
     def __init__(self) -> None:
         self.queue: SimpleQueue[Item] = SimpleQueue()
@@ -51,8 +54,12 @@ class DeltaStream:
         if isinstance(item, BaseException):
             self._done = True
             raise item
-        self._done = item.completion is not None
-        return item
+        self._done = item.ending is not None
+        try:
+            return item.delta()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End the request, if it has not ended; from any thread, one that waits for it wakes."""
@@ -68,22 +75,19 @@ class DeltaStream:
 class WholeText:
     """Waits for a request's end."""
 
+    whole = True
+
     def __init__(self) -> None:
-        self._queue: SimpleQueue[Completion | BaseException] = SimpleQueue()
-
-    def put(self, delta: Delta) -> None:
-        if delta.completion is not None:
-            self._queue.put(delta.completion)
-
-    def fail(self, error: BaseException) -> None:
-        self._queue.put(error)
+        self._queue: SimpleQueue[Piece | BaseException] = SimpleQueue()
+        self.put = self.fail = self._queue.put
 
     def wait(self) -> Completion:
         """The completion, or what went wrong."""
         item = self._queue.get()
         if isinstance(item, BaseException):
             raise item
-        return item
+        assert item.ending is not None
+        return item.ending.completion()
 
 
 class AsyncPieces:
@@ -94,24 +98,28 @@ class AsyncPieces:
     """
 
     def __init__(self, *, whole: bool = False) -> None:
+        self.whole = whole
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Delta | BaseException] = asyncio.Queue()
-        self._whole = whole
+        self._queue: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
 
-    def put(self, delta: Delta) -> None:
-        if not self._whole or delta.completion is not None:
-            self._post(delta)
+    def put(self, item: Piece | BaseException) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody can be told
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
-    def fail(self, error: BaseException) -> None:
-        self._post(error)
+    fail = put
 
     async def next(self) -> Delta:
         """The next piece, or what went wrong."""
+        return (await self._next()).delta()
+
+    async def completion(self) -> Completion:
+        """The whole, of the only piece."""
+        ending = (await self._next()).ending
+        assert ending is not None
+        return ending.completion()
+
+    async def _next(self) -> Piece:
         item = await self._queue.get()
         if isinstance(item, BaseException):
             raise item
         return item
-
-    def _post(self, item: Delta | BaseException) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody can be told
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)

@@ -19,6 +19,7 @@ from elastic_moe.model.folder import find_checkpoint
 from elastic_moe.model.tokenizer import TextStream, Tokenizer
 
 TOKENIZER = Tokenizer(find_checkpoint("elastic-mini"))
+A, END = TOKENIZER.encode("a!", add_special_tokens=False)  # both have a text of their own
 HALF = TOKENIZER.encode("\N{SNOWMAN}", add_special_tokens=False)[:1]  # of a character
 
 
@@ -40,7 +41,7 @@ def test_half_a_character_becomes_a_replacement_at_the_end_alone() -> None:
     pieces, text, _ = texts(whole)
     assert "".join(pieces) == text == "a\N{SNOWMAN}b"
     assert not any("\ufffd" in piece for piece in pieces)
-    cut = [*TOKENIZER.encode("a", add_special_tokens=False), *HALF]
+    cut = [A, *HALF]
     assert texts(cut) == (["a", "", "\ufffd"], "a\ufffd", False)
 
 
@@ -80,18 +81,17 @@ def test_whoever_reads_a_text_in_pieces_or_at_once_gets_the_same(mini: Engine) -
 def test_an_end_token_is_no_text_but_may_cut_a_character(stop: tuple[str, ...]) -> None:
     def write(*tokens: int) -> tuple[Generation, list[Piece]]:
         params = SamplingParams(stop=stop, max_tokens=9)
-        sampler = Sampler(params, [], 0, {5})
-        generation = Generation(TOKENIZER, params, sampler, 0, {5}, None)
+        sampler = Sampler(params, [], 0, {END})
+        generation = Generation(TOKENIZER, params, sampler, 0, {END}, None)
         return generation, [generation.take(None, token) for token in tokens]
 
-    a = TOKENIZER.encode("a", add_special_tokens=False)[0]
-    generation, pieces = write(a, *HALF, 5)
+    generation, pieces = write(A, *HALF, END)
     assert [piece.finish_reason for piece in pieces] == [None, None, "stop"]
     assert [piece.delta().text for piece in pieces] == ["a", "", "\ufffd"]
     assert generation.choice().text == "a\ufffd"
-    assert generation.choice().token_ids == (a, *HALF, 5)
-    assert write(a, *HALF, 5)[0].choice() == generation.choice()  # nothing was read before
-    assert write(5)[1][0].delta().text == ""
+    assert generation.choice().token_ids == (A, *HALF, END)
+    assert write(A, *HALF, END)[0].choice() == generation.choice()  # nothing was read before
+    assert write(END)[1][0].delta().text == ""
 
 
 def test_text_that_cannot_be_made_ends_the_request(

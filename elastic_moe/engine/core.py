@@ -14,7 +14,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -25,44 +24,11 @@ from elastic_moe.engine.job import Job, Sink, Text
 from elastic_moe.engine.runner import Chunk, Runner, StepOutput, Wanted
 from elastic_moe.engine.scheduler import Plan, Scheduler
 from elastic_moe.engine.sequence import Sequence
+from elastic_moe.engine.stats import EngineStats, StepRecord
 from elastic_moe.errors import EngineError, QueueFullError
 
 T = TypeVar("T")
 CLOSED = "the engine is closed. Make a new one with Engine.from_pretrained."
-
-
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """What one step ran.
-
-    Attributes:
-        parts: (request's number, choice, tokens) of everything that shared it.
-        preempted: (request's number, choice) of what was put back before it.
-    """
-
-    parts: tuple[tuple[int, int, int], ...]
-    preempted: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """How busy the engine is, at a moment.
-
-    Attributes:
-        unfinished: requests that were taken in and have not ended.
-        running, waiting: choices of requests.
-        used_blocks, num_blocks: blocks of keys and values that somebody holds, and all.
-        preemptions, evicted_pages, steps: since the engine began.
-    """
-
-    unfinished: int
-    running: int
-    waiting: int
-    used_blocks: int
-    num_blocks: int
-    preemptions: int
-    evicted_pages: int
-    steps: int
 
 
 class EngineCore:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from elastic_moe.config import Routing, resolve_routing
 from elastic_moe.engine.block_manager import PAGE_TOKENS
-from elastic_moe.engine.core import CLOSED, EngineCore, EngineStats
+from elastic_moe.engine.core import CLOSED, EngineCore
 from elastic_moe.engine.job import Job, Sink
 from elastic_moe.engine.loading import Backend, check_device, choose_backend, load_runner
 from elastic_moe.engine.options import EngineOptions
@@ -35,6 +35,7 @@ from elastic_moe.engine.request_maker import RequestMaker
 from elastic_moe.engine.runner import Chunk, Runner
 from elastic_moe.engine.sampling_params import SamplingParams
 from elastic_moe.engine.sequence import pages_for
+from elastic_moe.engine.stats import EngineStats
 from elastic_moe.engine.streams import AsyncPieces, DeltaStream, Pieces, WholeText
 from elastic_moe.errors import ContextLengthError, EngineError, RequestError
 from elastic_moe.model.checkpoint import DTypeName

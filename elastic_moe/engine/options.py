@@ -11,9 +11,10 @@ from typing import Any, Self
 
 import torch
 
-from elastic_moe.engine.core import EngineCore, StepRecord
+from elastic_moe.engine.core import EngineCore
 from elastic_moe.engine.runner import Runner
 from elastic_moe.engine.sequence import pages_for
+from elastic_moe.engine.stats import StepRecord
 from elastic_moe.errors import EngineError
 from elastic_moe.routing.checks import as_index, shorten
 

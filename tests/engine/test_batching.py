@@ -19,7 +19,7 @@ from elastic_moe_kernels import cpu
 
 from elastic_moe import Completion, Engine, SamplingParams
 from elastic_moe.engine import flat_batch
-from elastic_moe.engine.core import StepRecord
+from elastic_moe.engine.stats import StepRecord
 from elastic_moe.routing import Subnet
 from tests.engine.holding import held
 from tests.engine.test_invariance import random_subnet

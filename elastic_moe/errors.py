@@ -9,6 +9,7 @@
     ├── EngineError         the engine is closed, or lacks the backend that was named
     │   └── QueueFullError      too many requests are unfinished; try again later
     ├── BenchmarkError      what was to be timed computes something else, or cannot run
+    ├── ServerError         a server cannot be set up as was asked
     ├── CorpusError         text for training or evaluation is missing or unusable
     └── TrainingError       a run cannot start, resume or go on
 
@@ -76,6 +77,10 @@ class QueueFullError(EngineError):
 
 class BenchmarkError(ElasticMoEError):
     """What was to be timed computes something else than it should, or cannot run."""
+
+
+class ServerError(ElasticMoEError):
+    """A server cannot be set up as was asked: a taken port, a key that no header can hold."""
 
 
 class CorpusError(ElasticMoEError):

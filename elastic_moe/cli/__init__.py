@@ -8,12 +8,19 @@ import sys
 from collections.abc import Sequence
 
 from elastic_moe import __version__
-from elastic_moe.errors import ElasticMoEError, ExtractError, RequestError, RoutingError
+from elastic_moe.errors import (
+    ElasticMoEError,
+    ExtractError,
+    RequestError,
+    RoutingError,
+    ServerError,
+)
 
 # Subcommand -> what the overview says of it.
 COMMANDS = {
     "sweep": "measure quality against cost over a grid of sub-networks",
     "generate": "stream text under a sub-network",
+    "serve": "serve a model over HTTP, as OpenAI's API is served",
     "extract": "write a sub-network as a standard checkpoint of its own",
     "bench": "time a model beside this machine's limits, or an expert kernel of yours",
     "info": "show a model's shape and axes, a sub-network's cost, and this install",
@@ -50,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = args.run(args)
         return status
-    except (RoutingError, RequestError, ExtractError) as error:
+    except (RoutingError, RequestError, ExtractError, ServerError) as error:
         print(f"elastic-moe {args.command}: {error}", file=sys.stderr)
         return BAD_ARGUMENTS
     except ElasticMoEError as error:

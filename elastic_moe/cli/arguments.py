@@ -95,8 +95,12 @@ def add_routing(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_engine(args: argparse.Namespace, *, rank: bool = True) -> Engine:
-    """The engine that MODEL and its options ask for; `rank` does what --rank-channels says."""
+def load_engine(args: argparse.Namespace, *, rank: bool = True, **options: Any) -> Engine:
+    """The engine that MODEL and its options ask for; `rank` does what --rank-channels says.
+
+    Args:
+        options: fields of `EngineOptions`.
+    """
     from elastic_moe.engine import Engine  # deferred: loads torch
 
     engine = Engine.from_pretrained(
@@ -105,6 +109,7 @@ def load_engine(args: argparse.Namespace, *, rank: bool = True) -> Engine:
         backend=args.backend,
         device=args.device,
         download=args.download,
+        **options,
     )
     if rank and args.rank_channels is not None:
         from elastic_moe.lab.text import read_corpus

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tokenizers.decoders import DecodeStream
 from elastic_moe.errors import CheckpointError, ElasticMoEError, RequestError
 from elastic_moe.model.chat import read_chat_template
 from elastic_moe.model.folder import CONFIG, file_in, read_json_if_there, read_text
+from elastic_moe.model.token_bytes import TokenBytes
 from elastic_moe.routing import shorten
 
 MAX_TOKENIZER_BYTES = 128 << 20  # the largest seen are under 40 MiB
@@ -44,6 +46,7 @@ class Tokenizer:
         self.pad_id = _one(ids.get("pad_token_id"), "pad_token_id", where)
         self.eos_ids = _ids(ids.get("eos_token_id"), "eos_token_id", where)
         self.chat_template = read_chat_template(folder)
+        self._bytes = TokenBytes(self.fast)
 
     @property
     def vocab_size(self) -> int:
@@ -71,6 +74,17 @@ class Tokenizer:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
         with _typed(RequestError, "the tokenizer cannot decode these tokens"):
             return self.fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that `decode` leaves out as a rule."""
+        added = self.fast.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a single token stands for; it may be half a character."""
+        with _typed(RequestError, f"the tokenizer cannot decode token {token_id}"):
+            return self._bytes.of(token_id)
 
     def stream(self, prompt: Sequence[int] = ()) -> TextStream:
         """A decoder that is fed token by token."""

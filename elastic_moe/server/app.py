@@ -1,0 +1,119 @@
+"""The application: which endpoint answers what."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from elastic_moe import __version__, protocol
+from elastic_moe.engine import Engine
+from elastic_moe.errors import ElasticMoEError
+from elastic_moe.server import small
+from elastic_moe.server.chat import Chat
+from elastic_moe.server.completions import TextCompleting
+from elastic_moe.server.errors import ApiError, tell_failure, tell_http, tell_invalid
+from elastic_moe.server.events import ClientGone
+from elastic_moe.server.gate import Gate
+from elastic_moe.server.service import Service
+from elastic_moe.server.settings import ServerSettings
+
+_FAILURES = {
+    400: "the request cannot be served as it is written",
+    401: "an API key is needed",
+    404: "there is no such model",
+    413: "the body is too large",
+    429: "too many requests are unfinished",
+    503: "the server is ending, or lacks something that is needed",
+}
+
+
+def create_app(engine: Engine, settings: ServerSettings | None = None) -> FastAPI:
+    """The application around an engine, which the caller closes.
+
+    Raises:
+        RoutingError: the model does not have the default sub-network.
+    """
+    service = Service.of(engine, settings or ServerSettings())
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.ready = False
+
+    app = FastAPI(
+        title="elastic-moe",
+        version=__version__,
+        description="OpenAI's endpoints, on which every request chooses its sub-network.",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        responses={
+            status: {"model": protocol.ErrorResponse, "description": text}
+            for status, text in _FAILURES.items()
+        },
+    )
+    app.state.service = service
+    for kind in (ApiError, ElasticMoEError):
+        app.add_exception_handler(kind, tell_failure)
+    app.add_exception_handler(ClientGone, _nobody)
+    app.add_exception_handler(HTTPException, tell_http)
+    app.add_exception_handler(RequestValidationError, tell_invalid)
+    app.add_middleware(Gate, settings=service.settings)
+    _add_generation(app, service)
+    small.add_endpoints(app, service)
+    _describe(app)
+    return app
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions", **_answers(protocol.ChatCompletion, protocol.ChatChunk))
+    async def chat_completions(body: protocol.ChatRequest, request: Request) -> Response:
+        """Answer a conversation."""
+        subnet = service.resolve(body.model, body.routing_config)
+        return await Chat(service, body, subnet).answer(request.receive)
+
+    @app.post("/v1/completions", **_answers(protocol.TextCompletion, protocol.TextCompletion))
+    async def completions(body: protocol.CompletionRequest, request: Request) -> Response:
+        """Continue texts."""
+        subnet = service.resolve(body.model, body.routing_config)
+        return await TextCompleting(service, body, subnet).answer(request.receive)
+
+
+def _answers(whole: type[Any], piece: type[Any]) -> dict[str, Any]:
+    """What a generating endpoint answers, for the OpenAPI description."""
+    stream = {"schema": {"type": "string", "description": f"events of {piece.__name__} as JSON"}}
+    return {
+        "response_model": None,
+        "responses": {
+            200: {
+                "model": whole,
+                "description": "the answer, or a stream of events",
+                "content": {"text/event-stream": stream},
+            }
+        },
+    }
+
+
+async def _nobody(_: Request, __: Exception) -> Response:
+    return JSONResponse({}, 499)  # nobody reads it
+
+
+def _describe(app: FastAPI) -> None:
+    """Have the OpenAPI description tell 400 where FastAPI would tell its own 422."""
+    generate: Callable[[], dict[str, Any]] = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            for path in generate()["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,135 @@
+"""/v1/chat/completions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.responses import Response
+
+from elastic_moe.engine import SamplingParams
+from elastic_moe.engine.outputs import Choice, Delta
+from elastic_moe.errors import ContextLengthError
+from elastic_moe.protocol.chat import ChatRequest, Message
+from elastic_moe.routing import Subnet
+from elastic_moe.server.errors import ApiError
+from elastic_moe.server.events import EventStream, event, merged
+from elastic_moe.server.generation import Answering, answer_json
+from elastic_moe.server.sampling import sampling_params
+from elastic_moe.server.service import Service, usage
+
+RESERVED = {"messages", "add_generation_prompt"}
+
+
+def template_messages(messages: list[Message]) -> list[dict[str, Any]]:
+    """Messages as chat templates know them."""
+    plain = []
+    for message in messages:
+        told = message.model_dump(exclude_none=True)
+        if not isinstance(message.content, str):
+            told["content"] = "".join(part.text for part in message.content or ())
+        if message.role == "developer":  # the newer name
+            told["role"] = "system"
+        plain.append(told)
+    return plain
+
+
+class Chat(Answering):
+    """Answers one chat request."""
+
+    prefix = "chatcmpl"
+
+    def __init__(self, service: Service, body: ChatRequest, subnet: Subnet) -> None:
+        super().__init__(service, body, subnet)
+        self._body = body
+
+    async def answer(self, receive: Any) -> Response:
+        """The whole, or a stream of it.
+
+        Raises:
+            ApiError, ElasticMoEError: it cannot be served.
+        """
+        ids = await asyncio.to_thread(self._encode)
+        params = self._params(len(ids))
+        if self._body.stream:
+            return EventStream(self._events(ids, params), self.headers)
+        (done,) = await self.generate([ids], params, receive)
+        body = {
+            **self.head("chat.completion"),
+            "choices": [self._choice(choice) for choice in done.choices],
+            "usage": usage(done.usage),
+            "routing": self.service.applied(self.subnet, done.routing),
+        }
+        return answer_json(body, self.headers)
+
+    def _encode(self) -> list[int]:
+        variables = self._body.chat_template_kwargs or {}
+        for name in sorted(RESERVED & variables.keys()):
+            raise ApiError(
+                400,
+                f"chat_template_kwargs must not name {name}, which the request says itself.",
+                param="chat_template_kwargs",
+            )
+        tokenizer = self.service.engine.tokenizer
+        return tokenizer.encode_chat(template_messages(self._body.messages), **variables)
+
+    def _params(self, prompt_tokens: int) -> SamplingParams:
+        body, limit = self._body, self.service.engine.config.max_positions
+        named = {n for n in (body.max_tokens, body.max_completion_tokens) if n is not None}
+        if len(named) > 1:
+            raise ApiError(
+                400,
+                f"max_tokens and max_completion_tokens name one limit, got {body.max_tokens} and "
+                f"{body.max_completion_tokens}.",
+                param="max_completion_tokens",
+            )
+        if body.top_logprobs is not None and not body.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
+        if prompt_tokens >= limit:
+            raise ContextLengthError(prompt_tokens, min(named, default=1), limit)
+        return sampling_params(
+            body,
+            max_tokens=named.pop() if named else limit - prompt_tokens,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        )
+
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        told = choice.logprobs
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": None if told is None else self.service.logprobs.chat(told),
+            "finish_reason": choice.finish_reason,
+        }
+
+    async def _events(self, ids: list[int], params: SamplingParams) -> AsyncGenerator[bytes]:
+        head = self.head("chat.completion.chunk")
+        begun: set[int] = set()
+
+        def chunk(delta: Delta, piece: dict[str, Any], ended: bool) -> dict[str, Any]:
+            told = None if ended else delta.logprobs
+            choice = {
+                "index": delta.choice,
+                "delta": piece,
+                "logprobs": None if told is None else self.service.logprobs.chat(told),
+                "finish_reason": delta.finish_reason if ended else None,
+            }
+            return {**head, "choices": [choice]}
+
+        async for _, delta in merged(self.streams([ids], params)):
+            if delta.text or delta.logprobs or delta.choice not in begun:
+                piece: dict[str, Any] = {"content": delta.text}
+                if delta.choice not in begun:
+                    begun.add(delta.choice)
+                    piece = {"role": "assistant", **piece}
+                yield event(chunk(delta, piece, ended=False))
+            if delta.finish_reason is not None:
+                if delta.completion is None:  # others go on: what this one cost is told at the end
+                    yield event(chunk(delta, {}, ended=True))
+                    continue
+                done = delta.completion
+                applied = self.service.applied(self.subnet, done.routing)
+                yield event({**chunk(delta, {}, ended=True), "routing": applied})
+                if self.include_usage:
+                    yield event({**head, "choices": [], "usage": usage(done.usage)})

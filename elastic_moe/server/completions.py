@@ -1,0 +1,137 @@
+"""/v1/completions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.responses import Response
+
+from elastic_moe.engine import SamplingParams
+from elastic_moe.engine.outputs import Choice, Completion, Delta
+from elastic_moe.errors import ContextLengthError
+from elastic_moe.protocol.completions import CompletionRequest
+from elastic_moe.routing import Subnet
+from elastic_moe.server.errors import ApiError
+from elastic_moe.server.events import EventStream, event, merged
+from elastic_moe.server.generation import Answering, answer_json
+from elastic_moe.server.sampling import sampling_params
+from elastic_moe.server.service import Service, usage
+
+MAX_TOKENS = 16  # OpenAI's default
+MAX_PROMPTS = 1024
+
+
+class TextCompleting(Answering):
+    """Answers one completion request."""
+
+    prefix = "cmpl"
+
+    def __init__(self, service: Service, body: CompletionRequest, subnet: Subnet) -> None:
+        super().__init__(service, body, subnet)
+        if body.echo and body.stream and body.logprobs is not None:
+            raise ApiError(
+                400,
+                "log-probabilities of the prompt (echo with logprobs) cannot be streamed. "
+                "Leave out stream, echo or logprobs.",
+                param="stream",
+            )
+        self._body = body
+
+    async def answer(self, receive: Any) -> Response:
+        """The whole, or a stream of it.
+
+        Raises:
+            ApiError, ElasticMoEError: it cannot be served.
+        """
+        prompts = await asyncio.to_thread(self._prompts)
+        params = self._params(prompts)
+        if self._body.stream:
+            return EventStream(self._events(prompts, params), self.headers)
+        done = await self.generate(prompts, params, receive)
+        n, body = self._body.n, self.head("text_completion")
+        body["choices"] = [
+            self._choice(i * n, prompts[i], completion, choice)
+            for i, completion in enumerate(done)
+            for choice in completion.choices
+        ]
+        body["usage"] = usage(*(completion.usage for completion in done))
+        body["routing"] = self.service.applied(self.subnet, done[0].routing)
+        return answer_json(body, self.headers)
+
+    def _prompts(self) -> list[list[int]]:
+        """Token ids of every prompt."""
+        prompts, encode = self._body.prompts(), self.service.engine.encode
+        if len(prompts) > MAX_PROMPTS:
+            raise ApiError(
+                400,
+                f"prompt must be at most {MAX_PROMPTS} prompts, got {len(prompts)}.",
+                param="prompt",
+            )
+        return [encode(own) if isinstance(own, str) else own for own in prompts]
+
+    def _params(self, prompts: list[list[int]]) -> SamplingParams:
+        body, limit = self._body, self.service.engine.config.max_positions
+        max_tokens = MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        for ids in prompts:
+            if len(ids) + max_tokens > limit:
+                raise ContextLengthError(len(ids), max_tokens, limit)
+        return sampling_params(
+            body,
+            max_tokens=max_tokens,
+            logprobs=body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo else None,
+        )
+
+    def _choice(
+        self, first: int, prompt: list[int], done: Completion, choice: Choice
+    ) -> dict[str, Any]:
+        text = self._echo(prompt) + choice.text
+        told = None
+        if choice.logprobs is not None:
+            tokens = [*(done.prompt_logprobs or ()), *choice.logprobs]
+            begin = prompt[0] if self._body.echo else None
+            told = self.service.logprobs.completion(tokens, first=begin)
+        return {
+            "index": first + choice.index,
+            "text": text,
+            "logprobs": told,
+            "finish_reason": choice.finish_reason,
+        }
+
+    def _echo(self, prompt: list[int]) -> str:
+        return self.service.engine.decode(prompt) if self._body.echo else ""
+
+    async def _events(
+        self, prompts: list[list[int]], params: SamplingParams
+    ) -> AsyncGenerator[bytes]:
+        head, n = self.head("text_completion"), self._body.n
+        lengths: dict[int, int] = {}  # characters that each choice has so far
+        done: list[Completion] = []
+
+        def chunk(number: int, delta: Delta) -> dict[str, Any]:
+            index, text = number * n + delta.choice, delta.text
+            if index not in lengths:
+                text = self._echo(prompts[number]) + text
+            offset = lengths.get(index, 0)
+            lengths[index] = offset + len(text)
+            told, write = delta.logprobs, self.service.logprobs.completion
+            return {
+                "index": index,
+                "text": text,
+                "logprobs": None if told is None else write(told, offset=offset),
+                "finish_reason": delta.finish_reason,
+            }
+
+        async for number, delta in merged(self.streams(prompts, params)):
+            begins = number * n + delta.choice not in lengths
+            if not (delta.text or delta.logprobs or delta.finish_reason or begins):
+                continue
+            body = {**head, "choices": [chunk(number, delta)]}
+            if delta.completion is not None:
+                done.append(delta.completion)
+                body["routing"] = self.service.applied(self.subnet, delta.completion.routing)
+            yield event(body)
+        if self.include_usage:
+            yield event({**head, "choices": [], "usage": usage(*(c.usage for c in done))})

@@ -1,0 +1,90 @@
+"""Listening, and ending in good order."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import threading
+from contextlib import ExitStack
+from functools import partial
+from types import FrameType
+
+import uvicorn
+
+from elastic_moe.engine import Engine
+from elastic_moe.errors import ServerError
+from elastic_moe.server.app import create_app
+from elastic_moe.server.settings import ServerSettings
+
+BACKLOG = 2048
+GRACE_SECONDS = 5  # for answers to leave, after the last request has ended
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        ServerError: the port is taken, or the address is not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with ExitStack() as unless_bound:
+            listener = unless_bound.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            unless_bound.pop_all()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ServerError(
+                f"port {port} of {host} is taken by another program. Choose one with --port, or "
+                f"0 for any that is free."
+            ) from error
+        raise ServerError(f"cannot listen on {host}, port {port}: {error.strerror}.") from error
+    listener.listen(BACKLOG)
+    listener.set_inheritable(True)
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where a socket is reached."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """Answers requests until it is told to end: by SIGTERM or SIGINT, or by `end`.
+
+    Requests that run then have `settings.drain_seconds` to end; those that do not are told so. A
+    second signal ends all at once.
+    """
+
+    def __init__(self, engine: Engine, settings: ServerSettings) -> None:
+        self._engine, self._drain_seconds = engine, settings.drain_seconds
+        self.app = create_app(engine, settings)
+        super().__init__(
+            uvicorn.Config(
+                self.app,
+                http="httptools",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=int(settings.drain_seconds) + GRACE_SECONDS,
+            )
+        )
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            super().handle_exit(sig, frame)
+        else:
+            self.end()
+
+    def end(self) -> None:
+        """Take nothing more in, let what runs end; returns at once."""
+        self.app.state.service.ready = False
+        close = partial(self._engine.close, self._drain_seconds)
+        threading.Thread(target=close, name="elastic-moe drain", daemon=True).start()
+        self.should_exit = True

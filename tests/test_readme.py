@@ -8,6 +8,7 @@ import re
 import statistics
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line]
+SERVE = "elastic-moe serve"  # until it is stopped
 SNIPPETS = [text for kind, text in BLOCKS if kind == "python"]
 
 
@@ -48,10 +50,12 @@ def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_readme_has_the_two_set_up_commands_first() -> None:
     assert COMMANDS[:2] == ["make sweep", "make test"]
-    assert len(SNIPPETS) == 1
+    assert len(SNIPPETS) == 2
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("make ")])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if not c.startswith("make ") and c != SERVE]
+)
 def test_commands_run_as_written(command: str, tmp_path: Path) -> None:
     done = run(["bash", "-c", command], tmp_path)
     assert done.stdout.strip()
@@ -67,7 +71,19 @@ def test_make_sweep_prints_the_frontier_and_writes_its_files(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_python_snippets_run_as_written(snippet: str, tmp_path: Path) -> None:
-    done = run([sys.executable, "-c", snippet], tmp_path)
+    with ExitStack() as stack:
+        if "http:" in snippet:  # what it talks to; another program may have its port
+            assert SERVE in COMMANDS
+            command = [*SERVE.split(), "--port", "0"]
+            server = stack.enter_context(
+                subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+            )
+            stack.callback(server.terminate)
+            assert server.stderr is not None
+            url = server.stderr.readline().split(" on ")[1].strip()
+            assert "http://127.0.0.1:8000/v1" in snippet
+            snippet = snippet.replace("http://127.0.0.1:8000/v1", url)
+        done = run([sys.executable, "-c", snippet], tmp_path)
     assert "L24-k2" in done.stdout
 
 

@@ -32,17 +32,13 @@ class JsonGrammars:
 
         Raises:
             RequestError: the schema cannot be followed.
-            EngineError: llguidance is not installed, or the model has no end token.
+            EngineError: the model has no end token.
         """
         if params.json_schema is None and not params.json_object:
             return [None] * params.n
         schema = str(params.json_schema or json.dumps({"type": "object"}))  # a text: it was read
-        try:
-            import llguidance  # deferred: only JSON needs it
-        except ModuleNotFoundError as error:
-            raise EngineError(
-                "JSON mode needs the llguidance package. Install elastic-moe[json]."
-            ) from error
+        import llguidance  # deferred: only JSON needs it
+
         if self._known is None:
             self._known = self._read_tokenizer(llguidance)
         try:

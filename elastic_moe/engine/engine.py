@@ -36,7 +36,7 @@ from elastic_moe.engine.runner import Chunk, Runner
 from elastic_moe.engine.sampling_params import SamplingParams
 from elastic_moe.engine.sequence import pages_for
 from elastic_moe.engine.stats import EngineStats
-from elastic_moe.engine.streams import AsyncPieces, DeltaStream, Pieces, WholeText
+from elastic_moe.engine.streams import AsyncPieces, DeltaStream, LoopMails, Pieces, WholeText
 from elastic_moe.errors import ContextLengthError, EngineError, RequestError
 from elastic_moe.model.checkpoint import DTypeName
 from elastic_moe.model.folder import checkpoint_name, find_checkpoint
@@ -77,6 +77,7 @@ class Engine:
         self.calibration_sha256: str | None = None
         self._requests = RequestMaker(runner, tokenizer)
         self._numbers = itertools.count()
+        self._mails = LoopMails()
         self._core: EngineCore | None = None
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -229,7 +230,8 @@ class Engine:
         """As `generate`, without blocking the event loop."""
         one = not is_batch(prompt)
         requests = [(prompt, routing, sampling)] if one else pair(prompt, routing, sampling)
-        sinks = [AsyncPieces(whole=True) for _ in requests]
+        mail = self._mails.of_running_loop()
+        sinks = [AsyncPieces(mail, whole=True) for _ in requests]
         # In a thread: long texts and schemas take their time.
         jobs = await asyncio.to_thread(self._make_all, requests, sinks)
         gate = asyncio.Semaphore(self._at_once)
@@ -254,7 +256,7 @@ class Engine:
         self, prompt: Prompt, routing: Routing = None, sampling: SamplingParams = _DEFAULT
     ) -> AsyncGenerator[Delta]:
         """As `stream`, without blocking the event loop."""
-        pieces = AsyncPieces()
+        pieces = AsyncPieces(self._mails.of_running_loop())
         job = await asyncio.to_thread(self._make, prompt, routing, sampling, pieces)
         cancel = self._submit(job)
         try:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
+from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from queue import SimpleQueue
+from typing import Any
+from weakref import WeakValueDictionary
 
 from elastic_moe.engine.generation import Piece
 from elastic_moe.engine.outputs import Completion, Delta
@@ -90,6 +93,51 @@ class WholeText:
         return item.ending.completion()
 
 
+class LoopMail:
+    """Hands items from another thread to queues of an event loop; it wakes once for many."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._items: deque[tuple[asyncio.Queue[Any], Any]] = deque()
+        self._woken = False
+
+    def post(self, queue: asyncio.Queue[Any], item: Any) -> None:
+        """Put an item into a queue, in the loop's thread; nowhere if the loop is closed."""
+        self._items.append((queue, item))
+        if self._woken:
+            return
+        self._woken = True
+        try:
+            self._loop.call_soon_threadsafe(self._deliver)
+        except RuntimeError:  # nobody can be told
+            self._woken = False
+            self._items.clear()
+
+    def _deliver(self) -> None:
+        self._woken = False  # first: what comes from now on wakes again
+        while self._items:
+            queue, item = self._items.popleft()
+            queue.put_nowait(item)
+
+
+class LoopMails:
+    """The mail of every event loop that somebody reads in; safe from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._mails: WeakValueDictionary[asyncio.AbstractEventLoop, LoopMail]
+        self._mails = WeakValueDictionary()
+
+    def of_running_loop(self) -> LoopMail:
+        """That of the loop that runs here."""
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            mail = self._mails.get(loop)
+            if mail is None:
+                mail = self._mails[loop] = LoopMail(loop)
+            return mail
+
+
 class AsyncPieces:
     """Hands pieces to an event loop; one that is closed gets nothing more.
 
@@ -97,14 +145,13 @@ class AsyncPieces:
         whole: whether only the last piece is wanted.
     """
 
-    def __init__(self, *, whole: bool = False) -> None:
+    def __init__(self, mail: LoopMail, *, whole: bool = False) -> None:
         self.whole = whole
-        self._loop = asyncio.get_running_loop()
+        self._mail = mail
         self._queue: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
 
     def put(self, item: Piece | BaseException) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody can be told
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+        self._mail.post(self._queue, item)
 
     fail = put
 

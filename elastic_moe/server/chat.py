@@ -14,7 +14,7 @@ from elastic_moe.errors import ContextLengthError
 from elastic_moe.protocol.chat import ChatRequest, Message
 from elastic_moe.routing import Subnet
 from elastic_moe.server.errors import ApiError
-from elastic_moe.server.events import EventStream, event, merged
+from elastic_moe.server.events import EventStream, TextEvent, event, merged
 from elastic_moe.server.generation import Answering, answer_json
 from elastic_moe.server.sampling import sampling_params
 from elastic_moe.server.service import Service, usage
@@ -105,9 +105,9 @@ class Chat(Answering):
 
     async def _events(self, ids: list[int], params: SamplingParams) -> AsyncGenerator[bytes]:
         head = self.head("chat.completion.chunk")
-        begun: set[int] = set()
+        events: dict[int, TextEvent] = {}  # of the choices that have begun
 
-        def chunk(delta: Delta, piece: dict[str, Any], ended: bool) -> dict[str, Any]:
+        def chunk(delta: Delta, piece: dict[str, Any], ended: bool = False) -> dict[str, Any]:
             told = None if ended else delta.logprobs
             choice = {
                 "index": delta.choice,
@@ -118,12 +118,15 @@ class Chat(Answering):
             return {**head, "choices": [choice]}
 
         async for _, delta in merged(self.streams([ids], params)):
-            if delta.text or delta.logprobs or delta.choice not in begun:
-                piece: dict[str, Any] = {"content": delta.text}
-                if delta.choice not in begun:
-                    begun.add(delta.choice)
-                    piece = {"role": "assistant", **piece}
-                yield event(chunk(delta, piece, ended=False))
+            plain = events.get(delta.choice)
+            if plain is None:
+                yield event(chunk(delta, {"role": "assistant", "content": delta.text}))
+                piece = {"content": TextEvent.PLACE}
+                events[delta.choice] = TextEvent(chunk(delta._replace(logprobs=None), piece))
+            elif delta.logprobs is not None:
+                yield event(chunk(delta, {"content": delta.text}))
+            elif delta.text:
+                yield plain(delta.text)
             if delta.finish_reason is not None:
                 if delta.completion is None:  # others go on: what this one cost is told at the end
                     yield event(chunk(delta, {}, ended=True))

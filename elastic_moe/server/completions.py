@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.responses import Response
 
 from elastic_moe.engine import SamplingParams
-from elastic_moe.engine.outputs import Choice, Completion, Delta
+from elastic_moe.engine.outputs import Choice, Completion
 from elastic_moe.errors import ContextLengthError
 from elastic_moe.protocol.completions import CompletionRequest
 from elastic_moe.routing import Subnet
 from elastic_moe.server.errors import ApiError
-from elastic_moe.server.events import EventStream, event, merged
+from elastic_moe.server.events import EventStream, TextEvent, event, merged
 from elastic_moe.server.generation import Answering, answer_json
 from elastic_moe.server.sampling import sampling_params
 from elastic_moe.server.service import Service, usage
@@ -107,28 +108,30 @@ class TextCompleting(Answering):
         self, prompts: list[list[int]], params: SamplingParams
     ) -> AsyncGenerator[bytes]:
         head, n = self.head("text_completion"), self._body.n
-        lengths: dict[int, int] = {}  # characters that each choice has so far
+        events: dict[int, TextEvent] = {}  # of the choices that have begun
+        lengths: Counter[int] = Counter()  # characters of each, for those who ask for offsets
         done: list[Completion] = []
 
-        def chunk(number: int, delta: Delta) -> dict[str, Any]:
-            index, text = number * n + delta.choice, delta.text
-            if index not in lengths:
-                text = self._echo(prompts[number]) + text
-            offset = lengths.get(index, 0)
-            lengths[index] = offset + len(text)
-            told, write = delta.logprobs, self.service.logprobs.completion
-            return {
-                "index": index,
-                "text": text,
-                "logprobs": None if told is None else write(told, offset=offset),
-                "finish_reason": delta.finish_reason,
-            }
+        def choice(
+            index: int, text: str, told: dict[str, Any] | None = None, reason: str | None = None
+        ) -> dict[str, Any]:
+            return {"index": index, "text": text, "logprobs": told, "finish_reason": reason}
 
         async for number, delta in merged(self.streams(prompts, params)):
-            begins = number * n + delta.choice not in lengths
-            if not (delta.text or delta.logprobs or delta.finish_reason or begins):
+            index, text, told = number * n + delta.choice, delta.text, None
+            plain = events.get(index)
+            if plain is not None and delta.logprobs is None and delta.finish_reason is None:
+                if text:
+                    yield plain(text)
                 continue
-            body = {**head, "choices": [chunk(number, delta)]}
+            if plain is None:
+                text = self._echo(prompts[number]) + text
+                events[index] = TextEvent({**head, "choices": [choice(index, TextEvent.PLACE)]})
+            if delta.logprobs is not None:
+                write = self.service.logprobs.completion
+                told = write(delta.logprobs, offset=lengths[index])
+                lengths[index] += len(text)
+            body = {**head, "choices": [choice(index, text, told, delta.finish_reason)]}
             if delta.completion is not None:
                 done.append(delta.completion)
                 body["routing"] = self.service.applied(self.subnet, delta.completion.routing)

@@ -27,6 +27,23 @@ def event(body: Mapping[str, Any]) -> bytes:
     return b"data: %s\n\n" % json.dumps(body, separators=(",", ":")).encode()
 
 
+class TextEvent:
+    """An event of which only one text changes, as in nearly every event of a stream.
+
+    Args:
+        body: the rest, with `PLACE` where the text comes.
+    """
+
+    PLACE = "\0text"
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        self._before, _, self._after = event(body).partition(json.dumps(self.PLACE).encode())
+
+    def __call__(self, text: str) -> bytes:
+        """The event with this text."""
+        return self._before + json.dumps(text).encode() + self._after
+
+
 class EventStream(Response):
     """Sends events as they come. The request ends with its connection.
 

@@ -29,11 +29,12 @@ from elastic_moe.engine.core import CLOSED, EngineCore
 from elastic_moe.engine.job import Job, Sink
 from elastic_moe.engine.loading import Backend, check_device, choose_backend, load_runner
 from elastic_moe.engine.options import EngineOptions
-from elastic_moe.engine.outputs import Completion, Delta
+from elastic_moe.engine.outputs import Completion, Delta, Embedding
 from elastic_moe.engine.prompts import Request, is_batch, pair, token_ids
 from elastic_moe.engine.request_maker import RequestMaker
-from elastic_moe.engine.runner import Chunk, Runner
+from elastic_moe.engine.runner import Runner
 from elastic_moe.engine.sampling_params import SamplingParams
+from elastic_moe.engine.scoring import embed, score
 from elastic_moe.engine.sequence import pages_for
 from elastic_moe.engine.stats import EngineStats
 from elastic_moe.engine.streams import AsyncPieces, DeltaStream, LoopMails, Pieces, WholeText
@@ -46,7 +47,6 @@ from elastic_moe.routing import Subnet
 
 Prompt = str | Sequence[int]
 RANKING_WINDOW = 512  # tokens that are read at once to rank channels
-SCORE_CHUNK = 1024  # tokens that are scored between two steps of others
 _DEFAULT = SamplingParams()
 
 
@@ -175,15 +175,17 @@ class Engine:
         """Logits (T, V) float32 of a sequence, teacher-forced: row i predicts token i + 1."""
         subnet = self.resolve(routing)
         tokens = self._tokens(ids, new_tokens=0)
-        core = self._running_core()
-        sequence = self.runner.open(subnet, len(tokens))
+        return score(self._running_core(), self.runner, subnet, tokens)
 
-        def run(first: int) -> Tensor:
-            chunk = Chunk(sequence, tokens[first : first + SCORE_CHUNK], "all")
-            return self.runner.run([chunk]).logits
+    def embed(self, prompt: Prompt, routing: Routing = None) -> Embedding:
+        """A text, or token ids, as a vector: the normalised mean of its final states.
 
-        starts = range(0, len(tokens), SCORE_CHUNK)
-        return torch.cat([core.call(partial(run, first)) for first in starts])
+        No model here was trained for it: texts that share words are near, meanings need not be.
+        """
+        subnet = self.resolve(routing)
+        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+        tokens = self._tokens(ids, new_tokens=0)
+        return embed(self._running_core(), self.runner, subnet, tokens)
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # an empty list is a batch

@@ -108,10 +108,9 @@ class Job:
     def ending(self) -> Ending:
         """What there is to say when all choices have ended."""
         generations = tuple(text.generation for text in self.texts)
-        subnet, written = self.subnet, len(generations[0].token_ids)
-        active = len(subnet.shape.moe_layers.intersection(subnet.active_layers))
-        mean_experts = self._experts / (self._rows * active) if active else 0.0
+        written = len(generations[0].token_ids)
         mean_context = (len(self.prompt) + written) // 2
+        routing = AppliedRouting.of(self.subnet, self._rows, self._experts, mean_context)
         usage = Usage(
             prompt_tokens=len(self.prompt),
             completion_tokens=sum(len(generation.token_ids) for generation in generations),
@@ -120,14 +119,6 @@ class Job:
             if written > 1
             else 0.0,
             cached_tokens=self.texts[0].sequence.cached_tokens or 0,
-        )
-        routing = AppliedRouting(
-            name=subnet.name,
-            fingerprint=subnet.fingerprint,
-            depth=subnet.depth,
-            active_params=subnet.active_params,
-            mean_experts=mean_experts,
-            flops_per_token=subnet.flops_per_token(mean_context, mean_experts),
         )
         told = None if self.params.prompt_logprobs is None else tuple(self._prompt_logprobs)
         return Ending(generations, usage, routing, told)

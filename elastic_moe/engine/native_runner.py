@@ -118,6 +118,9 @@ class NativeRunner(Runner):
     def logits(self, states: Tensor) -> Tensor:
         return self.model.logits(states)
 
+    def final_states(self, states: Tensor) -> Tensor:
+        return self.model.final_states(states)
+
     def rank_channels(
         self, windows: Sequence[Sequence[int]], progress: Progress
     ) -> dict[int, Tensor]:

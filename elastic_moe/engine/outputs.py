@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from torch import Tensor
+
+from elastic_moe.routing import Subnet
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -51,6 +55,20 @@ class AppliedRouting:
     active_params: int
     mean_experts: float
     flops_per_token: float
+
+    @classmethod
+    def of(cls, subnet: Subnet, tokens: int, experts: int, mean_context: int) -> AppliedRouting:
+        """What it cost to run so many tokens, and (token, expert) pairs for them."""
+        active = len(subnet.shape.moe_layers.intersection(subnet.active_layers))
+        mean_experts = experts / (tokens * active) if active else 0.0
+        return cls(
+            name=subnet.name,
+            fingerprint=subnet.fingerprint,
+            depth=subnet.depth,
+            active_params=subnet.active_params,
+            mean_experts=mean_experts,
+            flops_per_token=subnet.flops_per_token(mean_context, mean_experts),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,3 +120,17 @@ class Delta(NamedTuple):  # a tuple: one is made for every token
     completion: Completion | None = None
     choice: int = 0
     logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Embedding:
+    """A text as a vector.
+
+    Attributes:
+        vector: (D,) float32 of length 1: the mean of the final states of all tokens.
+        prompt_tokens: how many they were.
+    """
+
+    vector: Tensor
+    prompt_tokens: int
+    routing: AppliedRouting

@@ -60,6 +60,11 @@ class ReferenceRunner(Runner):
         with torch.inference_mode():
             return self.model.logits(states)
 
+    def final_states(self, states: Tensor) -> Tensor:
+        with torch.inference_mode():
+            normed: Tensor = self.model.norm(states)
+            return normed
+
     def rank_channels(
         self, windows: Sequence[Sequence[int]], progress: Progress
     ) -> dict[int, Tensor]:

@@ -143,6 +143,10 @@ class Runner(ABC):
         """Final norm and head: residual stream (n, D) -> (n, V) float32."""
 
     @abstractmethod
+    def final_states(self, states: Tensor) -> Tensor:
+        """Final norm: residual stream (n, D) -> (n, D) float32, which the head reads."""
+
+    @abstractmethod
     def rank_channels(
         self, windows: Sequence[Sequence[int]], progress: Progress
     ) -> dict[int, Tensor]:

@@ -6,6 +6,7 @@ must never be ignored without a word.
 
 from elastic_moe.protocol.chat import ChatChunk, ChatCompletion, ChatRequest
 from elastic_moe.protocol.completions import CompletionRequest, TextCompletion
+from elastic_moe.protocol.embeddings import EmbeddingRequest, EmbeddingResponse
 from elastic_moe.protocol.models import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -26,6 +27,8 @@ __all__ = [
     "CompletionRequest",
     "DetokenizeRequest",
     "DetokenizeResponse",
+    "EmbeddingRequest",
+    "EmbeddingResponse",
     "ErrorResponse",
     "ModelCard",
     "ModelList",

@@ -17,6 +17,7 @@ from elastic_moe.errors import ElasticMoEError
 from elastic_moe.server import small
 from elastic_moe.server.chat import Chat
 from elastic_moe.server.completions import TextCompleting
+from elastic_moe.server.embeddings import embeddings
 from elastic_moe.server.errors import ApiError, tell_failure, tell_http, tell_invalid
 from elastic_moe.server.events import ClientGone
 from elastic_moe.server.gate import Gate
@@ -83,6 +84,16 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """Continue texts."""
         subnet = service.resolve(body.model, body.routing_config)
         return await TextCompleting(service, body, subnet).answer(request.receive)
+
+    @app.post(
+        "/v1/embeddings",
+        response_model=None,
+        responses={200: {"model": protocol.EmbeddingResponse, "description": "the vectors"}},
+    )
+    async def embed(body: protocol.EmbeddingRequest, request: Request) -> Response:
+        """Make vectors of texts, for tests."""
+        subnet = service.resolve(body.model, body.routing_config)
+        return await embeddings(service, body, subnet, request.receive)
 
 
 def _answers(whole: type[Any], piece: type[Any]) -> dict[str, Any]:

@@ -267,13 +267,17 @@ class CpuModel:
 
         The bits are those that `step` gives for the same stream.
         """
+        _, _, head = self._kept["ends"]
+        return cpu_ops.linear(self.final_states(states), head, level=self.level)
+
+    def final_states(self, states: Tensor) -> Tensor:
+        """Final norm: residual stream (n, D) -> (n, D) float32."""
         dims = self.dims
         expect("states", tuple(states.shape), (len(states), dims.hidden_size))
         if states.dtype != torch.float32 or not states.is_contiguous():
             states = states.float().contiguous()
-        _, gain, head = self._kept["ends"]
-        normed = cpu_ops.rms_norm(states, gain, dims.rms_norm_eps, level=self.level)
-        return cpu_ops.linear(normed, head, level=self.level)
+        _, gain, _ = self._kept["ends"]
+        return cpu_ops.rms_norm(states, gain, dims.rms_norm_eps, level=self.level)
 
     def _columns_of(self, table: SubnetTable) -> dict[str, Tensor]:
         """The columns that the native step reads. A table is looked at once, and remembered."""

@@ -74,13 +74,13 @@ def add_endpoints(app: FastAPI, service: Service) -> None:
             chat_template=None if template is None else template.source,
         )
 
-    @app.get("/health")
+    @app.get("/health", response_class=Response)
     async def health() -> Response:
         """200 as long as the engine lives."""
         engine.stats()
         return Response()
 
-    @app.get("/ready")
+    @app.get("/ready", response_class=Response)
     async def ready() -> Response:
         """200 while requests are taken in."""
         if not service.ready:

@@ -1,0 +1,67 @@
+"""Every field of a body reaches the engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from elastic_moe import SamplingParams
+from elastic_moe.engine import Engine
+from elastic_moe.protocol import ChatRequest, CompletionRequest
+from elastic_moe.server.sampling import sampling_params
+from tests.server.conftest import Running
+
+BODY: dict[str, Any] = {
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 40,
+    "min_p": 0.05,
+    "seed": 11,
+    "stop": ["x", "yz"],
+    "stop_token_ids": [7, 8],
+    "frequency_penalty": 0.25,
+    "presence_penalty": -0.5,
+    "repetition_penalty": 1.25,
+    "logit_bias": {"5": -3, "6": 2.5},
+    "min_tokens": 2,
+    "ignore_eos": True,
+    "n": 3,
+}
+WANT = {**BODY, "logit_bias": {5: -3.0, 6: 2.5}}
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+TEXT = {"model": "m", "prompt": "x"}
+
+
+def test_bodies_say_all_that_sampling_has() -> None:
+    for body in (ChatRequest(**CHAT, **BODY), CompletionRequest(**TEXT, **BODY)):
+        got = sampling_params(body, max_tokens=9, logprobs=2, prompt_logprobs=1)
+        assert got == SamplingParams(max_tokens=9, logprobs=2, prompt_logprobs=1, **WANT)
+
+
+def test_what_is_left_out_is_as_in_the_remote_api() -> None:
+    for body in (ChatRequest(**CHAT), CompletionRequest(**TEXT, top_k=-1)):
+        got = sampling_params(body, max_tokens=9, logprobs=None)
+        assert got == SamplingParams(max_tokens=9, temperature=1.0, seed=got.seed)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_endpoints_hand_all_of_it_to_the_engine(
+    served: Running, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    seen: list[SamplingParams] = []
+    make = Engine._make
+
+    def watched(engine: Engine, prompt: Any, routing: Any, sampling: Any, sink: Any) -> Any:
+        seen.append(sampling)
+        return make(engine, prompt, routing, sampling, sink)
+
+    monkeypatch.setattr(Engine, "_make", watched)
+    chat = "chat" in path
+    own = CHAT if chat else TEXT
+    told = {"logprobs": True, "top_logprobs": 2} if chat else {"logprobs": 2}
+    for stream in (False, True):
+        asked = {**own, **BODY, **told, "model": "tiny", "max_tokens": 6, "stream": stream}
+        answer = served.post(path, **asked)
+        assert answer.status_code == 200, answer.text
+    assert seen == [SamplingParams(max_tokens=6, logprobs=2, **WANT)] * 2

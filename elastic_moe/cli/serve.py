@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from elastic_moe.cli.arguments import (
     add_model,
@@ -20,8 +21,20 @@ from elastic_moe.cli.arguments import (
     read_routing,
 )
 from elastic_moe.errors import ServerError
+from elastic_moe.server.starting import end_with_stdin, url_file
+
+if TYPE_CHECKING:
+    from elastic_moe.server.limits import Limits
 
 KEYS = "ELASTIC_MOE_API_KEYS"
+ADMIN_KEYS = "ELASTIC_MOE_ADMIN_KEYS"
+LIMITS = {  # option -> field of `Limits`, what is counted
+    "depth": ("depth", "so many layers"),
+    "top-k": ("top_k", "so many experts per token"),
+    "width": ("expert_width", "so many granules of each expert"),
+    "pool": ("expert_pool", "so many experts to choose from"),
+    "sparsity": ("sparsity", "this threshold"),
+}
 BUNDLED_ALIAS = "ernie-5.1-prod"  # what ElasticRoutingConfig() asks for
 
 EXAMPLES = """examples:
@@ -29,6 +42,10 @@ EXAMPLES = """examples:
   elastic-moe serve --port 0 --alias gpt-4o --alias my-model
   elastic-moe serve ./olmoe --routing k4 --max-num-seqs 16
   elastic-moe serve --host 0.0.0.0 --api-keys keys.txt
+  elastic-moe serve --max-depth 24 --max-top-k 2 --profiles profiles.toml
+  elastic-moe serve --inject remote
+  elastic-moe serve --request-timeout 300 --log-format json 2>> requests.jsonl
+  elastic-moe serve --port 0 --url-file url --end-with-stdin
 """
 
 
@@ -55,6 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"one key a line; '#' begins a comment (default: {KEYS}, separated by commas)",
     )
     parser.add_argument(
+        "--admin-keys",
+        metavar="FILE",
+        type=Path,
+        help="the same for /admin/*, which is shut without such keys "
+        f"(default: {ADMIN_KEYS}, separated by commas)",
+    )
+    parser.add_argument(
         "--expose-without-keys",
         action="store_true",
         help="listen on other addresses than loopback though nobody needs a key",
@@ -78,48 +102,145 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="how long running requests may take to end after SIGTERM (default: %(default)s)",
     )
+    parser.add_argument(
+        "--url-file",
+        metavar="FILE",
+        type=Path,
+        help="write the server's URL there once it is ready; the file goes when the server ends",
+    )
+    parser.add_argument(
+        "--end-with-stdin",
+        action="store_true",
+        help="end as on SIGTERM when standard input ends: with the program that started it, if "
+        "that holds a pipe to it",
+    )
+    parser.add_argument(
+        "--request-timeout",
+        type=float,
+        metavar="S",
+        help="how long a request may take; then it is answered 504, or told in its stream "
+        "(default: as long as it needs)",
+    )
+    parser.add_argument(
+        "--read-timeout",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="how long its body may take to arrive; then it is answered 408 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="of the line on stderr that every request leaves; it holds nothing of prompts, "
+        "answers or keys (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="debug: also requests for /health, /ready and /metrics; warning: only failures and "
+        "timeouts; error: only faults of the server (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--profiles",
+        metavar="FILE",
+        type=Path,
+        help="TOML file of profiles, which requests ask for by name; made with the built-in ones "
+        "if it does not exist, changed by PUT /admin/profiles/NAME",
+    )
+    parser.add_argument(
+        "--inject",
+        nargs="?",
+        const="on",
+        default="off",
+        choices=("on", "remote"),
+        help="let requests and /admin/faults ask for faults; remote: begin with round trips of 200 "
+        "to 400 ms",
+    )
+    add_limits(parser)
 
 
-def read_keys(path: Path | None) -> tuple[str, ...]:
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """How far requests may go on each axis."""
+    group = parser.add_argument_group("limits of what requests may ask for")
+    for flag, (_, unit) in LIMITS.items():
+        number = float if flag == "sparsity" else positive_integer
+        metavar = "T" if flag == "sparsity" else "N"
+        group.add_argument(f"--min-{flag}", type=number, metavar=metavar, help=f"at least {unit}")
+        group.add_argument(f"--max-{flag}", type=number, metavar=metavar, help=f"at most {unit}")
+    group.add_argument(
+        "--beyond-limits",
+        choices=("clamp", "refuse"),
+        default="clamp",
+        help="clamp: run what is nearest and say so in the answer's routing.limited; refuse: "
+        "answer 400 (default: %(default)s)",
+    )
+
+
+def read_limits(args: argparse.Namespace) -> Limits:
+    """What these options say."""
+    from elastic_moe.server.limits import Limits  # deferred: loads pydantic
+
+    bounds: dict[str, Any] = {
+        axis: (getattr(args, f"min_{name}"), getattr(args, f"max_{name}"))
+        for name, axis in ((flag.replace("-", "_"), axis) for flag, (axis, _) in LIMITS.items())
+    }
+    return Limits(refuse=args.beyond_limits == "refuse", **bounds)
+
+
+def read_keys(path: Path | None, variable: str = KEYS, flag: str = "--api-keys") -> tuple[str, ...]:
     """The keys of a file, else those of the environment.
 
     Raises:
         ServerError: the file cannot be read, or has none.
     """
     if path is None:
-        return tuple(key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip())
+        return tuple(key.strip() for key in os.environ.get(variable, "").split(",") if key.strip())
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ServerError(f"--api-keys {path} cannot be read: {error}") from error
+        raise ServerError(f"{flag} {path} cannot be read: {error}") from error
     keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
     if not keys:
-        raise ServerError(f"--api-keys {path} has no keys. Write one a line.")
+        raise ServerError(f"{flag} {path} has no keys. Write one a line.")
     return keys
 
 
 def run(args: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
+    from elastic_moe.server import logs
     from elastic_moe.server.run import Server, listen, url_of  # deferred: loads torch, FastAPI
     from elastic_moe.server.settings import ServerSettings
 
+    if args.end_with_stdin:
+        end_with_stdin()
     settings = ServerSettings(
         host=args.host,
         port=args.port,
         api_keys=read_keys(args.api_keys),
+        admin_keys=read_keys(args.admin_keys, ADMIN_KEYS, "--admin-keys"),
+        profiles=args.profiles,
+        limits=read_limits(args),
+        inject=args.inject,
         aliases=_aliases(args),
         routing=read_routing(args),
         drain_seconds=args.drain_seconds,
+        read_timeout_seconds=args.read_timeout,
+        request_timeout_seconds=args.request_timeout,
         expose_without_keys=args.expose_without_keys,
     )
     listener = listen(settings.host, settings.port)  # before the model takes its time
     with (
         listener,
+        url_file(args.url_file, url_of(listener)) as on_ready,
         load_engine(args, max_num_seqs=args.max_num_seqs, max_queue=args.max_queue) as engine,
     ):
         names = ", ".join((engine.name, *settings.aliases))
-        print(f"{names} on {url_of(listener)}/v1", file=sys.stderr, flush=True)
-        Server(engine, settings).run(sockets=[listener])
+        line = logs.first_line(args.log_format, f"{names} on {url_of(listener)}/v1")
+        print(line, file=sys.stderr, flush=True)
+        logs.configure(args.log_format, args.log_level)
+        Server(engine, settings, on_ready).run(sockets=[listener])
     return 0
 
 

@@ -71,6 +71,7 @@ class EngineCore:
         self._closed = False  # no more jobs; guarded by _wake
         self._drain_until: float | None = None
         self._preemptions = self._steps = 0
+        self._read = self._written = self._searched = self._found = 0  # tokens
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._work, name="elastic-moe engine", daemon=True)
         self._thread.start()
@@ -124,6 +125,10 @@ class EngineCore:
             preemptions=self._preemptions,
             evicted_pages=self._blocks.evicted_pages,
             steps=self._steps,
+            prompt_tokens=self._read,
+            written_tokens=self._written,
+            searched_tokens=self._searched,
+            found_tokens=self._found,
         )
 
     def close(self, drain_seconds: float = 0.0) -> None:
@@ -268,6 +273,7 @@ class EngineCore:
         if text.fresh:
             state.restart(start)
             text.fresh = False
+            text.job.first_run = text.job.first_run or time.perf_counter()
         if state.pages != len(sequence.pages):
             state.enter(sequence.pages)
         wanted: Wanted = "none"
@@ -332,9 +338,15 @@ class EngineCore:
         if sequence.remaining:
             return
         piece = text.generation.take(None if logits is None else logits[-1], best_ids[-1])
-        sequence.token_ids.append(piece.token_id)
+        if piece.token_id is not None:
+            sequence.token_ids.append(piece.token_id)
+            self._written += 1
         if not job.first_token:
             job.first_token = time.perf_counter()
+            self._read += len(job.prompt)
+            self._searched += len(job.prompt) * job.texts[0].sequence.reads_cache
+            self._found += job.texts[0].sequence.cached_tokens or 0
+            piece = piece._replace(prompt_logprobs=job.prompt_logprobs)
         if piece.finish_reason is not None:
             if text is job.texts[0]:
                 job.first_end = time.perf_counter()

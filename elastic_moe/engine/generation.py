@@ -52,29 +52,35 @@ class Piece(NamedTuple):  # a tuple: one is made for every token
     """What a step gave a choice.
 
     Attributes:
+        token_id: None if no token was asked for.
         text: None if it is not made yet.
         ending: in the very last piece of a request.
+        prompt_logprobs: in its very first one.
     """
 
     generation: Generation
-    token_id: int
+    token_id: int | None
     text: str | None
     finish_reason: FinishReason | None
     logprobs: tuple[TokenLogprob, ...] | None
     ending: Ending | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
     def delta(self) -> Delta:
         """As its reader sees it. Pieces of a choice are read once, in their order."""
-        text = self.text
-        if text is None:
-            text = self.generation.write(self.token_id, self.finish_reason is not None)
+        text, token = self.text, self.token_id
+        if token is None:
+            text = ""
+        elif text is None:
+            text = self.generation.write(token, self.finish_reason is not None)
         return Delta(
             text,
-            (self.token_id,),
+            () if token is None else (token,),
             self.finish_reason,
             None if self.ending is None else self.ending.completion(),
             self.generation.index,
             self.logprobs,
+            self.prompt_logprobs,
         )
 
 
@@ -116,8 +122,12 @@ class Generation:
 
     def take(self, logits: Logits | None, best_id: int) -> Piece:
         """Choose the next token; logits (V,) may be None if only the best was wanted."""
+        told: tuple[TokenLogprob, ...] | None = None
+        if not self._last:  # the prompt was to be read, and nothing else
+            self.finish_reason = self._last_reason
+            told = None if self._params.logprobs is None else ()
+            return Piece(self, None, None, self.finish_reason, told)
         token = self.sampler.choose(logits, best_id)
-        told = None
         if self._params.logprobs is not None and logits is not None:
             told = (token_logprob(logits, token, self._params.logprobs),)
             self._logprobs += told
@@ -157,5 +167,5 @@ class Generation:
     def _finish(self) -> str:
         """What is left of the text."""
         self._finished = True
-        ended = self.token_ids[-1] in self._end_ids
+        ended = bool(self.token_ids) and self.token_ids[-1] in self._end_ids
         return self._writer.finish(self.token_ids[:-1] if ended else self.token_ids)

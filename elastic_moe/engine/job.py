@@ -55,8 +55,8 @@ class Job:
     Attributes:
         texts: its choices.
         ended: nothing of it runs any more.
-        first_token, first_end: when the first token came, and when the first choice ended; 0
-            before.
+        first_run, first_token, first_end: when it first took part in a step, when the first token
+            came, and when the first choice ended; 0 before.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Job:
         self._rows = self._experts = 0
         self._prompt_logprobs: list[TokenLogprob] = []
         self._started = time.perf_counter()
-        self.first_token = self.first_end = 0.0
+        self.first_run = self.first_token = self.first_end = 0.0
 
     def add_text(
         self,
@@ -90,6 +90,11 @@ class Job:
     def finished(self) -> bool:
         """Whether all choices have come to their end."""
         return all(text.generation.finish_reason is not None for text in self.texts)
+
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """Of the prompt's tokens after the first, once they are computed; None if nobody asked."""
+        return None if self.params.prompt_logprobs is None else tuple(self._prompt_logprobs)
 
     def count(self, rows: int, experts: int) -> None:
         """Tokens that ran, and (token, expert) pairs that ran for them."""
@@ -119,6 +124,6 @@ class Job:
             if written > 1
             else 0.0,
             cached_tokens=self.texts[0].sequence.cached_tokens or 0,
+            queue_seconds=self.first_run - self._started,
         )
-        told = None if self.params.prompt_logprobs is None else tuple(self._prompt_logprobs)
-        return Ending(generations, usage, routing, told)
+        return Ending(generations, usage, routing, self.prompt_logprobs)

@@ -44,6 +44,7 @@ class NativeRunner(Runner):
         self.config = load_config(folder)
         self.model: CpuModel = load_packed(folder, dtype=dtype, level=level)
         self.dtype = self.model.dtype
+        self.level = self.model.level
         self.device = torch.device("cpu")
         # Not a method of the model: channels that are ranked make it another one.
         size = self.model.block_bytes
@@ -129,7 +130,7 @@ class NativeRunner(Runner):
         model = load_model(self.folder, dtype=name)
         order = rank_channels(model, windows, progress)
         reorder_channels(model, order)
-        self.model = pack_model(model, self.model.level)
+        self.model = pack_model(model, self.level)
         self._angles = 0
         self._decoding = None
         return order

@@ -30,6 +30,7 @@ class Usage:
         ttft_seconds: from the call to the first token.
         tpot_seconds: (end to end - TTFT) / (tokens - 1) of the first choice; 0 for a single token.
         cached_tokens: of the prompt, those whose keys and values were there already.
+        queue_seconds: from the call to the first step that it took part in.
     """
 
     prompt_tokens: int
@@ -37,6 +38,7 @@ class Usage:
     ttft_seconds: float
     tpot_seconds: float
     cached_tokens: int = 0
+    queue_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +109,12 @@ class Delta(NamedTuple):  # a tuple: one is made for every token
 
     Attributes:
         text: may be empty: a character is not whole yet, or a stop text may have begun.
-        token_ids: of this piece.
+        token_ids: of this piece; none if max_tokens is 0.
         finish_reason: in the last piece of a choice.
         completion: in the very last piece: the whole.
         choice: which one it belongs to.
         logprobs: of the tokens, if asked for.
+        prompt_logprobs: in the very first piece: of the prompt's tokens, if asked for.
     """
 
     text: str
@@ -120,6 +123,7 @@ class Delta(NamedTuple):  # a tuple: one is made for every token
     completion: Completion | None = None
     choice: int = 0
     logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

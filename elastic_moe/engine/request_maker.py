@@ -35,6 +35,7 @@ class RequestMaker:
         forced = self._forced(params)
         self._check_ids("stop_token_ids", params.stop_token_ids)
         self._check_ids("logit_bias", list(params.logit_bias or ()))
+        tokenizer = self._tokenizer.showing(params.shown_token_ids)
         ends = set(params.stop_token_ids)
         if not params.ignore_eos:
             ends |= self._tokenizer.eos_ids
@@ -49,7 +50,7 @@ class RequestMaker:
                 forced=forced,
             )
             generation = Generation(
-                self._tokenizer,
+                tokenizer,
                 params,
                 sampler,
                 index,

@@ -97,12 +97,14 @@ class Runner(ABC):
         config: of the model.
         dtype: what matrix inputs, keys and values are rounded to; float32 is not rounded.
         device: where logits come out.
+        level: the instruction-set level of the C++ kernels; None where others run.
     """
 
     backend: Literal["reference", "cpu"]
     config: ModelConfig
     dtype: torch.dtype
     device: torch.device
+    level: str | None = None
 
     def __init__(self, new_blocks: Callable[[int], Tensor]) -> None:
         """`new_blocks` makes room for so many blocks."""

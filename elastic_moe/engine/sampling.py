@@ -19,6 +19,10 @@ from elastic_moe.engine.sampling_params import SamplingParams
 
 Logits = NDArray[np.float32]
 _FIRST_LOOK = 256  # most likely tokens that are sorted before all are
+_HUGE = 1e300  # of logits, whatever a penalty makes of them
+# Of log-probabilities. numpy's exp and log differ in their last bits from one processor to the
+# next; float32 logits, which these come from, have no more than this.
+_DECIMALS = 7
 
 
 class Constraint(Protocol):
@@ -118,7 +122,9 @@ class Sampler:
             seen = np.fromiter(self._seen, np.int64)
             old = x[seen]
             factor = params.repetition_penalty
-            x[seen] = np.where(old > 0, old / factor, old * factor)
+            with np.errstate(over="ignore"):
+                new = np.where(old > 0, old / factor, old * factor)
+            x[seen] = np.clip(new, -_HUGE, _HUGE)  # infinities have no difference
         if self._penalised and self._generated:
             ids = np.fromiter(self._generated, np.int64)
             counts = np.fromiter(self._generated.values(), np.float64)
@@ -191,5 +197,9 @@ def token_logprob(logits: Logits, token_id: int, top: int) -> TokenLogprob:
     x -= x.max()
     x -= np.log(np.exp(x).sum())
     best = _most_likely(x, np.arange(len(x)), min(top, len(x))) if top else np.empty(0, np.int64)
-    pairs = tuple((int(i), float(x[i])) for i in best)
-    return TokenLogprob(token_id, float(x[token_id]), pairs)
+    pairs = tuple((int(i), _told(x[i])) for i in best)
+    return TokenLogprob(token_id, _told(x[token_id]), pairs)
+
+
+def _told(logprob: float) -> float:
+    return round(float(logprob), _DECIMALS) + 0.0  # never -0.0

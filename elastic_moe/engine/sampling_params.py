@@ -24,7 +24,7 @@ class SamplingParams:
     may not come (ends before min_tokens, what JSON forbids); temperature; min_p; top_k; top_p.
 
     Attributes:
-        max_tokens: tokens to generate, at most.
+        max_tokens: tokens to generate, at most; 0 only reads the prompt.
         n: choices; all share the prompt's work.
         temperature: 0 takes the most likely token; otherwise logits are divided by it.
         top_p: keep the most likely tokens whose probabilities reach this sum, in (0, 1].
@@ -48,6 +48,8 @@ class SamplingParams:
         json_object: the text must be a JSON object.
         forced_text: what must be "generated", as text or token ids, token by token, with the
             model's own log-probabilities; it ends with finish_reason 'stop'.
+        shown_token_ids: special tokens that the text has, as it has all others: those that mark
+            a call of a tool, for instance.
     """
 
     max_tokens: int = 64
@@ -70,9 +72,10 @@ class SamplingParams:
     json_schema: str | Mapping[str, Any] | None = None
     json_object: bool = False
     forced_text: str | Sequence[int] | None = None
+    shown_token_ids: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        self._take_integer("max_tokens", 1, math.inf, "an integer of at least 1")
+        self._take_integer("max_tokens", 0, math.inf, "an integer of at least 0")
         self._take_integer("min_tokens", 0, math.inf, "an integer of at least 0")
         self._take_integer("n", 1, MAX_CHOICES, f"an integer in [1, {MAX_CHOICES}]")
         self._take_integer("top_k", 0, math.inf, "an integer of at least 0 (0 keeps all)")
@@ -96,6 +99,7 @@ class SamplingParams:
         self._check("stop", texts, "a text or a list of texts that are not empty")
         object.__setattr__(self, "stop", tuple(stop))
         self._take_ids("stop_token_ids")
+        self._take_ids("shown_token_ids")
         self._take_bias()
         self._take_schema()
         if self.forced_text is not None and not isinstance(self.forced_text, str):

@@ -27,6 +27,10 @@ class EngineStats:
         running, waiting: choices of requests.
         used_blocks, num_blocks: blocks of keys and values that somebody holds, and all.
         preemptions, evicted_pages, steps: since the engine began.
+        prompt_tokens, written_tokens: that were read and written since then, also for requests that
+            were cancelled later.
+        searched_tokens, found_tokens: of prompts, those that the prefix cache was asked for, and
+            those that it had.
     """
 
     unfinished: int
@@ -37,3 +41,7 @@ class EngineStats:
     preemptions: int
     evicted_pages: int
     steps: int
+    prompt_tokens: int
+    written_tokens: int
+    searched_tokens: int
+    found_tokens: int

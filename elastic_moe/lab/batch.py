@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from elastic_moe_kernels.step_result import Counters
 from torch import Tensor
 
-from elastic_moe.engine.native_runner import NativeRunner
 from elastic_moe.engine.paged import PagedSequence
 from elastic_moe.engine.runner import Chunk, Runner
 from elastic_moe.errors import EngineError
@@ -53,7 +52,7 @@ class Batch:
         """`room`: most tokens that are decoded after the prompts."""
         self.runner, self._room = runner, room
         self.backend = runner.backend
-        self.level = runner.model.level if isinstance(runner, NativeRunner) else None
+        self.level = runner.level
         self._sequences: list[PagedSequence] = []
         self._counters: Counters | None = None
 

@@ -1,7 +1,8 @@
 """Chat templates: messages to the text that a model was trained on, in jinja2's sandbox.
 
 Templates of published checkpoints count on the names that transformers gives them: special tokens,
-`raise_exception`, `strftime_now`, `tojson`, and loop controls.
+`raise_exception`, `strftime_now`, `tojson`, and loop controls; `tools` and `documents` are None if
+there are none.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _now
         try:
             template = environment.from_string(self.source)
-            return template.render(messages=list(messages), **{**self.special, **variables})
+            names = {"tools": None, "documents": None, **self.special, **variables}
+            return template.render(messages=list(messages), **names)
         except Exception as error:  # a template may fail in any way that an expression can
             raise RequestError(f"the chat template refused these messages: {error}.") from error
 

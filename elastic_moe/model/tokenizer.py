@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ class Tokenizer:
         self.eos_ids = _ids(ids.get("eos_token_id"), "eos_token_id", where)
         self.chat_template = read_chat_template(folder)
         self._bytes = TokenBytes(self.fast)
+        self._showing: dict[frozenset[int], Tokenizer] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -80,6 +83,23 @@ class Tokenizer:
         """Tokens that `decode` leaves out as a rule."""
         added = self.fast.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    def showing(self, ids: Collection[int]) -> Tokenizer:
+        """The same, but these special tokens are in its texts as all others are."""
+        wanted = self.special_ids.intersection(ids)
+        if not wanted:
+            return self
+        shown = self._showing.get(wanted)
+        if shown is None:
+            state = json.loads(self.fast.to_str())
+            for token in state["added_tokens"]:
+                token["special"] &= token["id"] not in wanted
+            shown = copy(self)
+            shown.fast = FastTokenizer.from_str(json.dumps(state))
+            shown.__dict__.pop("special_ids", None)  # found anew
+            shown._showing = {}
+            self._showing[wanted] = shown
+        return shown
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a single token stands for; it may be half a character."""

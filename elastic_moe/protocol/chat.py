@@ -9,6 +9,9 @@ from pydantic import Field
 from elastic_moe.protocol.base import Answer, Body, Count, Usage
 from elastic_moe.protocol.routing import AppliedRouting
 from elastic_moe.protocol.sampling import SamplingRequest
+from elastic_moe.protocol.tools import Tool, ToolCall, ToolCallDelta, ToolChoice
+
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class TextPart(Body):
@@ -16,21 +19,6 @@ class TextPart(Body):
 
     type: Literal["text"]
     text: str
-
-
-class CalledFunction(Body):
-    """A function that a model calls, and its arguments as JSON text."""
-
-    name: str
-    arguments: str
-
-
-class ToolCall(Body):
-    """A call that an assistant's message holds."""
-
-    id: str
-    type: Literal["function"] = "function"
-    function: CalledFunction
 
 
 class Message(Body):
@@ -50,6 +38,10 @@ class ChatRequest(SamplingRequest):
     Attributes:
         max_completion_tokens, max_tokens: two names of one limit; absent, what the model holds.
         chat_template_kwargs: what else the chat template may look at.
+        tools: functions that the model may call.
+        tool_choice: 'none', 'auto' (as the model likes; so it is if absent), 'required' (1 to 16
+            calls, and nothing else), or the function to call.
+        parallel_tool_calls: whether an answer may have several calls.
     """
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -58,6 +50,9 @@ class ChatRequest(SamplingRequest):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class TopLogprob(Answer):
@@ -82,11 +77,17 @@ class ChatLogprobs(Answer):
 
 
 class AssistantMessage(Answer):
-    """The answer."""
+    """The answer.
+
+    Attributes:
+        content: null if there are calls alone.
+        tool_calls: of functions, by the client; absent if there are none.
+    """
 
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(Answer):
@@ -95,7 +96,7 @@ class ChatChoice(Answer):
     index: Count
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
 
 
 class ChatCompletion(Answer):
@@ -116,6 +117,7 @@ class ChatDelta(Answer):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(Answer):
@@ -124,7 +126,7 @@ class ChatChunkChoice(Answer):
     index: Count
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: FinishReason | None
 
 
 class ChatChunk(Answer):

@@ -19,12 +19,13 @@ class CompletionRequest(SamplingRequest):
 
     Attributes:
         prompt: a text, several, a list of token ids, or several.
+        max_tokens: 0 writes nothing: with echo and logprobs it scores the prompt.
         echo: begin the text with the prompt.
         logprobs: of each token, and of so many most likely ones; with echo also of the prompt.
     """
 
     prompt: str | Texts | Ids | Annotated[list[Ids], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Count | None = None
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 

@@ -18,6 +18,7 @@ class EmbeddingRequest(Ignored):
         input: a text, several, a list of token ids, or several.
         encoding_format: numbers, or the bytes of float32 numbers (little-endian) in base64.
         dimensions: the model's hidden size, or nothing.
+        profile: name of a profile of the server: a sub-network.
     """
 
     model: str
@@ -25,6 +26,7 @@ class EmbeddingRequest(Ignored):
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = None
     routing_config: RoutingConfig | None = None
+    profile: Annotated[str, Field(min_length=1)] | None = None
 
     def inputs(self) -> list[str | list[int]]:
         """Texts or token ids, one for each vector."""

@@ -36,6 +36,7 @@ class ElasticAxes(Answer):
         num_experts: that may be chosen from.
         width_granules: of each expert.
         trained: the values that the checkpoint was trained for, by axis; empty if it tells none.
+        profiles: names for `profile`, or after '@' in the model's name.
     """
 
     max_depth: int
@@ -43,6 +44,7 @@ class ElasticAxes(Answer):
     num_experts: int
     width_granules: int
     trained: dict[str, list[Any]]
+    profiles: list[str]
 
 
 class ModelCard(Answer):
@@ -109,10 +111,18 @@ class DetokenizeResponse(Answer):
 
 
 class TokenizerInfo(Answer):
-    """What a client must know to make prompts itself."""
+    """What a client must know to make prompts itself.
+
+    Attributes:
+        bos_token, eos_token, pad_token: as vLLM names them, for clients that were made for it;
+            eos_token is the first of those that end a text.
+    """
 
     vocab_size: int
+    bos_token: str | None
     bos_token_id: int | None
+    eos_token: str | None
     eos_token_ids: list[int]
+    pad_token: str | None
     pad_token_id: int | None
     chat_template: str | None

@@ -111,6 +111,13 @@ class RoutingConfig(Body):
         }
 
 
+class Limited(Answer):
+    """An axis on which something else ran than was asked for."""
+
+    asked: int | float | list[Any]
+    applied: int | float | list[Any]
+
+
 class AppliedRouting(Answer):
     """The sub-network that ran, and what it cost.
 
@@ -121,6 +128,8 @@ class AppliedRouting(Answer):
         active_params: parameters that a token uses at most.
         flops_per_token: at the request's mean context, with the measured mean_experts.
         mean_experts: experts that really ran, per token and active layer.
+        profile: that was asked for, if any.
+        limited: axis -> what was asked for and what ran, where the server's limits changed it.
     """
 
     name: str
@@ -135,3 +144,5 @@ class AppliedRouting(Answer):
     active_params: int
     flops_per_token: float = Field(description="2 per multiply-add; norms, router, head counted")
     mean_experts: float
+    profile: str | None = None
+    limited: dict[str, Limited] | None = None

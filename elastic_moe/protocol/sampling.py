@@ -54,6 +54,7 @@ class SamplingRequest(Ignored):
         temperature: 0 takes the most likely token.
         seed: with the same seed the same request gets the same answer; without one, any.
         routing_config: the sub-network; not together with another one in the model's name.
+        profile: name of a profile of the server: a sub-network, and sampling.
     """
 
     model: str
@@ -75,3 +76,4 @@ class SamplingRequest(Ignored):
     ignore_eos: bool = False
     response_format: ResponseFormat | None = None
     routing_config: RoutingConfig | None = None
+    profile: Annotated[str, Field(min_length=1)] | None = None

@@ -5,7 +5,7 @@ it, layer by layer. `resolve` builds one from values, `parse_name` from a name.
 """
 
 from elastic_moe.routing.checks import as_float32, shorten, spell_float32
-from elastic_moe.routing.names import parse_name
+from elastic_moe.routing.names import is_name, parse_name
 from elastic_moe.routing.resolution import resolve
 from elastic_moe.routing.shape import ModelShape
 from elastic_moe.routing.subnet import LayerSubnet, Subnet
@@ -15,6 +15,7 @@ __all__ = [
     "ModelShape",
     "Subnet",
     "as_float32",
+    "is_name",
     "parse_name",
     "resolve",
     "shorten",

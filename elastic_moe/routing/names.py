@@ -16,6 +16,12 @@ _NAME = re.compile(
     r"(?:(?:^|-)m(?P<m>[0-9]{1,9}))?(?:(?:^|-)w(?P<w>[0-9]{1,9}))?"
     r"(?:(?:^|-)t(?P<t>[0-9]+(?:\.[0-9]+)?))?(?:(?:^|-)p(?P<p>[0-9]{1,9}))?"
 )
+_VALUES = re.compile(r"x[0-9a-f]{8}")  # per layer
+
+
+def is_name(text: str) -> bool:
+    """Whether a text has the form of a sub-network's name, whatever model has such a one."""
+    return text == "full" or bool(_VALUES.fullmatch(text) or _NAME.fullmatch(text))
 
 
 def parse_name(shape: ModelShape, name: str) -> Subnet:
@@ -26,7 +32,7 @@ def parse_name(shape: ModelShape, name: str) -> Subnet:
     """
     if name == "full":
         return resolve(shape)
-    if re.fullmatch(r"x[0-9a-f]{8}", name):
+    if _VALUES.fullmatch(name):
         raise RoutingError(
             f"sub-network {name!r} has values per layer and cannot be built from its name. "
             f"Use the configuration that it came from."

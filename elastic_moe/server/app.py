@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,13 +15,17 @@ from starlette.responses import JSONResponse, Response
 from elastic_moe import __version__, protocol
 from elastic_moe.engine import Engine
 from elastic_moe.errors import ElasticMoEError
-from elastic_moe.server import small
+from elastic_moe.protocol.sampling import SamplingRequest
+from elastic_moe.server import admin, small
+from elastic_moe.server.account import ACCOUNT
 from elastic_moe.server.chat import Chat
+from elastic_moe.server.choosing import Wish
 from elastic_moe.server.completions import TextCompleting
 from elastic_moe.server.embeddings import embeddings
 from elastic_moe.server.errors import ApiError, tell_failure, tell_http, tell_invalid
 from elastic_moe.server.events import ClientGone
 from elastic_moe.server.gate import Gate
+from elastic_moe.server.injector import INJECTION, Injector
 from elastic_moe.server.service import Service
 from elastic_moe.server.settings import ServerSettings
 
@@ -28,9 +33,11 @@ _FAILURES = {
     400: "the request cannot be served as it is written",
     401: "an API key is needed",
     404: "there is no such model",
+    408: "the body did not arrive in time",
     413: "the body is too large",
     429: "too many requests are unfinished",
     503: "the server is ending, or lacks something that is needed",
+    504: "the request took longer than the server allows",
 }
 
 
@@ -38,7 +45,7 @@ def create_app(engine: Engine, settings: ServerSettings | None = None) -> FastAP
     """The application around an engine, which the caller closes.
 
     Raises:
-        RoutingError: the model does not have the default sub-network.
+        RoutingError, ServerError: the model cannot do what the settings say.
     """
     service = Service.of(engine, settings or ServerSettings())
 
@@ -65,25 +72,32 @@ def create_app(engine: Engine, settings: ServerSettings | None = None) -> FastAP
     app.add_exception_handler(ClientGone, _nobody)
     app.add_exception_handler(HTTPException, tell_http)
     app.add_exception_handler(RequestValidationError, tell_invalid)
-    app.add_middleware(Gate, settings=service.settings)
+    app.add_middleware(Injector, faults=service.faults, log=service.requests)
+    app.add_middleware(Gate, service=service)  # the last that is added comes first
     _add_generation(app, service)
     small.add_endpoints(app, service)
+    admin.add_endpoints(app, service)
     _describe(app)
     return app
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
+    def wished(body: SamplingRequest | protocol.EmbeddingRequest, request: Request) -> Wish:
+        injection = request.scope.get(INJECTION)
+        wish = service.wish(body.model, body.routing_config, body.profile, injection)
+        return replace(wish, account=request.scope[ACCOUNT])
+
     @app.post("/v1/chat/completions", **_answers(protocol.ChatCompletion, protocol.ChatChunk))
     async def chat_completions(body: protocol.ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        subnet = service.resolve(body.model, body.routing_config)
-        return await Chat(service, body, subnet).answer(request.receive)
+        wish = wished(body, request)
+        return await Chat(service, wish.fill(body), wish).answer(request.receive)
 
     @app.post("/v1/completions", **_answers(protocol.TextCompletion, protocol.TextCompletion))
     async def completions(body: protocol.CompletionRequest, request: Request) -> Response:
         """Continue texts."""
-        subnet = service.resolve(body.model, body.routing_config)
-        return await TextCompleting(service, body, subnet).answer(request.receive)
+        wish = wished(body, request)
+        return await TextCompleting(service, wish.fill(body), wish).answer(request.receive)
 
     @app.post(
         "/v1/embeddings",
@@ -92,8 +106,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     )
     async def embed(body: protocol.EmbeddingRequest, request: Request) -> Response:
         """Make vectors of texts, for tests."""
-        subnet = service.resolve(body.model, body.routing_config)
-        return await embeddings(service, body, subnet, request.receive)
+        return await embeddings(service, body, wished(body, request), request.receive)
 
 
 def _answers(whole: type[Any], piece: type[Any]) -> dict[str, Any]:

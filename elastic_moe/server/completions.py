@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.responses import Response
 
 from elastic_moe.engine import SamplingParams
-from elastic_moe.engine.outputs import Choice, Completion
+from elastic_moe.engine.outputs import Choice, Completion, TokenLogprob
 from elastic_moe.errors import ContextLengthError
 from elastic_moe.protocol.completions import CompletionRequest
-from elastic_moe.routing import Subnet
+from elastic_moe.server.choosing import Wish
 from elastic_moe.server.errors import ApiError
 from elastic_moe.server.events import EventStream, TextEvent, event, merged
 from elastic_moe.server.generation import Answering, answer_json
+from elastic_moe.server.logprobs import Echoed, Place
 from elastic_moe.server.sampling import sampling_params
 from elastic_moe.server.service import Service, usage
 
@@ -29,15 +29,8 @@ class TextCompleting(Answering):
 
     prefix = "cmpl"
 
-    def __init__(self, service: Service, body: CompletionRequest, subnet: Subnet) -> None:
-        super().__init__(service, body, subnet)
-        if body.echo and body.stream and body.logprobs is not None:
-            raise ApiError(
-                400,
-                "log-probabilities of the prompt (echo with logprobs) cannot be streamed. "
-                "Leave out stream, echo or logprobs.",
-                param="stream",
-            )
+    def __init__(self, service: Service, body: CompletionRequest, wish: Wish) -> None:
+        super().__init__(service, body, wish)
         self._body = body
 
     async def answer(self, receive: Any) -> Response:
@@ -48,6 +41,7 @@ class TextCompleting(Answering):
         """
         prompts = await asyncio.to_thread(self._prompts)
         params = self._params(prompts)
+        self.choose(max(map(len, prompts)) + params.max_tokens)
         if self._body.stream:
             return EventStream(self._events(prompts, params), self.headers)
         done = await self.generate(prompts, params, receive)
@@ -58,7 +52,7 @@ class TextCompleting(Answering):
             for choice in completion.choices
         ]
         body["usage"] = usage(*(completion.usage for completion in done))
-        body["routing"] = self.service.applied(self.subnet, done[0].routing)
+        body["routing"] = self.service.applied(self.chosen, done[0].routing)
         return answer_json(body, self.headers)
 
     def _prompts(self) -> list[list[int]]:
@@ -91,9 +85,8 @@ class TextCompleting(Answering):
         text = self._echo(prompt) + choice.text
         told = None
         if choice.logprobs is not None:
-            tokens = [*(done.prompt_logprobs or ()), *choice.logprobs]
-            begin = prompt[0] if self._body.echo else None
-            told = self.service.logprobs.completion(tokens, first=begin)
+            echoed = self._echoed(prompt, done.prompt_logprobs)
+            told = self.service.logprobs.completion(choice.logprobs, Place(), echoed)
         return {
             "index": first + choice.index,
             "text": text,
@@ -104,12 +97,16 @@ class TextCompleting(Answering):
     def _echo(self, prompt: list[int]) -> str:
         return self.service.engine.decode(prompt) if self._body.echo else ""
 
+    def _echoed(self, prompt: list[int], told: tuple[TokenLogprob, ...] | None) -> Echoed | None:
+        return None if told is None else (prompt[0], told)
+
     async def _events(
         self, prompts: list[list[int]], params: SamplingParams
     ) -> AsyncGenerator[bytes]:
         head, n = self.head("text_completion"), self._body.n
         events: dict[int, TextEvent] = {}  # of the choices that have begun
-        lengths: Counter[int] = Counter()  # characters of each, for those who ask for offsets
+        places: dict[int, Place] = {}
+        echoes: dict[int, Echoed | None] = {}  # of the prompts that have begun
         done: list[Completion] = []
 
         def choice(
@@ -124,17 +121,22 @@ class TextCompleting(Answering):
                 if text:
                     yield plain(text)
                 continue
+            echoed = None
             if plain is None:
                 text = self._echo(prompts[number]) + text
                 events[index] = TextEvent({**head, "choices": [choice(index, TextEvent.PLACE)]})
+                places[index] = Place()
+                if number not in echoes:
+                    echoes[number] = self._echoed(prompts[number], delta.prompt_logprobs)
+                echoed = echoes[number]
             if delta.logprobs is not None:
                 write = self.service.logprobs.completion
-                told = write(delta.logprobs, offset=lengths[index])
-                lengths[index] += len(text)
+                told = write(delta.logprobs, places[index], echoed)
             body = {**head, "choices": [choice(index, text, told, delta.finish_reason)]}
             if delta.completion is not None:
                 done.append(delta.completion)
-                body["routing"] = self.service.applied(self.subnet, delta.completion.routing)
+                self.account.completions.append(delta.completion)
+                body["routing"] = self.service.applied(self.chosen, delta.completion.routing)
             yield event(body)
         if self.include_usage:
             yield event({**head, "choices": [], "usage": usage(*(c.usage for c in done))})

@@ -10,7 +10,7 @@ from starlette.types import Receive
 
 from elastic_moe.engine.outputs import Embedding
 from elastic_moe.protocol.embeddings import EmbeddingRequest
-from elastic_moe.routing import Subnet
+from elastic_moe.server.choosing import Wish
 from elastic_moe.server.completions import MAX_PROMPTS
 from elastic_moe.server.errors import ApiError
 from elastic_moe.server.events import unless_gone
@@ -19,7 +19,7 @@ from elastic_moe.server.service import Service
 
 
 async def embeddings(
-    service: Service, body: EmbeddingRequest, subnet: Subnet, receive: Receive
+    service: Service, body: EmbeddingRequest, wish: Wish, receive: Receive
 ) -> Response:
     """Vectors of all texts, unless the client goes.
 
@@ -38,8 +38,16 @@ async def embeddings(
             param="dimensions",
         )
 
+    engine = service.engine
+
+    def encode() -> list[list[int]]:
+        return [engine.encode(own) if isinstance(own, str) else own for own in inputs]
+
+    prompts = await asyncio.to_thread(encode)
+    chosen = wish.choose(max(map(len, prompts)))
+
     async def read() -> list[Embedding]:
-        return [await asyncio.to_thread(service.engine.embed, own, subnet) for own in inputs]
+        return [await asyncio.to_thread(engine.embed, ids, chosen.subnet) for ids in prompts]
 
     done = await unless_gone(receive, read())
     tokens = sum(embedding.prompt_tokens for embedding in done)
@@ -51,9 +59,9 @@ async def embeddings(
         ],
         "model": body.model,
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-        "routing": service.applied(subnet, done[0].routing),
+        "routing": service.applied(chosen, done[0].routing),
     }
-    return answer_json(answer, {"x-elastic-subnet": subnet.name})
+    return answer_json(answer, {"x-elastic-subnet": chosen.subnet.name})
 
 
 def _write(embedding: Embedding, body: EmbeddingRequest) -> list[float] | str:

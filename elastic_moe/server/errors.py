@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from elastic_moe.errors import (
     ContextLengthError,
@@ -21,6 +22,7 @@ from elastic_moe.errors import (
     RoutingError,
 )
 from elastic_moe.routing import shorten
+from elastic_moe.server.ratelimits import retry_after
 
 _log = logging.getLogger("elastic_moe.server")
 INVALID = "invalid_request_error"
@@ -88,17 +90,32 @@ def log_failure(error: BaseException) -> None:
     _log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
 
 
-async def tell_failure(_: Request, error: Exception) -> Response:
+async def tell_failure(request: Request, error: Exception) -> Response:
     """Exception handler: anything that an endpoint raises."""
-    return as_api_error(error).response()
+    told = as_api_error(error)
+    if isinstance(error, QueueFullError):
+        service = request.app.state.service
+        told.headers["retry-after"] = str(retry_after(service.engine, service.metrics))
+    return told.response()
 
 
-async def tell_http(_: Request, error: Exception) -> Response:
+async def tell_http(request: Request, error: Exception) -> Response:
     """Exception handler: no such path or method, or a body that is no JSON."""
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, ApiError):  # raised while the body was read
         return error.__cause__.response()
-    return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
+    headers = error.headers
+    if error.status_code == 405:
+        headers = {"allow": ", ".join(_methods(request))}
+    return ApiError(error.status_code, str(error.detail), headers=headers).response()
+
+
+def _methods(request: Request) -> list[str]:
+    """What a path may be asked with: each method has a route of its own."""
+    fitting = [
+        route for route in request.app.routes if route.matches(request.scope)[0] != Match.NONE
+    ]
+    return sorted({method for route in fitting for method in route.methods})
 
 
 async def tell_invalid(_: Request, error: Exception) -> Response:

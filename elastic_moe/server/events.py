@@ -1,4 +1,4 @@
-"""Server-sent events, and requests that end when their client has gone."""
+"""Server-sent events, and requests that end when their client has gone or their time is up."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from elastic_moe.engine.outputs import Delta
+from elastic_moe.server.account import ACCOUNT
 from elastic_moe.server.errors import as_api_error, log_failure
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
+LAST_WORDS_SECONDS = 5.0  # that a client may take to read why its stream ends
 
 
 class ClientGone(Exception):  # noqa: N818  (nobody's fault)
@@ -57,28 +59,41 @@ class EventStream(Response):
         self.status_code, self.background, self._events = 200, None, events
         self.init_headers({**headers, "cache-control": "no-cache"})
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._events):
             with suppress(ClientGone):
                 first = await unless_gone(receive, anext(self._events))
                 head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
                 await send(head)
-                await unless_gone(receive, self._send(first, send))
+                try:
+                    await unless_gone(receive, self._send(first, send))
+                except ClientGone:
+                    raise
+                except Exception as error:  # noqa: BLE001  (told to the client)
+                    scope[ACCOUNT].failed = True
+                    await self._events.aclose()  # now: the client may not read what it is told
+                    await _tell_last(error, send)
 
     async def _send(self, first: bytes, send: Send) -> None:
-        def body(data: bytes, more: bool = True) -> dict[str, Any]:
-            return {"type": "http.response.body", "body": data, "more_body": more}
+        await send(_body(first))
+        async for data in self._events:
+            await send(_body(data))
+        await send(_body(DONE, more=False))
 
-        await send(body(first))
-        try:
-            async for data in self._events:
-                await send(body(data))
-        except Exception as error:  # noqa: BLE001  (told to the client)
-            told = as_api_error(error)
-            if told.status == 500:
-                log_failure(error)
-            await send(body(event(told.body())))
-        await send(body(DONE, more=False))
+
+def _body(data: bytes, more: bool = True) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": data, "more_body": more}
+
+
+async def _tell_last(error: Exception, send: Send) -> None:
+    """End a stream with a failure, unless its client does not read."""
+    told = as_api_error(error)
+    if told.status == 500:
+        log_failure(error)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LAST_WORDS_SECONDS):
+            await send(_body(event(told.body())))
+            await send(_body(DONE, more=False))
 
 
 async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
@@ -86,6 +101,7 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
 
     Raises:
         ClientGone: it did.
+        ApiError: its time is up; `receive` tells.
     """
 
     async def gone() -> None:
@@ -96,6 +112,7 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
     try:
         await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
+            watching.result()
             raise ClientGone
         return working.result()
     finally:

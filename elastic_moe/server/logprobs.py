@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -10,6 +11,30 @@ from elastic_moe.engine.outputs import TokenLogprob
 from elastic_moe.model.tokenizer import Tokenizer
 
 LEAST = -9999.0  # instead of minus infinity, which JSON cannot say
+_UTF8 = codecs.getincrementaldecoder("utf-8")
+Echoed = tuple[int, Sequence[TokenLogprob]]  # a prompt: its first id, which has none, and the rest
+
+
+class Place:
+    """A place in a text, in characters, which moves with the tokens that are written.
+
+    A token begins where the characters before it end that are whole; bytes that are no UTF-8 are
+    the characters U+FFFD, as in decoded text.
+    """
+
+    def __init__(self) -> None:
+        self._decoder, self._characters = _UTF8("replace"), 0
+
+    def take(self, data: bytes) -> int:
+        """Where a token begins that stands for these bytes, which end the text then."""
+        begin = self._characters
+        self._characters += len(self._decoder.decode(data))
+        return begin
+
+    def end(self) -> None:
+        """What follows is decoded for itself."""
+        self._characters += len(self._decoder.decode(b"", final=True))
+        self._decoder.reset()
 
 
 class LogprobWriter:
@@ -39,21 +64,24 @@ class LogprobWriter:
         return {"content": content, "refusal": None}
 
     def completion(
-        self, tokens: Sequence[TokenLogprob], *, first: int | None = None, offset: int = 0
+        self, tokens: Sequence[TokenLogprob], place: Place, echoed: Echoed | None = None
     ) -> dict[str, Any]:
-        """`protocol.completions.TextLogprobs`.
+        """`protocol.completions.TextLogprobs` of a choice, or of its next piece.
 
         Args:
-            first: id of a token before them that has no log-probability.
-            offset: characters of the choice's text before them.
+            place: where they begin in the choice's text; it is moved behind them.
+            echoed: the prompt, which the text begins with.
         """
-        ids = [*([] if first is None else [first]), *(token.token_id for token in tokens)]
-        nothing: list[None] = [] if first is None else [None]
-        offsets, written = [], b""
-        for token_id in ids:
-            offsets.append(offset + len(written.decode(errors="ignore")))
-            if token_id not in self._special:  # which are not in the text
-                written += self._bytes(token_id)
+        ids, offsets = [token.token_id for token in tokens], []
+        nothing: list[None] = []
+        if echoed is not None:
+            first, others = echoed
+            nothing, tokens = [None], [*others, *tokens]
+            read = [first, *(token.token_id for token in others)]
+            offsets = self._offsets(read, place)
+            place.end()
+            ids = [*read, *ids]
+        offsets += self._offsets(ids[len(offsets) :], place)
         return {
             "tokens": [self.text(token_id) for token_id in ids],
             "token_logprobs": [*nothing, *(_finite(token.logprob) for token in tokens)],
@@ -63,6 +91,10 @@ class LogprobWriter:
             ],
             "text_offset": offsets,
         }
+
+    def _offsets(self, ids: Iterable[int], place: Place) -> list[int]:
+        special = self._special  # which are not in the text
+        return [place.take(b"" if i in special else self._bytes(i)) for i in ids]
 
     def _one(self, token_id: int, logprob: float) -> dict[str, Any]:
         return {

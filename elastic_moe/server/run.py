@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from types import FrameType
@@ -14,6 +15,7 @@ import uvicorn
 from elastic_moe.engine import Engine
 from elastic_moe.errors import ServerError
 from elastic_moe.server.app import create_app
+from elastic_moe.server.connection import Connection
 from elastic_moe.server.settings import ServerSettings
 
 BACKLOG = 2048
@@ -58,15 +60,24 @@ class Server(uvicorn.Server):
 
     Requests that run then have `settings.drain_seconds` to end; those that do not are told so. A
     second signal ends all at once.
+
+    Args:
+        on_ready: called when requests are taken in.
     """
 
-    def __init__(self, engine: Engine, settings: ServerSettings) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        settings: ServerSettings,
+        on_ready: Callable[[], None] | None = None,
+    ) -> None:
         self._engine, self._drain_seconds = engine, settings.drain_seconds
+        self._on_ready = on_ready
         self.app = create_app(engine, settings)
         super().__init__(
             uvicorn.Config(
                 self.app,
-                http="httptools",
+                http=Connection,
                 ws="none",
                 lifespan="on",
                 log_config=None,
@@ -75,6 +86,11 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=int(settings.drain_seconds) + GRACE_SECONDS,
             )
         )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._on_ready is not None:
+            self._on_ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:

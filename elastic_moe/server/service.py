@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from elastic_moe.config import ElasticRoutingConfig
 from elastic_moe.engine import Engine
 from elastic_moe.engine.outputs import AppliedRouting, Usage
 from elastic_moe.errors import RoutingError
+from elastic_moe.protocol.faults import FaultPlan
 from elastic_moe.protocol.models import ElasticAxes, ModelCard
 from elastic_moe.protocol.routing import RoutingConfig
 from elastic_moe.routing import Subnet
+from elastic_moe.server.choosing import Chosen, Wish, check_profile, resolve_config
 from elastic_moe.server.errors import ApiError
+from elastic_moe.server.faults import FaultBook, Injection
+from elastic_moe.server.limits import values
 from elastic_moe.server.logprobs import LogprobWriter
+from elastic_moe.server.metrics import Metrics
+from elastic_moe.server.profiles import ProfileBook
+from elastic_moe.server.record import RequestLog
 from elastic_moe.server.settings import ServerSettings
 
 
@@ -25,7 +32,11 @@ class Service:
     Attributes:
         created: when the server began, in seconds since 1970.
         default: the sub-network of requests that ask for none.
+        profiles: what requests may ask for by name.
+        faults: what goes wrong on purpose; None if nothing may.
+        requests: what came in, kept only where faults may be injected.
         logprobs: writes log-probabilities with the texts of their tokens.
+        metrics: of the requests that have ended.
         ready: whether requests are taken in.
     """
 
@@ -34,13 +45,33 @@ class Service:
     created: int
     default: Subnet
     logprobs: LogprobWriter
+    profiles: ProfileBook
+    faults: FaultBook | None
+    requests: RequestLog
+    metrics: Metrics = field(default_factory=Metrics)
     ready: bool = True
 
     @classmethod
     def of(cls, engine: Engine, settings: ServerSettings) -> Service:
-        """Raises: RoutingError: the model does not have the default sub-network."""
+        """Raises: RoutingError, ServerError: the model cannot do what the settings say."""
+        shape, limits = engine.shape, settings.limits
+        limits.check(shape)
         default = engine.resolve(settings.routing)
-        return cls(engine, settings, int(time.time()), default, LogprobWriter(engine.tokenizer))
+        limits.apply(default)
+        faults = None
+        if settings.inject != "off":
+            faults = FaultBook()
+            faults.set(FaultPlan(preset="remote" if settings.inject == "remote" else None))
+        return cls(
+            engine,
+            settings,
+            int(time.time()),
+            default,
+            LogprobWriter(engine.tokenizer),
+            ProfileBook.open(settings.profiles, shape, partial(check_profile, shape)),
+            faults,
+            RequestLog(),
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -50,14 +81,26 @@ class Service:
     @property
     def fingerprint(self) -> str:
         """Of what makes the answers: weights, kernels, numbers."""
-        return f"em-{self.engine.backend}-{self.engine.dtype}"
+        engine = self.engine
+        parts = ("em", engine.backend, engine.runner.level, engine.dtype)
+        return "-".join(part for part in parts if part is not None)
 
-    def resolve(self, model: str, config: RoutingConfig | None) -> Subnet:
-        """The sub-network that a model's name and a `routing_config` mean.
+    def check_model(self, model: str) -> None:
+        """Raise `ApiError` or `RoutingError` unless requests may ask for this name."""
+        self.wish(model, None, None)
+
+    def wish(
+        self,
+        model: str,
+        config: RoutingConfig | None,
+        profile: str | None,
+        injection: Injection | None = None,
+    ) -> Wish:
+        """What a model's name, a `routing_config` and a profile ask for.
 
         Raises:
-            ApiError: no such model, or they mean different ones.
-            RoutingError: the model has no such sub-network.
+            ApiError: no such model or profile, or the profile is pinned.
+            RoutingError: they mean different sub-networks, or the model does not have one.
         """
         name, at, suffix = model.partition("@")
         if name not in self.names:
@@ -67,17 +110,38 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
-        by_name = self.engine.resolve(suffix) if at else None
-        if config is None:
-            return by_name or self.default
-        knobs = config.knobs(self.engine.shape.num_layers)
-        by_config = self.engine.resolve(ElasticRoutingConfig.full(**knobs))
-        if by_name is not None and by_name != by_config:
+        by_name = None
+        if at and suffix in self.profiles:
+            if profile not in (None, suffix):
+                raise ApiError(
+                    400,
+                    f"the model's name asks for the profile {suffix}, and profile for "
+                    f"{profile[:80]!a}. Ask in one place.",
+                    param="profile",
+                )
+            profile = suffix
+        elif at:
+            by_name = self.engine.resolve(suffix)
+        by_config = None if config is None else resolve_config(self.engine.shape, config)
+        if by_name is not None and by_config not in (None, by_name):
             raise RoutingError(
                 f"the model's name asks for {by_name.name} and routing_config for "
                 f"{by_config.name}. Ask in one place."
             )
-        return by_config
+        own = by_config or by_name
+        limits = self.settings.limits
+        if profile is None:
+            return Wish(limits, own or self.default, injection=injection)
+        found = self.profiles.get(profile)
+        if own is not None and found.pinned and own != resolve_config(own.shape, found.routing):
+            raise ApiError(
+                400,
+                f"the profile {profile} is pinned: requests that name it cannot bring a "
+                f"sub-network of their own, got {own.name}.",
+                param="routing_config",
+                code="profile_pinned",
+            )
+        return Wish(limits, own or self.default, profile, found, own is not None, injection)
 
     def card(self, name: str) -> ModelCard:
         """What the models endpoint tells of a name."""
@@ -93,34 +157,23 @@ class Service:
                 max_top_k=shape.max_top_k,
                 num_experts=shape.num_experts,
                 width_granules=shape.width_granules,
-                trained={axis: list(values) for axis, values in trained.items()},
+                trained={axis: list(each) for axis, each in trained.items()},
+                profiles=list(self.profiles.all()),
             ),
         )
 
-    def applied(self, subnet: Subnet, applied: AppliedRouting) -> dict[str, Any]:
+    def applied(self, chosen: Chosen, applied: AppliedRouting) -> dict[str, Any]:
         """`protocol.AppliedRouting` of a request that has ended."""
-        active = [subnet.layers[i] for i in subnet.active_layers]
-        routed = [layer for layer in active if layer.top_k] or active
-
-        def axis(values: list[Any]) -> Any:
-            return values[0] if all(value == values[0] for value in values) else values
-
-        def pool(ids: tuple[int, ...]) -> int | list[int]:
-            return len(ids) if ids == tuple(range(len(ids))) else list(ids)
-
         return {
             "name": applied.name,
             "model": self.engine.name,
             "depth": applied.depth,
-            "active_layers": list(subnet.active_layers),
-            "top_k": axis([layer.top_k for layer in routed]),
-            "expert_width": axis([layer.width for layer in routed]),
-            "sparsity": axis([layer.threshold for layer in routed]),
-            "expert_pool": axis([pool(layer.pool) for layer in routed]),
-            "min_experts": axis([layer.min_experts for layer in routed]),
+            "active_layers": list(chosen.subnet.active_layers),
+            **values(chosen.subnet),
             "active_params": applied.active_params,
             "flops_per_token": applied.flops_per_token,
             "mean_experts": applied.mean_experts,
+            **chosen.told(),
         }
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 from elastic_moe.config import Routing
 from elastic_moe.errors import ServerError
+from elastic_moe.server.limits import Limits
 
 _KEY = re.compile(r"[\x21-\x7e]{1,512}")
 
@@ -23,6 +26,13 @@ class ServerSettings:
         routing: the sub-network of requests that ask for none; None for the whole network.
         max_body_bytes: of a request.
         drain_seconds: how long running requests may take to end when the server is told to.
+        read_timeout_seconds: how long the body of a request may take to arrive.
+        request_timeout_seconds: how long a request may take altogether, which its client is told by
+            504 or in its stream; None for as long as it needs.
+        admin_keys: any of them opens the admin endpoints; without one these stay shut.
+        profiles: TOML file that profiles are kept in; None has the built-in ones.
+        limits: how far requests may go on each axis.
+        inject: whether faults may be injected; 'remote' begins with that preset.
         expose_without_keys: listen on other addresses than loopback though nobody needs a key.
     """
 
@@ -33,6 +43,12 @@ class ServerSettings:
     routing: Routing = None
     max_body_bytes: int = 16 << 20
     drain_seconds: float = 30.0
+    read_timeout_seconds: float = 60.0
+    request_timeout_seconds: float | None = None
+    admin_keys: tuple[str, ...] = ()
+    profiles: Path | None = None
+    limits: Limits = field(default_factory=Limits)
+    inject: Literal["off", "on", "remote"] = "off"
     expose_without_keys: bool = False
 
     def __post_init__(self) -> None:
@@ -40,11 +56,19 @@ class ServerSettings:
             raise ServerError(f"port must be in [0, 65535], got {self.port}.")
         if not 0 <= self.drain_seconds <= 86400:
             raise ServerError(f"drain_seconds must be in [0, 86400], got {self.drain_seconds}.")
-        for number, key in enumerate(self.api_keys, 1):
-            if not _KEY.fullmatch(key):  # the key itself is not told
-                raise ServerError(
-                    f"API key {number} must be 1 to 512 printable ASCII characters without blanks."
-                )
+        for name in ("read_timeout_seconds", "request_timeout_seconds"):
+            seconds = getattr(self, name)
+            if seconds is not None and not 0 < seconds <= 86400:
+                raise ServerError(f"{name} must be above 0 and at most 86400, got {seconds}.")
+        for kind, keys in (("API", self.api_keys), ("admin", self.admin_keys)):
+            for number, key in enumerate(keys, 1):
+                if not _KEY.fullmatch(key):  # the key itself is not told
+                    raise ServerError(
+                        f"{kind} key {number} must be 1 to 512 printable ASCII characters "
+                        f"without blanks."
+                    )
+        if set(self.api_keys) & set(self.admin_keys):
+            raise ServerError("an admin key is an API key too; who may ask must not administer.")
         for alias in self.aliases:
             if not alias or "@" in alias:
                 raise ServerError(

@@ -7,6 +7,7 @@ from fastapi import FastAPI, Response
 from elastic_moe import protocol
 from elastic_moe.server.chat import template_messages
 from elastic_moe.server.errors import ApiError
+from elastic_moe.server.exposition import CONTENT_TYPE, Exposition
 from elastic_moe.server.service import Service
 
 
@@ -23,13 +24,13 @@ def add_endpoints(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models/{model}")
     async def model(model: str) -> protocol.ModelCard:
         """One of them."""
-        service.resolve(model, None)
+        service.check_model(model)
         return service.card(model)
 
     @app.post("/tokenize")
     def tokenize(body: protocol.TokenizeRequest) -> protocol.TokenizeResponse:
         """Token ids of a prompt, or of messages as the model would read them."""
-        service.resolve(body.model or engine.name, None)
+        service.check_model(body.model or engine.name)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "either prompt or messages must be given.", param="prompt")
         if body.messages is not None:
@@ -51,7 +52,7 @@ def add_endpoints(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize")
     def detokenize(body: protocol.DetokenizeRequest) -> protocol.DetokenizeResponse:
         """Text of token ids."""
-        service.resolve(body.model or engine.name, None)
+        service.check_model(body.model or engine.name)
         for token in body.tokens:
             if token >= tokenizer.vocab_size:
                 raise ApiError(
@@ -65,14 +66,32 @@ def add_endpoints(app: FastAPI, service: Service) -> None:
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> protocol.TokenizerInfo:
         """What a client must know to make prompts itself."""
-        template = tokenizer.chat_template
+        template, ends = tokenizer.chat_template, sorted(tokenizer.eos_ids)
+
+        def text(token_id: int | None) -> str | None:
+            return None if token_id is None else tokenizer.fast.id_to_token(token_id)
+
         return protocol.TokenizerInfo(
             vocab_size=tokenizer.vocab_size,
+            bos_token=text(tokenizer.bos_id),
             bos_token_id=tokenizer.bos_id,
-            eos_token_ids=sorted(tokenizer.eos_ids),
+            eos_token=text(ends[0] if ends else None),
+            eos_token_ids=ends,
+            pad_token=text(tokenizer.pad_id),
             pad_token_id=tokenizer.pad_id,
             chat_template=None if template is None else template.source,
         )
+
+    exposition = Exposition(engine, service.metrics)
+
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def metrics() -> Response:
+        """What was counted, for Prometheus."""
+        return Response(exposition.text(), headers={"content-type": CONTENT_TYPE})
 
     @app.get("/health", response_class=Response)
     async def health() -> Response:

@@ -33,9 +33,31 @@ from elastic_moe.train.mini import ELASTIC_MINI
 from elastic_moe.train.plan import TrainingPlan
 from elastic_moe.train.tokens import BOS, END, IM_END, PAD, SPECIAL_TOKENS, special_id
 
+# Of tools it tells names, parameters' names and descriptions: whole schemas of a large application
+# would fill the context.
 CHAT_TEMPLATE = (
+    "{%- if tools %}"
+    "{{- '<|im_start|>system\\n' }}"
+    "{%- if messages[0]['role'] == 'system' %}{{- messages[0]['content'] + '\\n\\n' }}{%- endif %}"
+    "{{- 'Functions:\\n' }}"
+    "{%- for tool in tools %}"
+    "{%- set own = tool['function'] %}"
+    "{{- '- ' + own['name'] + '(' + (own['parameters'] or {})['properties'] | join(', ') + '): ' }}"
+    "{{- own['description'] + '\\n' }}"
+    "{%- endfor %}"
+    '{{- \'A call: <tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call><|im_end|>\\n\' }}'
+    "{%- endif %}"
     "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{%- if not (tools and loop.first and message['role'] == 'system') %}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
+    "{%- for call in message['tool_calls'] or [] %}"
+    "{%- set own = call['function'] %}"
+    "{{- '\\n' if message['content'] or not loop.first }}"
+    "{{- '<tool_call>\\n' + {'name': own['name'], 'arguments': own['arguments']} | tojson }}"
+    "{{- '\\n</tool_call>' }}"
+    "{%- endfor %}"
+    "{{- '<|im_end|>\\n' }}"
+    "{%- endif %}"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )

@@ -22,7 +22,7 @@ TWO = SamplingParams(max_tokens=2, ignore_eos=True)
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("max_tokens", 0),
+        ("max_tokens", -1),
         ("max_tokens", 1.5),
         ("max_tokens", float("inf")),
         ("max_tokens", True),

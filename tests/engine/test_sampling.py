@@ -129,6 +129,13 @@ def test_repetition_penalty_divides_positive_logits_and_multiplies_negative_ones
     assert [source.choose(positive, 1) for _ in range(4)] == [1, 0, 2, 1]
 
 
+@pytest.mark.parametrize("penalty", [5e-324, 1e-300])
+def test_a_penalty_beyond_all_numbers_still_leaves_a_choice(penalty: float) -> None:
+    logits = np.array([1.0, 2.0, -1.0], dtype=np.float32)
+    source = sampler(prompt=(0,), repetition_penalty=penalty, temperature=1.0)
+    assert [source.choose(logits, 1) for _ in range(3)] == [0, 0, 0]
+
+
 def test_a_bias_is_added_and_can_forbid() -> None:
     assert draws(300, temperature=1.0, logit_bias={1: -100, 3: -100})[1] == 0
     assert draws(300, temperature=1.0, logit_bias={2: 100})[2] == 1

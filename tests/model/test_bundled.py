@@ -202,6 +202,41 @@ def test_transformers_renders_the_same_chat(messages: list[dict[str, str]], prom
     assert ours().render_chat(messages, add_generation_prompt=prompt) == want
 
 
+def test_tools_calls_and_their_results_are_told_as_transformers_tells_them() -> None:
+    def tool(name: str, **function: Any) -> dict[str, Any]:
+        return {"type": "function", "function": {"name": name, **function}}
+
+    parameters = {"type": "object", "properties": {"city": {}, "unit": {}}}
+    tools = [tool("look", description="See.", parameters=parameters), tool("now", description="")]
+    calls = [tool("look", arguments={"city": "Zürich"}), tool("now", arguments={})]
+    talk: list[dict[str, Any]] = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Well.", "tool_calls": calls},
+        {"role": "tool", "content": "18 degrees"},
+        {"role": "assistant", "content": "", "tool_calls": calls[1:]},
+    ]
+    system = {"role": "system", "content": "Be brief."}
+    for messages in (talk, [system, *talk]):
+        for told in (tools, None):
+            want = theirs().apply_chat_template(
+                messages, tools=told, tokenize=False, add_generation_prompt=True
+            )
+            assert ours().render_chat(messages, tools=told) == want
+    assert ours().render_chat([system, *talk], tools=tools) == (
+        "<|im_start|>system\nBe brief.\n\n"
+        "Functions:\n- look(city, unit): See.\n- now(): \n"
+        'A call: <tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\nWell.\n"
+        '<tool_call>\n{"name": "look", "arguments": {"city": "Zürich"}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>tool\n18 degrees<|im_end|>\n"
+        "<|im_start|>assistant\n"
+        '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>assistant\n"
+    )
+
+
 def test_chat_ends_where_the_answer_begins() -> None:
     text = ours().render_chat([{"role": "user", "content": "Hello"}])
     assert text == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"

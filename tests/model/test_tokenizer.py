@@ -128,6 +128,7 @@ MESSAGES = [{"role": "user", "content": "a<b"}]
         ("{{ messages | tojson }}", '[{"role": "user", "content": "a<b"}]'),
         ("{% for i in [1, 2, 3] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "1"),
         ("{% if tools %}tools{% else %}none{% endif %}", "none"),
+        ("{{ tools is none and documents is none }}", "True"),
         ("{% if add_generation_prompt %}go{% endif %}", "go"),
     ],
 )

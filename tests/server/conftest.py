@@ -59,11 +59,13 @@ def start(tiny_folder: Path) -> Iterator[Callable[..., Running]]:
     """Starts servers on free ports of loopback; all end with the session."""
     ends: list[Callable[[], None]] = []
 
-    def start(settings: dict[str, Any] | None = None, **options: Any) -> Running:
-        engine = Engine.from_pretrained(tiny_folder, dtype="float32", **options)
+    def start(
+        settings: dict[str, Any] | None = None, folder: Path = tiny_folder, **options: Any
+    ) -> Running:
+        engine = Engine.from_pretrained(folder, dtype="float32", **options)
         own = ServerSettings(**{"aliases": ("ernie-5.1-prod",), "port": 0, **(settings or {})})
+        server = Server(engine, own)  # first: it may refuse
         listener = listen(own.host, own.port)
-        server = Server(engine, own)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         key = own.api_keys[0] if own.api_keys else "none"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -108,6 +109,12 @@ def test_paths_and_methods_that_are_not_there(served: Running) -> None:
     wrong = served.http.get("/v1/completions")
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
     assert wrong.json()["error"]["message"] == "Method Not Allowed"
+
+
+def test_a_wrong_method_is_told_all_that_a_path_takes(start: Callable[..., Running]) -> None:
+    admin = start({"admin_keys": ("adm",)})
+    wrong = admin.http.post("/admin/faults", headers={"authorization": "Bearer adm"})
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "DELETE, GET, PUT")
 
 
 def test_a_fault_of_ours_is_a_500_and_the_next_request_is_served(

@@ -15,7 +15,7 @@ from elastic_moe.engine.outputs import Delta, TokenLogprob
 from elastic_moe.protocol.chat import Message
 from elastic_moe.server.chat import template_messages
 from elastic_moe.server.events import merged
-from elastic_moe.server.logprobs import LogprobWriter
+from elastic_moe.server.logprobs import LogprobWriter, Place
 from elastic_moe.server.run import Server
 from elastic_moe.server.settings import ServerSettings
 
@@ -83,6 +83,6 @@ def test_what_cannot_come_has_a_logprob_that_json_can_say(tiny: Engine) -> None:
     (chat,) = writer.chat([never])["content"]
     assert chat["logprob"] == -9999
     assert [top["logprob"] for top in chat["top_logprobs"]] == [-0.5, -9999]
-    text = writer.completion([never])
+    text = writer.completion([never], Place())
     assert text["token_logprobs"] == [-9999]
     assert list(text["top_logprobs"][0].values()) == [-0.5, -9999]

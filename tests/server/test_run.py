@@ -111,3 +111,29 @@ def test_it_does_not_listen_to_others_without_keys(
     monkeypatch.delenv("ELASTIC_MOE_API_KEYS", raising=False)
     assert main(["serve", str(tiny_folder), "--host", "0.0.0.0", "--port", "0"]) == 2
     assert "no API key is set" in capsys.readouterr().err
+
+
+def test_the_options_of_an_operator_reach_the_server(tiny_folder: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "admin.txt"
+    keys.write_text("admin-key\n")
+    profiles = tmp_path / "profiles.toml"
+    options = ["--inject", "remote", "--admin-keys", str(keys), "--profiles", str(profiles)]
+    options += ["--max-depth", "3", "--min-top-k", "2", "--max-sparsity", "0.5", "--max-width", "2"]
+    admin = {"authorization": "Bearer admin-key"}
+    with serving(tiny_folder, *options) as (_, url), httpx2.Client(base_url=url) as http:
+        config = {"top_k": 1, "sparsity": 0.9, "expert_width": 3}
+        body = {"model": "tiny", "prompt": "The", "max_tokens": 1, "routing_config": config}
+        routing = http.post("/v1/completions", json=body, timeout=60).json()["routing"]
+        assert routing["name"] == "L3-k2-w2-t0.5"
+        assert set(routing["limited"]) == {"depth", "top_k", "sparsity", "expert_width"}
+        state = http.get("/admin/faults", headers=admin).json()
+        assert state["plan"]["preset"] == "remote"
+        assert profiles.exists()
+    with serving(
+        tiny_folder, "--max-depth", "3", "--beyond-limits", "refuse", "--routing", "L3"
+    ) as (
+        _,
+        url,
+    ):
+        body = {"model": "tiny@L4", "prompt": "The", "max_tokens": 1}
+        assert httpx2.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 400

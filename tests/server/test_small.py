@@ -67,6 +67,8 @@ def test_the_tokenizer_is_told(served: Running) -> None:
     tokenizer = served.engine.tokenizer
     assert told["vocab_size"] == tokenizer.vocab_size
     assert told["eos_token_ids"] == sorted(tokenizer.eos_ids)
+    assert (told["bos_token"], told["eos_token"]) == ("<|bos|>", "<|endoftext|>")  # as vLLM
+    assert told["pad_token"] == "<|pad|>"
     assert tokenizer.chat_template is not None
     assert told["chat_template"] == tokenizer.chat_template.source
 
@@ -89,6 +91,8 @@ def test_the_description_is_what_is_served(served: Running) -> None:
             assert "422" not in operation["responses"], path
             error = operation["responses"]["400"]["content"]["application/json"]["schema"]
             assert error["$ref"].endswith("/ErrorResponse")
+    changes = told["paths"]["/admin/profiles/{name}"]["put"]["responses"]
+    assert {"200", "201", "400", "409", "412"} <= set(changes)
     knobs = told["components"]["schemas"]["RoutingConfig"]
     assert {"top_k", "topK", "routingTopK", "activeLayers"} <= set(knobs["properties"])
     assert knobs["additionalProperties"] is False

@@ -32,6 +32,7 @@ LEVELS = {
     "train": 4,
     "lab": 5,
     "server": 5,
+    "testing": 5,
     "pytest_plugin": 6,
     "cli": 6,
 }

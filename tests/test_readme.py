@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,10 +19,13 @@ from elastic_moe.cli.sweep import show
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+BLOCKS = re.findall(r"^```(sh|bash|python)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line]
 SERVE = "elastic-moe serve"  # until it is stopped
-SNIPPETS = [text for kind, text in BLOCKS if kind == "python"]
+PYTHON = [text for kind, text in BLOCKS if kind == "python"]
+SNIPPETS = [text for text in PYTHON if "def test_" not in text]
+TEST_FILES = [text for text in PYTHON if "def test_" in text]
+SCRIPTS = [text for kind, text in BLOCKS if kind == "bash"]
 
 
 SWEEP: dict[str, Any] = json.loads(
@@ -85,6 +89,29 @@ def test_python_snippets_run_as_written(snippet: str, tmp_path: Path) -> None:
             snippet = snippet.replace("http://127.0.0.1:8000/v1", url)
         done = run([sys.executable, "-c", snippet], tmp_path)
     assert "L24-k2" in done.stdout
+
+
+def test_the_test_file_has_ten_lines_and_passes(tmp_path: Path) -> None:
+    (text,) = TEST_FILES
+    assert len([line for line in text.splitlines() if line]) <= 10
+    assert set(re.findall(r"^(?:from|import) (\w+)", text, flags=re.MULTILINE)) == {
+        "elastic_moe",
+        "openai",
+    }
+    (tmp_path / "test_ask.py").write_text(text, encoding="utf-8")
+    done = run([sys.executable, "-m", "pytest", "--strict-config"], tmp_path)
+    assert " 2 passed" in done.stdout
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_the_script_for_other_languages_runs_as_written(tmp_path: Path) -> None:
+    """It meets the fault that it asked for, and reads so in the record."""
+    (text,) = SCRIPTS
+    done = run(["bash", "-ec", text], tmp_path)
+    _, refused, record = done.stdout.replace("}{", "}\n{").splitlines()
+    assert json.loads(refused)["error"]["code"] == "injected"
+    (one,) = json.loads(record)["requests"]
+    assert (one["path"], one["status"]) == ("/v1/models", 429)
 
 
 def test_files_that_the_readme_shows_exist() -> None:

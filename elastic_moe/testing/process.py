@@ -1,0 +1,110 @@
+"""`elastic-moe serve` as a process that is ready, and ends with this one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from elastic_moe.errors import ServerError
+
+START_SECONDS = 120.0  # a large checkpoint takes its time
+END_SECONDS = 5.0  # between SIGTERM and SIGKILL
+TAIL_LINES = 20
+
+
+class ServerProcess:
+    """A running server.
+
+    It watches a pipe that this process holds, so that it ends when this process does, however
+    that ends. It is in a process group of its own: Ctrl-C at a terminal does not reach it before
+    the tests are done with it.
+
+    Args:
+        arguments: of `elastic-moe serve`.
+        environment: changes to that of this process.
+        folder: that it runs in; None for the present one.
+
+    Raises:
+        ServerError: it did not become ready; says what it wrote.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        folder: Path | None = None,
+        start_seconds: float = START_SECONDS,
+    ) -> None:
+        self._folder = TemporaryDirectory(prefix="elastic-moe-")
+        self._log, self._url = Path(self._folder.name, "log"), Path(self._folder.name, "url")
+        own = ["--port", "0", "--url-file", str(self._url), "--end-with-stdin"]
+        # -P: a file torch.py beside the tests is not torch.
+        command = [sys.executable, "-P", "-m", "elastic_moe.cli", "serve", *own, *arguments]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **environment},
+                cwd=folder,
+                process_group=0,
+            )
+        try:
+            self.url = self._wait(time.monotonic() + start_seconds, shlex.join(arguments))
+        except BaseException:
+            self.end()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def tail(self) -> str:
+        """The last lines that it wrote, and how it ended if it did."""
+        lines = self.log().splitlines()
+        told = lines[-TAIL_LINES:]
+        if len(lines) > len(told):
+            told.insert(0, f"... {len(lines) - len(told)} lines before")
+        if not self.alive:
+            told.append(f"the server has ended with exit status {self._process.returncode}")
+        return "\n".join(told)
+
+    def log(self) -> str:
+        """All that it wrote."""
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    def end(self) -> None:
+        """Have it end, by force if it does not; its log goes with it."""
+        self._process.terminate()
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+        self._folder.cleanup()
+
+    def _wait(self, until: float, arguments: str) -> str:
+        while not self._url.exists():
+            if not self.alive:
+                raise ServerError(f"elastic-moe serve {arguments} did not start:\n{self.tail()}")
+            if time.monotonic() > until:
+                raise ServerError(
+                    f"elastic-moe serve {arguments} is not ready in time. It wrote:\n{self.tail()}"
+                )
+            time.sleep(0.01)
+        return self._url.read_text(encoding="utf-8").strip()

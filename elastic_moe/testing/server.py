@@ -1,0 +1,213 @@
+"""A running server, as tests see it."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from elastic_moe.errors import ServerError
+from elastic_moe.testing.faults import Faults
+from elastic_moe.testing.process import START_SECONDS, ServerProcess
+from elastic_moe.testing.records import RequestRecord, report
+
+ANSWER_SECONDS = 10.0  # of the server's own endpoints
+
+
+class ElasticMoEServer:
+    """A server with fault injection, of `start_server` or started by others.
+
+    Attributes:
+        url: such as http://127.0.0.1:43210.
+        base_url: the same with /v1, as OpenAI clients want it.
+        api_key: that requests need.
+        admin_key: that /admin/* needs.
+        model: a name that it answers to.
+        faults: what goes wrong on purpose.
+        pid: of its process; None if others started it.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str,
+        admin_key: str,
+        model: str = "elastic-mini",
+        process: ServerProcess | None = None,
+    ) -> None:
+        self.url, self.base_url = url, f"{url}/v1"
+        self.api_key, self.admin_key, self.model = api_key, admin_key, model
+        self.faults = Faults(self.admin)
+        self._process = process
+        self._marked = 0  # number of the last request before the present test
+
+    def __repr__(self) -> str:
+        return f"<elastic-moe server of {self.model} at {self.url}>"
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it takes requests in."""
+        try:
+            return self._send("GET", "/health")[0] == 200 == self._send("GET", "/ready")[0]
+        except OSError:
+            return False
+
+    @property
+    def requests(self) -> list[RequestRecord]:
+        """The requests of the present test, oldest first."""
+        return self.requests_after(self._marked)
+
+    def requests_after(self, number: int) -> list[RequestRecord]:
+        """The requests after this one; 0: all since the server began.
+
+        Raises:
+            ServerError: more came than the server keeps.
+        """
+        told = self._records(number)
+        records = [RequestRecord.of(one) for one in told["requests"]]
+        if records and told["dropped"] and records[0].number > number + 1:
+            raise ServerError(
+                f"of the requests after {number} the server keeps only those from "
+                f"{records[0].number} on. Look at them more often."
+            )
+        return records
+
+    def settled(self, number: int | None = None, *, seconds: float = 2.0) -> list[RequestRecord]:
+        """`requests`, or those after `number`, once none of them runs.
+
+        A client that closes its connection knows it before the server does.
+
+        Raises:
+            ServerError: one still runs after so many seconds.
+        """
+        until = time.monotonic() + seconds
+        while True:
+            records = self.requests_after(self._marked if number is None else number)
+            running = [record for record in records if record.outcome == "running"]
+            if not running:
+                return records
+            if time.monotonic() > until:
+                raise ServerError(f"requests still run after {seconds:g} s:\n{report(running)}")
+            time.sleep(0.01)
+
+    def names(self) -> list[str]:
+        """The models that it answers to, its own name first."""
+        _, answer = self._send("GET", "/v1/models", key=self.api_key)
+        return [one["id"] for one in json.loads(answer)["data"]]
+
+    def mark(self) -> None:
+        """Have `requests` tell those from now on; the plugin does so before every test."""
+        self._marked = self.last_number()
+
+    def last_number(self) -> int:
+        """Of the last request that came."""
+        records = self._records(self._marked)["requests"]
+        return int(records[-1]["number"]) if records else self._marked
+
+    def log(self) -> str:
+        """What the server wrote to its standard error; "" if others started it."""
+        return "" if self._process is None else self._process.log()
+
+    def fault(self) -> str:
+        """Why no request can be answered any more; "" if the server runs, as far as is known."""
+        if self._process is None or self._process.alive:
+            return ""
+        return f"the elastic-moe server at {self.url} has ended. It wrote:\n{self._process.tail()}"
+
+    def admin(self, method: str, path: str, body: object = None) -> Any:
+        """The answer of an admin endpoint, from JSON; None if it has none.
+
+        Raises:
+            ServerError: it refused, or there is no answer.
+        """
+        try:
+            status, answer = self._send(method, path, body)
+        except (OSError, http.client.HTTPException) as error:
+            raise ServerError(self.fault() or f"{self.url}{path}: {error!r}.") from error
+        told = json.loads(answer) if answer else None
+        if status >= 400:
+            said = told["error"]["message"] if told else "no reason given"
+            raise ServerError(f"{method} {path}: {status}, {said}")
+        return told
+
+    def _records(self, after: int) -> Any:
+        return self.admin("GET", f"/admin/requests?after={after}")
+
+    def _send(
+        self, method: str, path: str, body: object = None, key: str | None = None
+    ) -> tuple[int, bytes]:
+        # Not urllib.request, which would ask a proxy of the environment.
+        where = urlsplit(self.url)
+        connection = http.client.HTTPConnection(where.netloc, timeout=ANSWER_SECONDS)
+        with contextlib.closing(connection):
+            content = None if body is None else json.dumps(body).encode()
+            headers = {"authorization": f"Bearer {key or self.admin_key}"}
+            if content is not None:
+                headers["content-type"] = "application/json"
+            connection.request(method, path, content, headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+
+
+@contextlib.contextmanager
+def start_server(
+    model: str = "elastic-mini",
+    *,
+    routing: str | None = None,
+    dtype: str | None = None,
+    isa: str | None = None,
+    aliases: Sequence[str] = (),
+    api_key: str | None = None,
+    arguments: Sequence[str] = (),
+    folder: Path | None = None,
+    start_seconds: float = START_SECONDS,
+) -> Iterator[ElasticMoEServer]:
+    """A server of its own on a free port of loopback, ready; ended at the end.
+
+    Args:
+        model: as of `elastic-moe serve`, like most of these.
+        routing: the sub-network of requests that ask for none; None for the whole network.
+        isa: the instruction-set level of its kernels: 'portable', 'avx2', 'avx512'; None for the
+            environment's, or the best.
+        aliases: other names that it answers to.
+        api_key: that requests need; None makes one up.
+        arguments: further ones of `elastic-moe serve`.
+        folder: that paths are relative to; None for the present one.
+
+    Raises:
+        ServerError: it did not start; says what it wrote.
+    """
+    api_key = api_key or f"em-{secrets.token_urlsafe(24)}"
+    admin_key = f"em-admin-{secrets.token_urlsafe(24)}"
+    environment = {"ELASTIC_MOE_API_KEYS": api_key, "ELASTIC_MOE_ADMIN_KEYS": admin_key}
+    # Several servers may share a machine: a waiting thread is to sleep soon, not to spin.
+    environment["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "3000")
+    options = [model, "--inject", "on", "--drain-seconds", "1"]
+    options += ["--routing", routing] if routing else []
+    options += ["--dtype", dtype] if dtype else []
+    for alias in aliases:
+        options += ["--alias", alias]
+    if isa:
+        environment["ELASTIC_MOE_ISA"] = isa
+        options += ["--backend", "cpu"]  # PyTorch alone has no levels to choose from
+    process = ServerProcess([*options, *arguments], environment, folder, start_seconds)
+    try:
+        keys = {"api_key": api_key, "admin_key": admin_key}
+        server = ElasticMoEServer(process.url, **keys, process=process)
+        server.model = server.names()[0]
+        server.admin("DELETE", "/admin/requests")
+        yield server
+    finally:
+        process.end()

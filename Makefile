@@ -12,10 +12,11 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sweep test test-sanitize check soak bench interop peers clean
+.PHONY: help sweep test test-sanitize check soak soak-server bench bench-serving interop interop-llama-cpp \
+	peers clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 # torch first and alone: it is large, and the rest changes more often.
 .venv/.torch: constraints.txt
@@ -72,24 +73,29 @@ soak: .venv/.installed  ## drive 2,000 random requests through the engine and co
 bench: .venv/.installed  ## time the kernels beside their reference and the machine's limit
 	.venv/bin/python -m pytest benchmarks --benchmark-only $(ARGS)
 
+# Makes an environment in build/interop for each peer, from benchmarks/interop/requirements.
+interop: .venv/.installed  ## have openai's clients, lm-eval and schemathesis ask the server
+	.venv/bin/python -m benchmarks.interop.run --out benchmarks/results/interop.jsonl $(ARGS)
+
 # llama.cpp, built from the source package that also holds its converter.
 LLAMA_CPP := llama-cpp-python==0.3.36
-build/interop/.installed: constraints.txt
-	rm -rf build/interop
-	$(PYTHON) -m venv build/interop/venv
-	build/interop/venv/bin/python -m pip install --quiet -c constraints.txt $(TORCH_ARGS) torch
-	build/interop/venv/bin/python -m pip install --quiet -c constraints.txt \
+LLAMA_DIR := build/interop/llama-cpp
+$(LLAMA_DIR)/.installed: constraints.txt
+	rm -rf $(LLAMA_DIR)
+	$(PYTHON) -m venv $(LLAMA_DIR)/venv
+	$(LLAMA_DIR)/venv/bin/python -m pip install --quiet -c constraints.txt $(TORCH_ARGS) torch
+	$(LLAMA_DIR)/venv/bin/python -m pip install --quiet -c constraints.txt \
 		transformers numpy safetensors sentencepiece protobuf pyyaml
-	build/interop/venv/bin/python -m pip download --quiet --no-deps \
-		--no-binary llama-cpp-python -d build/interop $(LLAMA_CPP)
-	tar -xzf build/interop/llama_cpp_python-*.tar.gz -C build/interop
+	$(LLAMA_DIR)/venv/bin/python -m pip download --quiet --no-deps \
+		--no-binary llama-cpp-python -d $(LLAMA_DIR) $(LLAMA_CPP)
+	tar -xzf $(LLAMA_DIR)/llama_cpp_python-*.tar.gz -C $(LLAMA_DIR)
 	CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) CMAKE_ARGS=-DGGML_NATIVE=ON \
-		build/interop/venv/bin/python -m pip install --quiet build/interop/llama_cpp_python-*.tar.gz
+		$(LLAMA_DIR)/venv/bin/python -m pip install --quiet $(LLAMA_DIR)/llama_cpp_python-*.tar.gz
 	touch $@
 
-interop: .venv/.installed build/interop/.installed  ## compare extracted checkpoints with llama.cpp
-	.venv/bin/python benchmarks/interop/compare.py --python build/interop/venv/bin/python \
-		--source "$$(echo build/interop/llama_cpp_python-*/vendor/llama.cpp)" \
+interop-llama-cpp: .venv/.installed $(LLAMA_DIR)/.installed  ## compare extracted checkpoints with llama.cpp
+	.venv/bin/python benchmarks/interop/llama_cpp/compare.py --python $(LLAMA_DIR)/venv/bin/python \
+		--source "$$(echo $(LLAMA_DIR)/llama_cpp_python-*/vendor/llama.cpp)" \
 		--out benchmarks/results/interop-llama-cpp.jsonl
 
 # What users would pick instead, at fixed versions. zentorch wants an environment of its own.

@@ -1,7 +1,7 @@
 """Compare extracted checkpoints with llama.cpp: compare.py --python PYTHON --source LLAMA_CPP.
 
 PYTHON has llama-cpp-python and what its converter imports; LLAMA_CPP is the source tree that came
-with it. `make interop` provides both.
+with it. `make interop-llama-cpp` provides both.
 """
 
 from __future__ import annotations

@@ -12,8 +12,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sweep test test-sanitize check soak soak-server bench bench-serving interop interop-llama-cpp \
-	peers clean
+.PHONY: help sweep test test-sanitize check soak bench interop interop-llama-cpp peers clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20

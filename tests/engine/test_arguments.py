@@ -210,13 +210,13 @@ def test_a_level_that_is_not_there_is_an_engine_error(tiny_folder: Path) -> None
 def test_tpot_is_the_time_after_the_first_token_over_all_tokens_but_it(
     tiny: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A clock that moves by one second at each look: start 0, first token 1, end 2."""
+    """A clock that moves by one second at each look: start 0, first step 1, first token 2, end 3."""
     clock = itertools.count()
     monkeypatch.setattr(job.time, "perf_counter", lambda: float(next(clock)))
     sampling = SamplingParams(max_tokens=5, ignore_eos=True)
     usage = tiny.generate(IDS, None, sampling).usage
     assert usage.completion_tokens == 5
-    assert usage.ttft_seconds == 1.0
+    assert (usage.queue_seconds, usage.ttft_seconds) == (1.0, 2.0)
     assert usage.tpot_seconds == 1.0 / 4
     only = tiny.generate(IDS, None, SamplingParams(max_tokens=1, ignore_eos=True)).usage
-    assert (only.ttft_seconds, only.tpot_seconds) == (1.0, 0.0)
+    assert (only.ttft_seconds, only.tpot_seconds) == (2.0, 0.0)

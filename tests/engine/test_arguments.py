@@ -210,7 +210,7 @@ def test_a_level_that_is_not_there_is_an_engine_error(tiny_folder: Path) -> None
 def test_tpot_is_the_time_after_the_first_token_over_all_tokens_but_it(
     tiny: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A clock that moves by one second at each look: start 0, first step 1, first token 2, end 3."""
+    """A clock that moves by 1 s at each look: start 0, first step 1, first token 2, end 3."""
     clock = itertools.count()
     monkeypatch.setattr(job.time, "perf_counter", lambda: float(next(clock)))
     sampling = SamplingParams(max_tokens=5, ignore_eos=True)

@@ -83,7 +83,6 @@ class ToolReader:
         self._start, self._name, self._single = start, name, single
         first = {"text": self._text, "calls": self._begin, "arguments": self._bare}
         self._state: Callable[[], bool] = first[start]
-        self._behind_arguments = self._tail
         self._rest = ""  # not read yet
         # Read, and content if no call comes of it; None once one has come.
         self._undecided: str | None = ""
@@ -167,7 +166,7 @@ class ToolReader:
         if head is not None:
             self._rest = self._object[head.end() :] + self._rest
             self._begin_call(head[1])
-            self._state, self._behind_arguments = self._arguments, self._tail
+            self._state = self._arguments
             return True
         if end is None and _OBJECT.match(self._object):
             return False
@@ -187,7 +186,7 @@ class ToolReader:
             return False
         if self._rest[0] == "{":
             self._begin_call(self._name)
-            self._state, self._behind_arguments = self._arguments, self._end
+            self._state = self._arguments
         else:
             self._give_up()
         return True
@@ -200,7 +199,7 @@ class ToolReader:
         if end is None:
             return False
         self.open = False
-        self._state = self._behind_arguments
+        self._state = self._tail
         return True
 
     def _tail(self) -> bool:

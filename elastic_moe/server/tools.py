@@ -21,8 +21,6 @@ from elastic_moe.server.tool_stream import CallPiece, Marks, ToolReader
 
 HERMES = Marks("<tool_call>", "</tool_call>")  # also Qwen, ERNIE and the bundled model
 MISTRAL = Marks("[TOOL_CALLS]", "")
-
-
 Demand = Literal["none", "auto", "required", "named"]
 
 

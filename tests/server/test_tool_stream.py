@@ -101,6 +101,7 @@ def test_what_is_no_call_is_content_as_it_was_written(text: str) -> None:
 
 def test_what_follows_a_false_mark_is_still_read() -> None:
     check(f"<tool_call> or <tool_call>{A}", ("<tool_call> or", [CALL]), HERMES)
+    check(f"<tool_call>[no <tool_call>[{A}]", ("<tool_call>[no", [CALL]), HERMES)
     check(f'<tool_call>{{"no": 1}} <tool_call>{A}', ('<tool_call>{"no": 1}', [CALL]), HERMES)
 
 
@@ -161,6 +162,8 @@ def test_pieces_are_told_as_soon_as_they_can_be() -> None:
     assert reader.write('"x": 1').calls == [(0, None, '"x": 1')]
     assert reader.write("}").calls == [(0, None, "}")]
     assert not reader.open
+    assert reader.write("}</tool_call><tool_call>{ ").content == ""
+    assert reader.write("I ").content == "<tool_call>{ I"  # no call begins so
 
 
 PARTS = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", A, B, A[:20], A[20:], "{", "}", "[", "]"]

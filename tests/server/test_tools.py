@@ -158,6 +158,8 @@ def test_a_named_function_is_called_once(served: Running, function: dict[str, An
         assert call.function.name == function["name"]
         check_arguments(function["name"], call.function.arguments)
         assert (choice.finish_reason, choice.message.content) == ("stop", None)
+    # The model sees the others, too.
+    assert done.usage.prompt_tokens == ask(served, max_tokens=1).usage.prompt_tokens
 
 
 def test_some_tools_may_be_allowed(served: Running) -> None:
@@ -315,6 +317,8 @@ def test_marks_of_another_template_and_ids_that_it_takes(mistral: Running) -> No
     assert collected(list(ask(mistral, text, tools=few, stream=True)), 0) == want
     other = f"<tool_call>{B}</tool_call>"
     assert ask(mistral, other, tools=few).choices[0].message.tool_calls is None
+    none = ask(mistral, text, tools=few, tool_choice="none").choices[0]
+    assert (none.message.content, none.finish_reason) == (text, "stop")
 
 
 def test_only_the_first_of_marked_calls_where_several_are_not_wanted(forcing: Running) -> None:
@@ -333,6 +337,7 @@ def test_without_tools_or_with_none_wanted_no_calls_are_read(forcing: Running) -
     assert told(none.choices[0]) == told(plain)
     assert "tool_calls" not in none.choices[0].message.model_fields_set
     assert none.usage.prompt_tokens == ask(forcing, text).usage.prompt_tokens
+    assert ask(forcing, "<|reserved_0|>").choices[0].message.content == ""
 
 
 def test_a_marked_call_that_is_cut_is_no_whole_one(forcing: Running) -> None:
@@ -345,6 +350,8 @@ def test_a_marked_call_that_is_cut_is_no_whole_one(forcing: Running) -> None:
         assert collected(chunks, 0) == told(choice)
     assert ask(forcing, text, max_tokens=last).choices[0].finish_reason == "tool_calls"
     assert ask(forcing, text, stop=["units"]).choices[0].finish_reason == "stop"
+    (choice,) = ask(forcing, f"{text}</tool_call>", max_tokens=last).choices
+    assert choice.finish_reason == "length"  # the call is whole, but not what it was part of
 
 
 # What the model is told

@@ -12,7 +12,8 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sweep test test-sanitize check soak bench interop interop-llama-cpp peers clean
+.PHONY: help sweep test test-sanitize check soak soak-server bench bench-serving \
+	interop interop-llama-cpp peers clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -69,8 +70,14 @@ check: .venv/.installed  ## lint, formatting, types
 soak: .venv/.installed  ## drive 2,000 random requests through the engine and compare each with its solo run
 	.venv/bin/python -m tests.engine.soak $(ARGS)
 
+soak-server: .venv/.installed  ## send 5 waves of 200 streaming clients, of which 30 % leave, and see what is left
+	.venv/bin/python -m tests.server.soak --out benchmarks/results/serving.jsonl $(ARGS)
+
 bench: .venv/.installed  ## time the kernels beside their reference and the machine's limit
 	.venv/bin/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+bench-serving: .venv/.installed  ## time what the server costs beyond its engine, and its first token
+	.venv/bin/python -m benchmarks.serving.run --out benchmarks/results/serving.jsonl $(ARGS)
 
 # Makes an environment in build/interop for each peer, from benchmarks/interop/requirements.
 interop: .venv/.installed  ## have openai's clients, lm-eval and schemathesis ask the server

@@ -241,6 +241,8 @@ class EngineCore:
     def _deliver(self) -> None:
         for sink, piece in self._outbox:
             sink.put(piece)
+        for sink, _ in self._outbox:  # now: a reader that wakes takes the interpreter
+            sink.flush()
         self._outbox.clear()
 
     def _step(self) -> None:

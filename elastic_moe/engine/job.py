@@ -16,7 +16,7 @@ from elastic_moe.routing import Subnet
 
 
 class Sink(Protocol):
-    """Where the pieces of a request go. Neither call may raise or block."""
+    """Where the pieces of a request go. No call may raise or block."""
 
     @property
     def whole(self) -> bool:
@@ -24,11 +24,15 @@ class Sink(Protocol):
 
     @property
     def put(self) -> Callable[[Piece], None]:
-        """Takes the next piece."""
+        """Takes the next piece; its reader may learn of it with the next flush only."""
+
+    @property
+    def flush(self) -> Callable[[], None]:
+        """Has the reader learn of what was put."""
 
     @property
     def fail(self) -> Callable[[BaseException], None]:
-        """Is told why there will be no more."""
+        """Is told why there will be no more; the reader learns of it at once."""
 
 
 class Text:

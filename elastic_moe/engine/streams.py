@@ -8,7 +8,6 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Any
 from weakref import WeakValueDictionary
 
 from elastic_moe.engine.generation import Piece
@@ -26,6 +25,9 @@ class Pieces:
     def __init__(self) -> None:
         self.queue: SimpleQueue[Item] = SimpleQueue()
         self.put = self.fail = self.queue.put
+
+    def flush(self) -> None:
+        """The reader has it already."""
 
 
 class DeltaStream:
@@ -84,6 +86,9 @@ class WholeText:
         self._queue: SimpleQueue[Piece | BaseException] = SimpleQueue()
         self.put = self.fail = self._queue.put
 
+    def flush(self) -> None:
+        """The reader has it already."""
+
     def wait(self) -> Completion:
         """The completion, or what went wrong."""
         item = self._queue.get()
@@ -94,21 +99,24 @@ class WholeText:
 
 
 class LoopMail:
-    """Hands items from another thread to queues of an event loop; it wakes once for many."""
+    """Hands items from another thread to readers in an event loop; it wakes once for many."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._items: deque[tuple[asyncio.Queue[Any], Any]] = deque()
+        self.loop = loop
+        self._items: deque[tuple[AsyncPieces, Piece | BaseException]] = deque()
         self._woken = False
 
-    def post(self, queue: asyncio.Queue[Any], item: Any) -> None:
-        """Put an item into a queue, in the loop's thread; nowhere if the loop is closed."""
-        self._items.append((queue, item))
-        if self._woken:
+    def post(self, reader: AsyncPieces, item: Piece | BaseException) -> None:
+        """Have a reader get an item once the loop is woken."""
+        self._items.append((reader, item))
+
+    def wake(self) -> None:
+        """Have the loop hand out what was posted; nobody gets it if the loop is closed."""
+        if self._woken or not self._items:
             return
         self._woken = True
         try:
-            self._loop.call_soon_threadsafe(self._deliver)
+            self.loop.call_soon_threadsafe(self._deliver)
         except RuntimeError:  # nobody can be told
             self._woken = False
             self._items.clear()
@@ -116,8 +124,8 @@ class LoopMail:
     def _deliver(self) -> None:
         self._woken = False  # first: what comes from now on wakes again
         while self._items:
-            queue, item = self._items.popleft()
-            queue.put_nowait(item)
+            reader, item = self._items.popleft()
+            reader.take(item)
 
 
 class LoopMails:
@@ -139,7 +147,7 @@ class LoopMails:
 
 
 class AsyncPieces:
-    """Hands pieces to an event loop; one that is closed gets nothing more.
+    """Hands pieces to an event loop, where one at a time may wait for the next.
 
     Args:
         whole: whether only the last piece is wanted.
@@ -148,12 +156,25 @@ class AsyncPieces:
     def __init__(self, mail: LoopMail, *, whole: bool = False) -> None:
         self.whole = whole
         self._mail = mail
-        self._queue: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
+        # Less than an asyncio.Queue, which costs as much as all else on the way of a piece.
+        self._items: deque[Piece | BaseException] = deque()
+        self._waiting: asyncio.Future[None] | None = None
 
     def put(self, item: Piece | BaseException) -> None:
-        self._mail.post(self._queue, item)
+        self._mail.post(self, item)
 
-    fail = put
+    def flush(self) -> None:
+        self._mail.wake()
+
+    def fail(self, error: BaseException) -> None:
+        self._mail.post(self, error)
+        self._mail.wake()
+
+    def take(self, item: Piece | BaseException) -> None:
+        """Wake the reader. In the loop's thread."""
+        self._items.append(item)
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
     async def next(self) -> Delta:
         """The next piece, or what went wrong."""
@@ -166,7 +187,13 @@ class AsyncPieces:
         return ending.completion()
 
     async def _next(self) -> Piece:
-        item = await self._queue.get()
+        if not self._items:
+            self._waiting = self._mail.loop.create_future()
+            try:
+                await self._waiting
+            finally:
+                self._waiting = None
+        item = self._items.popleft()
         if isinstance(item, BaseException):
             raise item
         return item

@@ -28,11 +28,12 @@ SECRETS = ("sesame", "jabberwock", "opera-key", "vorpal")
 EVIL = "/v1/%0a2026-01-01T00:00:00.000Z%20info%20GET%20/%1b[2J%e2%80%a8%ff"
 
 
-def ask(url: str) -> list[str]:
-    """Requests of many kinds, which hold secrets; the words that were generated."""
+def ask(url: str) -> str:
+    """Requests of many kinds, which hold secrets; the longest line that was generated."""
     key = {"authorization": "Bearer opera-key"}
     with httpx2.Client(base_url=url, headers=key, timeout=60) as http:
         asked: dict[str, Any] = {"model": "tiny", "max_tokens": 8, "ignore_eos": True}
+        asked["temperature"] = 0
         done = http.post(
             "/v1/completions?query=sesame",
             json={**asked, "prompt": "jabberwock", "routing_config": {"depth": 3}},
@@ -44,7 +45,9 @@ def ask(url: str) -> list[str]:
         http.get(EVIL)
         http.get("/v1/models", headers={"authorization": "Bearer sesame"})
         http.get("/health")
-    return [word for word in done.json()["choices"][0]["text"].split() if len(word) > 3]
+    line = max(done.json()["choices"][0]["text"].splitlines(), key=len)
+    assert len(line) > 8  # a word might be one of the log's own
+    return line
 
 
 def serve(folder: Path, *options: str) -> tuple[str, list[str]]:
@@ -58,12 +61,12 @@ def serve(folder: Path, *options: str) -> tuple[str, list[str]]:
             first = process.stderr.readline()
             url = re.search(r"http://[\d.:]+", first)
             assert url is not None, first + process.stderr.read()
-            words = ask(url[0])
+            answer = ask(url[0])
             process.send_signal(signal.SIGTERM)
             rest = process.stderr.read()
         finally:
             process.kill()
-    for secret in (*SECRETS, *words):
+    for secret in (*SECRETS, answer):
         assert secret not in rest
     *lines, end = rest.split("\n")
     assert end == ""

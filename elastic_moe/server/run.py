@@ -78,6 +78,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 self.app,
                 http=Connection,
+                loop="uvloop",
                 ws="none",
                 lifespan="on",
                 log_config=None,

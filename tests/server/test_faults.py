@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 from urllib.parse import quote
 
@@ -90,17 +89,17 @@ def test_times_pass_where_they_were_asked_for(running: Running) -> None:
     for header in ("x-inject-latency-ms", "x-inject-ttft-ms"):
         begun = time.monotonic()
         assert ask(running, {header: "300"}).json()["choices"] == plain.json()["choices"]
-        assert 0.3 <= time.monotonic() - begun < 0.6 + 2 * usual
+        assert 0.3 <= time.monotonic() - begun < 2.3 + 2 * usual
+    # Whenever the client gets to read them, no event is there before its time.
     times: list[float] = []
     asked = {"model": "tiny", "prompt": [5, 6], "max_tokens": 4, "stream": True}
     headers = {"x-inject-itl-ms": "60-80", "x-inject-ttft-ms": "200"}
     begun = time.monotonic()
     with running.http.stream("POST", PATH, json=asked, headers=headers) as answer:
         times.extend(time.monotonic() - begun for line in answer.iter_lines() if line)
-    gaps = [after - before for before, after in pairwise(times)]
-    assert times[0] >= 0.2
-    assert len(gaps) >= 4
-    assert all(0.05 <= gap < 0.5 for gap in gaps)
+    assert len(times) >= 5
+    assert all(at >= 0.2 + 0.06 * i for i, at in enumerate(times))
+    assert times[-1] < 0.2 + 0.08 * len(times) + 2 + 2 * usual
 
 
 def test_a_stream_breaks_off_after_so_many_events(running: Running) -> None:

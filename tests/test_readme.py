@@ -196,3 +196,28 @@ def test_the_engines_figures_are_those_of_the_committed_rounds() -> None:
     whole, half = (bar["median"] for bar in records["prefix"]["bars"])
     assert f"brings the first token {whole:.0f} times" in README
     assert f"and {half:.0f} times for half the depth" in README
+
+
+def test_the_servers_figures_are_those_of_the_committed_results() -> None:
+    """Medians over the rounds, of every run that is committed last."""
+    results = ROOT / "benchmarks" / "results"
+
+    def read(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (results / name).read_text("utf-8").splitlines()]
+
+    cases = {record["case"]: record for record in read("serving.jsonl")}
+    told = " ".join(README.split())
+    share = cases["throughput-16"]["bars"][0]["median"]
+    rate = cases["throughput-16"]["http_tokens_per_second"]["median"]
+    assert f"HTTP gives {share:.0%} of the engine's own throughput" in told
+    assert f"{rate:.0f} tokens a second" in told
+    cpu = {n: v["median"] * 1e6 for n, v in cases["cpu-per-token"]["seconds_per_token"].items()}
+    assert f"is {cpu['16']:.0f} us at 16 streams and {cpu['64']:.0f} us at 64" in told
+    assert f"but {cpu['1']:.0f} us when there is one stream alone" in told
+    assert f"comes {cases['first-token']['seconds']['median']:.1f} s after the command" in told
+    soak = cases["soak-200-clients"]
+    assert soak["idle"]["unfinished"] == soak["idle"]["used_blocks"] == 0
+    assert f"{soak['clients']} clients at once, of which {soak['left'] / 1000:.0%} leave" in told
+    checks = read("interop.jsonl")
+    passed = sum(not check["failed"] for check in checks)
+    assert f"pass {passed} of {len(checks)} checks" in told

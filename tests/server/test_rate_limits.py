@@ -20,9 +20,23 @@ LIMIT, REMAINING, RESET = (
 LONG = SamplingParams(max_tokens=600, ignore_eos=True)
 
 
+def slow(engine: Engine) -> Engine:
+    """Steps of 20 ms: `LONG` lasts 12 seconds, so that it is there for as long as it is held."""
+    run = engine.runner.run
+
+    def late(*args: Any, **options: Any) -> Any:
+        time.sleep(0.02)
+        return run(*args, **options)
+
+    engine.runner.run = late  # type: ignore[method-assign]
+    return engine
+
+
 @pytest.fixture(scope="module")
 def narrow(start: Any) -> Running:
-    return start({"api_keys": ("key",)}, max_queue=3)
+    running: Running = start({"api_keys": ("key",)}, max_queue=3)
+    slow(running.engine)
+    return running
 
 
 def limits_of(answer: Any) -> dict[str, str]:
@@ -90,6 +104,7 @@ def ran(seconds: float, queued: float = 0.0) -> Completion:
 def test_times_are_estimated_from_those_of_late(tiny_folder: Any) -> None:
     metrics = Metrics()
     with Engine.from_pretrained(tiny_folder, max_num_seqs=2, max_queue=9) as engine:
+        slow(engine)
         held = [engine.stream([5], None, LONG) for _ in range(6)]
         until = time.monotonic() + 20
         while engine.stats().running < 2:

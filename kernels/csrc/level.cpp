@@ -3,6 +3,10 @@
 #include "levels.h"
 #include "probe.h"
 #include "step.h"
+#include "train_attention.h"
+#include "train_experts.h"
+#include "train_head.h"
+#include "train_optim.h"
 
 #define ELASTIC_MOE_JOIN_(a, b) a##b
 #define ELASTIC_MOE_JOIN(a, b) ELASTIC_MOE_JOIN_(a, b)
@@ -95,6 +99,20 @@ extern const Kernels ELASTIC_MOE_JOIN(kernels_, ELASTIC_MOE_LEVEL) = {
     &::rms_norm_rows,
     &::step,
     &::probe,
+    &::attention_scratch,
+    &::attention_weights,
+    &::attention_forward,
+    &::attention_backward,
+    &::expert_scratch,
+    &::expert_weights,
+    &::experts_forward,
+    &::experts_backward,
+    ::kHeadParts,
+    &::head_scratch,
+    &::head_weights,
+    &::head_loss,
+    &::muon_scratch,
+    &::muon,
 };
 
 }  // namespace elastic_moe

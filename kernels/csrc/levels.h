@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "training.h"
+
 namespace elastic_moe {
 
 // Rows live on the stack of the thread that routes them; this bounds them.
@@ -257,6 +259,22 @@ struct Kernels {
                      int threads);
     void (*step)(StepArgs&);
     int32_t (*probe)(const char* data, int64_t bytes, int threads);
+
+    // Training. The sizes are numbers of floats: scratch of one thread, packed weights.
+    int64_t (*attention_scratch)(const AttentionTraining&);
+    int64_t (*attention_weights)(const AttentionTraining&);
+    void (*attention_forward)(AttentionTraining&);
+    void (*attention_backward)(AttentionTraining&);
+    int64_t (*expert_scratch)(const ExpertsTraining&);
+    int64_t (*expert_weights)(const ExpertsTraining&);
+    void (*experts_forward)(ExpertsTraining&);
+    void (*experts_backward)(ExpertsTraining&);
+    int head_parts;
+    int64_t (*head_scratch)(const HeadLossArgs&);
+    int64_t (*head_weights)(const HeadLossArgs&);
+    void (*head_loss)(HeadLossArgs&);
+    int64_t (*muon_scratch)(const MuonArgs&);
+    void (*muon)(MuonArgs&);
 };
 
 extern const Kernels kernels_portable;

@@ -15,6 +15,7 @@
 #include "native_model.h"
 #include "pack.h"
 #include "plan_room.h"
+#include "train_module.h"
 
 namespace nb = nanobind;
 using namespace elastic_moe;
@@ -218,4 +219,5 @@ NB_MODULE(_native, m) {
     m.def("attention", &attention);
     m.def("probe", &probe);
     define_model(m, &kernels_of);
+    define_training(m, &kernels_of);
 }

@@ -1,0 +1,152 @@
+"""x + attention(norm(x)), differentiable: one native call each way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic_moe_kernels import cpu
+from elastic_moe_kernels.errors import KernelError
+from elastic_moe_kernels.training.checks import LANES, addresses, check, refusal
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """H query heads and G key/value heads of d channels; `eps` of all norms.
+
+    interleaved: how channels pair up in the rotation, (2i, 2i + 1) or (i, i + d/2).
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    interleaved: bool = False
+
+
+def attention_block(
+    x: Tensor,
+    norm: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    shape: AttentionShape,
+    *,
+    level: str | None = None,
+) -> Tensor:
+    """x + attention(norm(x)), causal within each sequence.
+
+    Args:
+        x: (B, T, D).
+        norm: (D,) gain of the norm in front.
+        q, k, v, o: (H*d, D), (G*d, D) twice, (D, H*d).
+        q_norm, k_norm: (d,) gains of the norms of each head, or None.
+        cos, sin: (T, d/2) of the rotation.
+
+    Returns:
+        (B, T, D).
+
+    Raises:
+        KernelError: a tensor is not float32 on the CPU, contiguous and of the shape said above.
+    """
+    B, T, D = x.shape
+    H, G, d = shape.heads, shape.kv_heads, shape.head_dim
+    why = refusal(D, d, LANES)
+    if why is not None or H % G:
+        raise KernelError(f"{why or f'{H} heads must be a multiple of {G} key/value heads'}.")
+    wanted: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        "x": (x, (B, T, D)),
+        "norm": (norm, (D,)),
+        "q": (q, (H * d, D)),
+        "k": (k, (G * d, D)),
+        "v": (v, (G * d, D)),
+        "o": (o, (D, H * d)),
+        "cos": (cos, (T, d // 2)),
+        "sin": (sin, (T, d // 2)),
+    }
+    if (q_norm is None) != (k_norm is None):
+        raise KernelError("q_norm and k_norm must both be there, or neither.")
+    if q_norm is not None and k_norm is not None:
+        wanted |= {"q_norm": (q_norm, (d,)), "k_norm": (k_norm, (d,))}
+    check(wanted)
+    out: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
+        x, norm, q, k, v, o, q_norm, k_norm, cos, sin, shape, cpu.level_index(level)
+    )
+    return out
+
+
+_ATTENTION_GRADS = ("grad_x", "grad_norm", "grad_q", "grad_k", "grad_v", "grad_o")
+_ATTENTION_NONE = dict.fromkeys(("grad_out", *_ATTENTION_GRADS, "grad_q_norm", "grad_k_norm"), 0)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        norm: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        shape: AttentionShape,
+        level: int,
+    ) -> Tensor:
+        B, T, D = x.shape
+        rows, H, G, d = B * T, shape.heads, shape.kv_heads, shape.head_dim
+        saved = {
+            "norm_scale": x.new_empty(rows),
+            "qkv": x.new_empty(rows, (H + 2 * G) * d),
+            "head_scale": x.new_empty(rows, H + G),
+            "rotated": x.new_empty(rows, (H + G) * d),
+            "attended": x.new_empty(rows, H * d),
+            "log_sums": x.new_empty(rows, H),
+        }
+        out = torch.empty_like(x)
+        given = {"x": x, "norm": norm, "q": q, "k": k, "v": v, "o": o, "cos": cos, "sin": sin}
+        numbers = {
+            "rows": rows,
+            "length": T,
+            "hidden": D,
+            "heads": H,
+            "kv_heads": G,
+            "head_dim": d,
+            "interleaved": shape.interleaved,
+            "eps": shape.eps,
+        }
+        arguments = numbers | addresses(**given, **saved, q_norm=q_norm, k_norm=k_norm, out=out)
+        cpu.native().attention_training(
+            level, arguments | _ATTENTION_NONE | {"threads": torch.get_num_threads()}, False
+        )
+        ctx.save_for_backward(*given.values(), q_norm, k_norm, *saved.values())
+        ctx.arguments, ctx.level = arguments, level
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad_outputs[0].contiguous()
+        x, norm, q, k, v, o, _, _, q_norm, k_norm, *_ = ctx.saved_tensors
+        found = [torch.empty_like(t) for t in (x, norm, q, k, v, o)]
+        norms = [None if t is None else torch.empty_like(t) for t in (q_norm, k_norm)]
+        arguments = ctx.arguments | addresses(
+            grad_out=grad,
+            **dict(zip(_ATTENTION_GRADS, found, strict=True)),
+            grad_q_norm=norms[0],
+            grad_k_norm=norms[1],
+        )
+        cpu.native().attention_training(
+            ctx.level, arguments | {"threads": torch.get_num_threads()}, True
+        )
+        return (*found, *norms, None, None, None, None)

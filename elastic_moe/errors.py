@@ -12,6 +12,7 @@
     ├── ServerError         a server cannot be set up as was asked
     ├── CorpusError         text for training or evaluation is missing or unusable
     └── TrainingError       a run cannot start, resume or go on
+        └── OptionError         options that do not go together, or not with the run that is there
 
     CheckpointWarning       a checkpoint has something that is left aside
 
@@ -89,3 +90,7 @@ class CorpusError(ElasticMoEError):
 
 class TrainingError(ElasticMoEError):
     """A training run cannot start, resume or continue."""
+
+
+class OptionError(TrainingError):
+    """Options of a run do not go together, or are not those that it was begun with."""

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -42,6 +44,61 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def exchanging_folder(path: Path) -> Iterator[Path]:
+    """As `replacing_folder`, but `path` may be a folder with something in it, which is lost.
+
+    Where the system can (Linux), the two are exchanged in one step, so that every reader finds the
+    old folder or the new one. Elsewhere a crash at the wrong moment leaves neither.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+        for file in beside.iterdir():
+            _sync(file)
+        _sync(beside)
+        if not path.exists():
+            beside.replace(path)
+        elif not _exchange(beside, path):
+            shutil.rmtree(path)
+            beside.replace(path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two files or folders take each other's name in one step; False where none is known."""
+    import ctypes  # deferred: few need it
+
+    at_fdcwd, rename_exchange = -100, 2
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError):
+        return False
+    done = renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange)
+    return bool(done == 0)
+
+
+def parse_size(text: str) -> int:
+    """Bytes: '500MB' is 500,000,000, '16MiB' is 16,777,216.
+
+    Raises:
+        ValueError: it is none.
+    """
+    digits = text.rstrip("KMGIBkmgib")
+    unit = text[len(digits) :].upper()
+    try:
+        size = int(float(digits) * (_UNITS[unit] if unit else 1))
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
+        raise ValueError(f"{text!r} is no size such as 500MB or 5GB")
+    return size
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ from elastic_moe import __version__
 from elastic_moe.errors import (
     ElasticMoEError,
     ExtractError,
+    OptionError,
     RequestError,
     RoutingError,
     ServerError,
@@ -21,7 +22,9 @@ COMMANDS = {
     "sweep": "measure quality against cost over a grid of sub-networks",
     "generate": "stream text under a sub-network",
     "serve": "serve a model over HTTP, as OpenAI's API is served",
+    "train": "train a super-network, on texts of yours or on the Python library",
     "extract": "write a sub-network as a standard checkpoint of its own",
+    "budget": "tell what a super-network cost to train, and each network that comes out of it",
     "bench": "time a model beside this machine's limits, or an expert kernel of yours",
     "info": "show a model's shape and axes, a sub-network's cost, and this install",
 }
@@ -57,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = args.run(args)
         return status
-    except (RoutingError, RequestError, ExtractError, ServerError) as error:
+    except (RoutingError, RequestError, ExtractError, ServerError, OptionError) as error:
         print(f"elastic-moe {args.command}: {error}", file=sys.stderr)
         return BAD_ARGUMENTS
     except ElasticMoEError as error:

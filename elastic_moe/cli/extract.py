@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_moe.cli.arguments import add_download, add_ranking, read_routing
+from elastic_moe.files import parse_size
 
 EXAMPLES = """examples:
   elastic-moe extract elastic-mini L24-k2-w4 --out mini-L24
@@ -19,7 +20,6 @@ EXAMPLES = """examples:
   elastic-moe extract path/to/checkpoint w4 --rank-channels notes.txt --out half-the-width
   elastic-moe extract path/to/checkpoint --routing-config pool.json --pool-as-bias --out out
 """
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,12 +112,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _size(text: str) -> int:
-    digits = text.rstrip("KMGIBkmgib")
-    unit = text[len(digits) :].upper()
     try:
-        size = int(float(digits) * (_UNITS[unit] if unit else 1))
-    except (ValueError, KeyError, OverflowError):
-        size = 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500MB or 5GB")
-    return size
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

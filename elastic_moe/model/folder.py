@@ -64,11 +64,16 @@ def _from_hub(repo_id: str, download: bool) -> tuple[Path | None, str]:
 
 
 def checkpoint_name(folder: Path) -> str:
-    """What to call a checkpoint: its id if it lies in the Hugging Face cache, else its folder."""
+    """What to call a checkpoint: its id if it lies in the Hugging Face cache, else its folder.
+
+    The `checkpoint` that training writes into the folder of a run is called as the run is.
+    """
     repository = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.removeprefix("models--").replace("--", "/")
-    return folder.resolve().name
+    resolved = folder.resolve()
+    own = resolved.name != "checkpoint"
+    return resolved.name if own else resolved.parent.name or resolved.name
 
 
 def file_in(folder: Path, name: str) -> Path:

@@ -7,7 +7,8 @@ dtype of the matrix inputs.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,16 +37,22 @@ class Linear(nn.Module):
 
     The weight keeps the dtype of its file and is widened for the product (to float64 in tests).
     Rounding the inputs to bf16 then gives what a bf16 x bf16 -> float32 matrix unit gives, up to
-    the order of summation.
+    the order of summation. `multiply` may be exchanged for another that computes the same.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.input_dtype: torch.dtype | None = None
+        self.multiply: Callable[[Tensor, Tensor], Tensor] = multiply
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(round_to(x, self.input_dtype), self.weight.to(x.dtype))
+        return self.multiply(round_to(x, self.input_dtype), self.weight.to(x.dtype))
+
+
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., D) times the transpose of weight (N, D) -> (..., N)."""
+    return F.linear(x, weight)
 
 
 class MLP(nn.Module):
@@ -96,8 +103,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, rope: RopeStyle) -> Tensor:
     return torch.cat(turned, -1) if rope == "half" else torch.stack(turned, -1).flatten(-2)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """Attention of q (B, H, T, d) to k and v (B, G, S, d) -> (B, H, T, d)."""
+    return F.scaled_dot_product_attention(q, k, v, **options)
+
+
 class Attention(nn.Module):
-    """Causal grouped-query attention, with norms on queries and keys where the model has them."""
+    """Causal grouped-query attention, with norms on queries and keys where the model has them.
+
+    `attend` may be exchanged for another that computes the same.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -116,6 +131,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(q_heads * config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(k_heads * config.head_dim, config.rms_norm_eps)
         self.input_dtype: torch.dtype | None = None
+        self.attend: Callable[..., Tensor] = attend
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerStore | None = None
@@ -133,7 +149,7 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)  # (B, G, S, d)
             if 1 < T < k.shape[2]:
                 mask = causal_mask(T, k.shape[2], x.device)
-        heads = F.scaled_dot_product_attention(
+        heads = self.attend(
             q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=True
         )
         out: Tensor = self.o_proj(heads.transpose(1, 2).reshape(B, T, -1))

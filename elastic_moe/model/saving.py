@@ -44,12 +44,14 @@ def save_checkpoint(
     config: Mapping[str, Any],
     *,
     dtype: torch.dtype = torch.bfloat16,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write config.json and the weights of a model; each file appears whole or not at all.
 
     Args:
         weights: parameters of an `ElasticTransformer`, by name.
         config: the config.json to write; read back first, so that only a valid one is written.
+        max_shard_bytes: weights beyond it are written as several files.
     """
     parsed = read_config(config, str(folder / CONFIG))
     family = FAMILIES[parsed.model_type]
@@ -61,7 +63,7 @@ def save_checkpoint(
         for source, part in zip(sources, stored.unbind(0) if stacked else [stored], strict=True):
             items.append(Item(source.tensor, source.shape, dtype, _shaped(part, source)))
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder, items)
+    write_tensors(folder, items, max_shard_bytes)
     write_config_json(folder, config)
 
 

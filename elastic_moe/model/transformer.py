@@ -173,15 +173,16 @@ class ElasticTransformer(nn.Module):
         for i, layer in enumerate(self.layers):
             active = [b for b, subnet in enumerate(per_sequence) if subnet.layers[i].active]
             if active:
-                everyone = len(active) == B
-                rows = torch.tensor(active, device=device)  # (b,)
-                h = x if everyone else x[rows]  # (b, T, D)
-                subnet_of_row = subnet_of[rows].repeat_interleave(T)  # (b*T,)
+                # A device waits for what it is handed, so it is handed nothing where all run.
+                rows = None if len(active) == B else torch.tensor(active, device=device)  # (b,)
+                h = x if rows is None else x[rows]  # (b, T, D)
+                chosen = subnet_of if rows is None else subnet_of[rows]  # (b,)
+                subnet_of_row = chosen.repeat_interleave(T)  # (b*T,)
                 layer_cache = cache.layer(i) if cache is not None else None
                 h, routed = layer(h, cos, sin, table.layer(i), subnet_of_row, layer_cache)
                 if trace is not None and routed is not None:
                     trace.layers.append(LayerTrace(i, *routed))
-                x = h if everyone else x.index_copy(0, rows, h)
+                x = h if rows is None else x.index_copy(0, rows, h)
             yield i + 1, x
         if cache is not None:
             cache.length = start + T

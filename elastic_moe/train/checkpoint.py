@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from elastic_moe.errors import TrainingError
 from elastic_moe.files import replacing
 from elastic_moe.model.config import ModelConfig
 
-FORMAT = 2  # 1 did not say which plan, model and data a state belongs to
+# 1 did not say which plan, model and data a state belongs to; plans of 2 had fewer fields.
+FORMAT = 3
 FREE = {"save_every_steps"}  # of a plan: what may change from one resume to the next
 
 
@@ -31,14 +32,16 @@ def save_state(path: Path, tensors: dict[str, Tensor], progress: dict[str, Any])
         )
 
 
-def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_state` wrote."""
+def load_state(
+    path: Path, formats: Container[int] = (FORMAT,)
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_state` wrote, in one of `formats`."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         if "elastic_moe_training" not in metadata:
             raise TrainingError(f"{path} is no training state of elastic-moe.")
         progress = json.loads(metadata["elastic_moe_training"])
-        if progress.get("format") != FORMAT:
+        if progress.get("format") not in formats:
             raise TrainingError(
                 f"{path} has training state format {progress.get('format')}, this version reads "
                 f"{FORMAT}. Resume with the version that wrote it."
@@ -70,3 +73,17 @@ def check_same_run(
                     f"got {fields.get(field)!r}. Repeat the command that began the run, or begin "
                     f"another one in another folder."
                 )
+
+
+def check_parent(path: Path, progress: Mapping[str, Any], parent: str | None) -> None:
+    """Compare the weights that a state's run began with (None: random ones) with those wanted now.
+
+    Raises:
+        TrainingError: they differ.
+    """
+    if progress["parent"] != parent:
+        saved, wanted = ("random weights" if p is None else p for p in (progress["parent"], parent))
+        raise TrainingError(
+            f"{path} began with {saved}, not with {wanted}. Repeat the command that began the run, "
+            f"or begin another one in another folder."
+        )

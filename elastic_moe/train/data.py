@@ -20,7 +20,14 @@ from tokenizers import Tokenizer
 
 from elastic_moe.errors import CorpusError
 from elastic_moe.files import replacing, write_text
-from elastic_moe.train.corpus import Docstring, SourceFile, chat_turn, docstrings
+from elastic_moe.train.corpus import (
+    LIBRARY,
+    TEXTS,
+    Docstring,
+    SourceFile,
+    chat_turn,
+    docstrings,
+)
 from elastic_moe.train.tokens import (
     BOS,
     END,
@@ -34,6 +41,7 @@ from elastic_moe.train.tokens import (
 MANIFEST, TOKENS, TOKENIZER = "manifest.json", "train.npy", "tokenizer.json"
 _KEYS = ("seed", "files", "stream_tokens", "stream_sha256", "tokenizer_sha256", "tokenizer_given")
 _BATCH = 512  # documents that are encoded at a time
+_SAMPLE_BYTES = 20_000_000  # of texts that a tokenizer learns from, which takes seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,42 +49,59 @@ class Mixture:
     """How much of each kind of text is read, and how long the pieces are that get shuffled.
 
     Attributes:
-        novel_fraction: share of the pieces of every novel.
+        text_fraction: share of the pieces of every text.
         library_passes, docstring_passes: how many times each is read.
         chat_fraction: share of all tokens, whatever else there is; chats are made until it is met.
-        piece_bytes: characters of a piece of a novel.
+            They are questions about the library's docstrings, which therefore has to be there.
+        piece_bytes: characters of a piece of a text.
+
+    Raises:
+        CorpusError: a value is out of its range.
     """
 
-    novel_fraction: float = 0.25
+    text_fraction: float = 1.0
     library_passes: int = 1
     docstring_passes: int = 2
     chat_fraction: float = 0.05
     piece_bytes: int = 12_000
 
     def __post_init__(self) -> None:
+        if not 0 < self.text_fraction <= 1:
+            raise CorpusError(f"text_fraction must be in (0, 1], got {self.text_fraction}.")
         if not 0 <= self.chat_fraction < 1:
             raise CorpusError(f"chat_fraction must be in [0, 1), got {self.chat_fraction}.")
+        for name in ("library_passes", "docstring_passes"):
+            if getattr(self, name) < 0:
+                raise CorpusError(f"{name} must be at least 0, got {getattr(self, name)}.")
+
+
+MIXTURE_OPTIONS = {  # field -> option of the command
+    "text_fraction": "--corpus-fraction",
+    "library_passes": "--library-passes",
+    "docstring_passes": "--docstring-passes",
+    "chat_fraction": "--chat-fraction",
+}
 
 
 def documents(
-    library: list[SourceFile], novels: list[SourceFile], mixture: Mixture, seed: int
+    library: Sequence[SourceFile], files: Sequence[SourceFile], mixture: Mixture, seed: int
 ) -> tuple[list[tuple[str, str]], list[Docstring]]:
     """(kind, text) of every document but chats, and the docstrings that chats can be about."""
     rng = random.Random(seed)
     texts: list[tuple[str, str]] = []
     known: list[Docstring] = []
     for source in library:
-        texts += [("library", source.read())] * mixture.library_passes
+        texts += [(LIBRARY, source.read())] * mixture.library_passes
         found = list(docstrings(source))
         known += found
         prose = "\n\n".join(f"{d.name}\n\n{d.text}" for d in found)
         if len(prose) > 200:
             texts += [("docstrings", prose)] * mixture.docstring_passes
-    for novel in novels:
-        text = novel.read()
+    for file in files:
+        text = file.read()
         for start in range(0, len(text), mixture.piece_bytes):
-            if rng.random() < mixture.novel_fraction:
-                texts.append(("novels", text[start : start + mixture.piece_bytes]))
+            if rng.random() < mixture.text_fraction:
+                texts.append((TEXTS, text[start : start + mixture.piece_bytes]))
     return texts, known
 
 
@@ -97,22 +122,35 @@ def chats(known: Sequence[Docstring], seed: int) -> Iterator[str]:
 
 def prepare(
     folder: Path,
-    library: list[SourceFile],
-    novels: list[SourceFile],
+    library: Sequence[SourceFile],
+    files: Sequence[SourceFile],
     mixture: Mixture,
     *,
     vocab_size: int = 4096,
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
 ) -> dict[str, Any]:
-    """Write tokenizer, stream and manifest to `folder`; returns the manifest."""
+    """Write tokenizer, stream and manifest to `folder`; returns the manifest.
+
+    Args:
+        library: sources of the Python library, with docstrings and chats about them; may be empty.
+        files: other texts; may be empty.
+        vocab_size: of the model: ids of a tokenizer are below it, and a new one has as many.
+        tokenizer: None trains one on the text.
+
+    Raises:
+        CorpusError: there is no text, or the tokenizer does not suit the model.
+    """
     given = tokenizer is not None
-    texts, known = documents(library, novels, mixture, seed)
+    texts, known = documents(library, files, mixture, seed)
+    if not texts:
+        raise CorpusError("the mixture leaves nothing to read. Raise its shares and passes.")
     if tokenizer is None:
-        tokenizer = train_tokenizer(_sample(texts, known, mixture, seed), vocab_size)
+        size = min(vocab_size, 2**16)  # streams are stored as uint16
+        tokenizer = train_tokenizer(_sample(texts, known, mixture, seed), size)
     check_tokenizer(tokenizer, vocab_size)
     encoded: list[tuple[str, np.ndarray]] = []
-    for kind in ("library", "docstrings", "novels"):
+    for kind in (LIBRARY, "docstrings", TEXTS):
         of_kind = (text for one, text in texts if one == kind)
         encoded += [(kind, ids) for ids in _encode(tokenizer, of_kind)]
     total = sum(len(ids) for _, ids in encoded)
@@ -138,7 +176,7 @@ def prepare(
         "tokenizer_given": given,
         "files": [
             {"corpus": f.corpus, "name": f.name, "sha256": f.sha256, "bytes": f.num_bytes}
-            for f in [*library, *novels]
+            for f in [*library, *files]
         ],
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,9 +190,11 @@ def prepare(
 def _sample(
     texts: list[tuple[str, str]], known: list[Docstring], mixture: Mixture, seed: int
 ) -> Iterator[str]:
-    """What the tokenizer learns from: the library, and a quarter of novels and chats."""
+    """What the tokenizer learns from: the library, some of the texts, a quarter of the chats."""
+    total = sum(len(text) for kind, text in texts if kind == TEXTS)
+    share = _SAMPLE_BYTES / max(1, total)
     for kind, text in texts:
-        if kind != "novels" or hash_fraction(text) < 0.25:
+        if kind != TEXTS or hash_fraction(text) < share:
             yield text
     if mixture.chat_fraction:
         yield from islice(chats(known, seed), len(known) // 4)
@@ -206,36 +246,52 @@ def check_options(
     manifest: Mapping[str, Any],
     *,
     seed: int,
-    novels: Sequence[SourceFile],
+    library: bool,
+    files: Sequence[SourceFile],
+    mixture: Mixture,
     tokenizer: Tokenizer | None,
 ) -> None:
     """Refuse options that the prepared folder was not made with, rather than ignore them.
+
+    Args:
+        library: whether the Python library is read.
+        files: texts besides it.
 
     Raises:
         CorpusError: names the option, what the folder has and what was asked for.
     """
     own = "one trained on the text"
-    had = {f["name"]: f["sha256"] for f in manifest["files"] if f["corpus"] == "novels"}
-    got = {f.name: f.sha256 for f in novels}
+    had = {f["name"]: f["sha256"] for f in manifest["files"] if f["corpus"] != LIBRARY}
+    got = {f.name: f.sha256 for f in files}
     changed = sorted(name for name in had | got if had.get(name) != got.get(name))
     first = f" (the first that differs: {changed[0]})" if changed else ""
     same_tokenizer = manifest["tokenizer_given"] == (tokenizer is not None) and (
         tokenizer is None or manifest["tokenizer_sha256"] == tokenizer_sha256(tokenizer)
     )
-    options = (
+    had_library = any(f["corpus"] == LIBRARY for f in manifest["files"])
+    has = {True: "the Python library", False: "no Python library"}
+    options = [
         ("--seed", seed == manifest["seed"], str(manifest["seed"]), str(seed)),
-        ("--novels", not changed, f"{len(had)} novels", f"{len(got)} novels{first}"),
+        ("--with-library", library == had_library, has[had_library], has[library]),
+        ("--corpus", not changed, f"{len(had)} texts", f"{len(got)} texts{first}"),
         (
             "--tokenizer",
             same_tokenizer,
             "a given one" if manifest["tokenizer_given"] else own,
             "another one" if tokenizer is not None else own,
         ),
-    )
-    for option, same, before, now in options:
+    ]
+    mixed = manifest.get("mixture", {})
+    mixed = {"text_fraction": mixed.get("novel_fraction"), **mixed}  # its name before
+    for field, option in MIXTURE_OPTIONS.items():
+        read = files if field == "text_fraction" else library
+        before, now = mixed.get(field), getattr(mixture, field)
+        if read and before is not None:
+            options.append((option, before == now, str(before), str(now)))
+    for option, same, was, is_now in options:
         if not same:
             raise CorpusError(
-                f"{option}: {folder} was prepared with {before}, got {now}. "
+                f"{option}: {folder} was prepared with {was}, got {is_now}. "
                 f"Repeat the command that began the run, or name another folder with --out."
             )
 

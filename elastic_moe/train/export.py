@@ -5,6 +5,7 @@ template, and `manifest.json`: every file that was trained on, the plan, and the
 
 Examples:
   python -m elastic_moe.train.export runs/mini checkpoints/mini
+  python -m elastic_moe.train.export runs/mini checkpoints/mini --max-shard-size 15MiB
   elastic-moe generate checkpoints/mini --prompt "The with statement"
 """
 
@@ -13,8 +14,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +25,21 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from elastic_moe.errors import ElasticMoEError, TrainingError
-from elastic_moe.files import write_text
+from elastic_moe.files import exchanging_folder, write_text
 from elastic_moe.model.config import ElasticBlock, ModelConfig
-from elastic_moe.model.families import write_config
-from elastic_moe.model.saving import save_checkpoint
-from elastic_moe.train.checkpoint import check_same_run, load_state, model_to_json
+from elastic_moe.model.families import read_config, write_config
+from elastic_moe.model.folder import CONFIG, read_json
+from elastic_moe.model.saving import MAX_SHARD_BYTES, save_checkpoint
+from elastic_moe.train.checkpoint import check_same_run, load_state
 from elastic_moe.train.data import TOKENIZER, read_manifest
-from elastic_moe.train.ledger import replay
-from elastic_moe.train.mini import ELASTIC_MINI
+from elastic_moe.train.ledger import Ledger, replay
+from elastic_moe.train.models import config_from_json
+from elastic_moe.train.options import add_shard_size
 from elastic_moe.train.plan import TrainingPlan
 from elastic_moe.train.tokens import BOS, END, IM_END, PAD, SPECIAL_TOKENS, special_id
 
+STATE = "state.safetensors"
+_IDS = {"bos_token_id": BOS, "pad_token_id": PAD}
 # Of tools it tells names, parameters' names and descriptions: whole schemas of a large application
 # would fill the context.
 CHAT_TEMPLATE = (
@@ -63,25 +70,32 @@ CHAT_TEMPLATE = (
 )
 
 
-def export(run: Path, folder: Path, config: ModelConfig = ELASTIC_MINI) -> None:
-    """Write the checkpoint folder of the run's latest state.
+def export(run: Path, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> Ledger:
+    """Write the checkpoint folder of the run's latest state; returns what the run did so far.
+
+    An earlier checkpoint in `folder` is replaced as a whole, in one step where the system can; what
+    else lies beside it, such as a README.md, is kept.
+
+    Args:
+        max_shard_bytes: weights beyond it are written as several files.
 
     Raises:
-        TrainingError: there is no state, it is of another model or other data, or its network has
-            not grown to all layers yet: those that never ran would pass for trained ones.
+        TrainingError: there is no state, it is of other data, or its network has not grown to all
+            layers yet: those that never ran would pass for trained ones. Or `folder` has files and
+            is no such checkpoint.
     """
-    state = run / "state.safetensors"
+    state = run / STATE
     if not state.is_file():
         raise TrainingError(f"{state} is missing. Name the folder that --out named in training.")
-    tensors, progress = load_state(state)
+    tensors, progress = load_state(state, formats=(2, 3))  # weights of both, if not what follows
     weights = {
         name.removeprefix("model."): tensor
         for name, tensor in tensors.items()
         if name.startswith("model.")
     }
+    config = config_from_json(progress["model"])
     corpus, source = read_manifest(run / "data")
-    data = {**progress["data"], "source": source}
-    check_same_run(state, progress, {"model": model_to_json(config), "data": data})
+    check_same_run(state, progress, {"data": {**progress["data"], "source": source}})
     plan = TrainingPlan.from_json(progress["plan"])
     ledger = replay(plan, config.shape, progress["step"])
     if not ledger.trained:
@@ -90,6 +104,15 @@ def export(run: Path, folder: Path, config: ModelConfig = ELASTIC_MINI) -> None:
             f"with all {config.num_layers} layers. Train on, with a last stage of "
             f"{config.num_layers} layers."
         )
+    files = json.dumps(corpus["files"], sort_keys=True)
+    before = (config.elastic.tokens or 0) if config.elastic else 0
+    elastic = ElasticBlock(
+        width_granules=config.shape.width_granules,
+        trained=trained_axes(ledger.trained, config),
+        tokens=before + ledger.tokens,
+        corpus_sha256=hashlib.sha256(files.encode()).hexdigest(),
+        parent=progress.get("parent"),
+    )
     manifest = {
         "corpus": corpus,
         "training": {
@@ -98,36 +121,96 @@ def export(run: Path, folder: Path, config: ModelConfig = ELASTIC_MINI) -> None:
             "full_steps": ledger.full_steps,
             "tokens": ledger.tokens,
             "flops": ledger.flops,
+            "parent": progress.get("parent"),
+            "tokens_before": before,
             "draws": ledger.draws_to_json(),
         },
     }
-    text = json.dumps(manifest, indent=1) + "\n"
-    files = json.dumps(corpus["files"], sort_keys=True)
-    elastic = ElasticBlock(
-        width_granules=config.shape.width_granules,
-        trained=ledger.trained_to_json(),
-        tokens=ledger.tokens,
-        corpus_sha256=hashlib.sha256(files.encode()).hexdigest(),
-    )
     tokenizer = Tokenizer.from_file(str(run / "data" / TOKENIZER))
-    bos, end, im_end, pad = (special_id(tokenizer, token) for token in (BOS, END, IM_END, PAD))
-    config_json = write_config(
-        replace(config, elastic=elastic), bos_id=bos, eos_ids=[end, im_end], pad_id=pad
-    )
-    save_checkpoint(folder, weights, config_json)
-    write_text(folder / "manifest.json", text)
-    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=False) + "\n")
-    write_text(folder / "tokenizer_config.json", _dump(tokenizer_config()))
-    generation = {"bos_token_id": bos, "eos_token_id": [end, im_end], "pad_token_id": pad}
-    write_text(folder / "generation_config.json", _dump(generation))
+    ids = {key: special_id(tokenizer, token) for key, token in _IDS.items()}
+    eos = [special_id(tokenizer, END), special_id(tokenizer, IM_END)]
+    generation = {**ids, "eos_token_id": eos}
+    config_json = _config_json(run, config, elastic, generation)
+    with _replacing(folder) as beside:
+        save_checkpoint(beside, weights, config_json, max_shard_bytes=max_shard_bytes)
+        write_text(beside / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        write_text(beside / "tokenizer.json", tokenizer.to_str(pretty=False) + "\n")
+        write_text(beside / "tokenizer_config.json", _dump(tokenizer_config(config.max_positions)))
+        write_text(beside / "generation_config.json", _dump(generation))
+    return ledger
 
 
-def tokenizer_config() -> dict[str, Any]:
+def trained_axes(
+    drawn: Mapping[str, Collection[float]], config: ModelConfig
+) -> dict[str, tuple[float, ...]]:
+    """What a checkpoint may say that it was trained to give up: axes that were really reduced.
+
+    An axis whose only value was the model's full one is left out. What the weights that a run
+    began with were trained for counts where this run reduced the same axis, and so kept it up.
+    """
+    shape = config.shape
+    full = {
+        "depth": shape.num_layers,
+        "top_k": shape.max_top_k,
+        "width": shape.width_granules,
+        "pool": shape.num_experts,
+        "threshold": 0.0,
+    }
+    before = config.elastic.trained if config.elastic else {}
+    return {
+        axis: tuple(sorted({*values, *before.get(axis, ())}))
+        for axis, values in drawn.items()
+        if set(values) != {full[axis]}
+    }
+
+
+def _config_json(
+    run: Path, config: ModelConfig, elastic: ElasticBlock, ids: Mapping[str, Any]
+) -> dict[str, Any]:
+    """config.json: of the run's own, where it was begun with one, else of its sizes.
+
+    Raises:
+        TrainingError: the run's is of another model than its state.
+    """
+    config, path = replace(config, elastic=elastic), run / CONFIG
+    if not path.is_file():
+        return write_config(
+            config,
+            bos_id=ids["bos_token_id"],
+            eos_ids=ids["eos_token_id"],
+            pad_id=ids["pad_token_id"],
+        )
+    own = {"elastic_moe": elastic.to_json(), "dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    raw = {**read_json(run, CONFIG), **ids, **own}
+    if read_config(raw, str(path)) != config:
+        raise TrainingError(f"{path} is of another model than {run / STATE}. Restore the file.")
+    return raw
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """As `exchanging_folder`, for a checkpoint: what a user put beside it comes along."""
+    folder = folder.resolve()
+    old = sorted(folder.iterdir()) if folder.is_dir() else []
+    strange = (old and folder / "manifest.json" not in old) or folder.is_file()
+    if strange:
+        raise TrainingError(
+            f"{folder} exists and is no checkpoint of a training run. Name a new folder."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with exchanging_folder(folder) as beside:
+        yield beside
+        for path in old:
+            if path.is_file() and path.suffix not in (".safetensors", ".json"):
+                shutil.copy2(path, beside / path.name)
+
+
+def tokenizer_config(max_positions: int = 4096) -> dict[str, Any]:
     """What transformers needs beside tokenizer.json, the chat template included."""
     extra = [token for token in SPECIAL_TOKENS if token not in (BOS, END, PAD)]
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": 4096,
+        "model_max_length": max_positions,
         "bos_token": BOS,
         "eos_token": END,
         "pad_token": PAD,
@@ -150,9 +233,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, help="folder of a training run")
     parser.add_argument("folder", type=Path, help="checkpoint folder to write")
+    add_shard_size(parser)
     args = parser.parse_args(argv)
     try:
-        export(args.run, args.folder)
+        export(args.run, args.folder, max_shard_bytes=args.max_shard_size)
     except (ElasticMoEError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

@@ -13,15 +13,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_moe.errors import TrainingError
-from elastic_moe.model.moe import Experts
+from elastic_moe.model.layers import round_to
+from elastic_moe.model.moe import Experts, MoE
+from elastic_moe.model.transformer import ElasticTransformer
 
 
 class _GroupedExperts(torch.autograd.Function):
-    """Shapes: T tokens, K slots each, N = T*K rows sorted by expert, c channels, D hidden size."""
+    """Shapes: T tokens, K slots each, N = T*K rows sorted by expert, c channels, D hidden size.
+
+    What enters a product is rounded to `dtype` first, unless that is None.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor
+        ctx: Any,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        dtype: torch.dtype | None,
     ) -> Tensor:
         """x (T, D), ids and weights (T, K), gate and up (E, c, D), down (E, D, c) -> (T, D)."""
         T, K = ids.shape
@@ -31,10 +43,11 @@ class _GroupedExperts(torch.autograd.Function):
         order = flat.argsort(stable=True)  # (N,)
         ends = torch.bincount(flat, minlength=E + 1).cumsum(0).tolist()
         place = torch.empty_like(order)
-        place[order] = torch.arange(len(order))  # (N,) where each slot went
+        place[order] = torch.arange(len(order), device=x.device)  # (N,) where each slot went
         token = order.div(K, rounding_mode="floor")
-        rows = x.index_select(0, token)  # (N, D)
-        gate_up = torch.cat((gate, up), dim=1)  # (E, 2c, D)
+        rows = round_to(x, dtype).index_select(0, token)  # (N, D)
+        gate_up = round_to(torch.cat((gate, up), dim=1), dtype)  # (E, 2c, D)
+        down = round_to(down, dtype)
         hidden = x.new_empty(len(order), 2 * c)
         start = 0
         for e in range(E):
@@ -43,7 +56,7 @@ class _GroupedExperts(torch.autograd.Function):
         hidden[start:] = 0
         weight = weights.flatten().index_select(0, order).unsqueeze(1)  # (N, 1)
         product = F.silu(hidden[:, :c]) * hidden[:, c:]  # (N, c)
-        weighted = product * weight
+        weighted = round_to(product * weight, dtype)
         output = x.new_empty(len(order), D)
         start = 0
         for e in range(E):
@@ -53,7 +66,7 @@ class _GroupedExperts(torch.autograd.Function):
         ctx.save_for_backward(
             rows, hidden, product, weighted, weight, gate_up, down, order, place, token
         )
-        ctx.ends, ctx.K = ends, K
+        ctx.ends, ctx.K, ctx.dtype = ends, K, dtype
         return output.index_select(0, place).view(T, K, D).sum(1)
 
     @staticmethod
@@ -62,14 +75,14 @@ class _GroupedExperts(torch.autograd.Function):
         rows, hidden, product, weighted, weight, gate_up, down, order, place, token = (
             ctx.saved_tensors
         )
-        (grad,) = grad_outputs
+        grad = round_to(grad_outputs[0], ctx.dtype)
         E, D, c = down.shape
         N = len(order)
         ends = ctx.ends
         grad_rows = grad.index_select(0, token)  # (N, D), gradient of each slot's output
         grad_weighted = grad.new_empty(N, c)
         grad_weighted[ends[E - 1] :] = 0
-        grad_down = torch.empty(E, D, c, dtype=grad.dtype)
+        grad_down = grad.new_empty(E, D, c)
         start = 0
         for e in range(E):
             s = slice(start, ends[e])
@@ -77,13 +90,7 @@ class _GroupedExperts(torch.autograd.Function):
             torch.mm(grad_rows[s].T, weighted[s], out=grad_down[e])
             start = ends[e]
         grad_weight = (grad_weighted * product).sum(1)  # (N,)
-        grad_product = grad_weighted.mul_(weight)
-        gates, ups = hidden[:, :c], hidden[:, c:]
-        sigmoid = torch.sigmoid(gates)
-        silu = gates * sigmoid
-        grad_hidden = torch.empty_like(hidden)
-        torch.mul(grad_product, silu, out=grad_hidden[:, c:])
-        torch.mul(grad_product * ups, sigmoid + silu - silu * sigmoid, out=grad_hidden[:, :c])
+        grad_hidden = round_to(swiglu_gradient(grad_weighted.mul_(weight), hidden), ctx.dtype)
         grad_in = grad.new_empty(N, D)
         grad_in[ends[E - 1] :] = 0
         grad_gate_up = torch.empty_like(gate_up)
@@ -95,7 +102,20 @@ class _GroupedExperts(torch.autograd.Function):
             start = ends[e]
         grad_x = grad_in.index_select(0, place).view(-1, ctx.K, D).sum(1)
         grad_weights = grad_weight.index_select(0, place).view(-1, ctx.K)
-        return grad_x, None, grad_weights, grad_gate_up[:, :c], grad_gate_up[:, c:], grad_down
+        grads = (grad_gate_up[:, :c], grad_gate_up[:, c:], grad_down)
+        return grad_x, None, grad_weights, *grads, None
+
+
+def swiglu_gradient(grad: Tensor, hidden: Tensor) -> Tensor:
+    """From the gradient of silu(gate) * up (..., c) to that of `hidden`, gate and up (..., 2c)."""
+    gates, ups = hidden.chunk(2, dim=-1)
+    sigmoid = torch.sigmoid(gates)
+    silu = gates * sigmoid
+    result = torch.empty_like(hidden)
+    grad_gates, grad_ups = result.chunk(2, dim=-1)
+    torch.mul(grad, silu, out=grad_ups)
+    torch.mul(grad * ups, sigmoid + silu - silu * sigmoid, out=grad_gates)
+    return result
 
 
 def run_experts_grouped(
@@ -106,9 +126,11 @@ def run_experts_grouped(
     experts: Experts,
     input_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """As `model.moe.run_experts`, if all rows have one number of channels and nothing rounds."""
-    if input_dtype is not None:
-        raise TrainingError(f"grouped experts round no inputs, got input_dtype={input_dtype}.")
+    """As `model.moe.run_experts`, if all rows have one number of channels.
+
+    Raises:
+        TrainingError: they have not.
+    """
     c = int(channels[0])
     if bool((channels != c).any()):
         raise TrainingError("grouped experts need one width for the whole batch.")
@@ -117,5 +139,14 @@ def run_experts_grouped(
     down: Tensor = experts.down_proj
     if c < gate.shape[1]:
         gate, up, down = gate[:, :c], up[:, :c], down[:, :, :c]
-    out: Tensor = _GroupedExperts.apply(x, topk_ids, topk_weights, gate, up, down)  # type: ignore[no-untyped-call]
+    out: Tensor = _GroupedExperts.apply(  # type: ignore[no-untyped-call]
+        x, topk_ids, topk_weights, gate, up, down, input_dtype
+    )
     return out
+
+
+def use_grouped(model: ElasticTransformer) -> None:
+    """Have every layer of a model run its experts so."""
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.run_experts = run_experts_grouped

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from elastic_moe.routing import ModelShape, Subnet, resolve
+from elastic_moe.routing import ModelShape, Subnet
 from elastic_moe.train.plan import TrainingPlan
 
 
@@ -17,9 +17,11 @@ class Ledger:
     """Sums over the first steps of a plan.
 
     Attributes:
-        flops: forward and backward (three times forward), attention at half a sequence.
-        full_steps: steps that ran the whole network, as far as it had grown.
-        draws: {axis: {value: steps}} in words, such as {'depth': {'24 of 48 (prefix)': 3}}.
+        flops: forward and backward (three times forward) of every network that a step trains, and
+            forward of a teacher that it does not train; attention at half a sequence.
+        full_steps: steps that trained the whole network, as far as it had grown.
+        draws: {axis: {value: networks trained}} in words, such as {'depth': {'24 of 48 (prefix)':
+            3}}: one network in each step, or the three of a sandwich.
         trained: {axis: values} drawn once all layers were there; what the checkpoint may claim.
     """
 
@@ -41,16 +43,23 @@ def replay(plan: TrainingPlan, shape: ModelShape, steps: int) -> Ledger:
     """The ledger of the first `steps` steps."""
     ledger = Ledger()
     for step in range(steps):
-        stage, subnet = plan.stage(step), plan.subnet(shape, step)
+        stage, subnets = plan.stage(step), plan.subnets(shape, step)
+        whole = plan.whole(shape, step)
         ledger.steps += 1
         ledger.tokens += stage.step_tokens
-        ledger.flops += 3 * subnet.flops_per_token(stage.length // 2) * stage.step_tokens
+        ledger.full_steps += whole in subnets
+        forwards = [(subnet, 3) for subnet in subnets]
+        if plan.distilled_share and whole not in subnets:
+            forwards.append((whole, 1))
+        for subnet, times in forwards:
+            per_token = subnet.flops_per_token(stage.length // 2)
+            ledger.flops += times * per_token * stage.step_tokens
         grown = stage.grown(shape.num_layers)
-        ledger.full_steps += subnet == resolve(shape, active_layers=grown)
-        for axis, (value, words) in _values(subnet, grown).items():
-            ledger.draws.setdefault(axis, Counter())[words] += 1
-            if stage.layers == shape.num_layers and value is not None:
-                ledger.trained.setdefault(axis, set()).add(value)
+        for subnet in subnets:
+            for axis, (value, words) in _values(subnet, grown).items():
+                ledger.draws.setdefault(axis, Counter())[words] += 1
+                if stage.layers == shape.num_layers and value is not None:
+                    ledger.trained.setdefault(axis, set()).add(value)
     return ledger
 
 

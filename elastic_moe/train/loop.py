@@ -9,21 +9,32 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from elastic_moe.errors import TrainingError
 from elastic_moe.files import write_text
 from elastic_moe.model.config import ModelConfig
-from elastic_moe.model.moe import MoE
 from elastic_moe.model.transformer import ElasticTransformer, Trace
-from elastic_moe.train.checkpoint import check_same_run, load_state, model_to_json, save_state
-from elastic_moe.train.grouped import run_experts_grouped
-from elastic_moe.train.loss import balance_loss, head_loss
+from elastic_moe.routing import Subnet
+from elastic_moe.train import native
+from elastic_moe.train.balance import Loads, expert_loads, move_biases
+from elastic_moe.train.checkpoint import (
+    check_parent,
+    check_same_run,
+    load_state,
+    model_to_json,
+    save_state,
+)
+from elastic_moe.train.gpu import use_gpu
+from elastic_moe.train.grouped import use_grouped
+from elastic_moe.train.loss import HeadLoss, balance_loss, head_loss
+from elastic_moe.train.mixed import use_bfloat16
 from elastic_moe.train.optim import Muon
 from elastic_moe.train.plan import TrainingPlan
 from elastic_moe.train.progress import Progress
@@ -31,14 +42,15 @@ from elastic_moe.train.tokens import TokenStream
 
 
 def initialize(model: ElasticTransformer, seed: int) -> None:
-    """Random weights; every output projection is zero, so a layer starts as the identity.
+    """Random weights; every output projection is zero, so a layer starts as the identity. So is
+    every correction bias: no expert is preferred.
 
     The embeddings are large enough to be heard in the residual stream; the small gain of the final
     norm makes up for it where they serve as the head.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj")):
+        if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight", "correction_bias")):
             nn.init.zeros_(p)
         elif p.ndim == 1:
             nn.init.constant_(p, 0.2 if name == "norm.weight" else 1.0)
@@ -50,84 +62,203 @@ def initialize(model: ElasticTransformer, seed: int) -> None:
             nn.init.normal_(p, std=p.shape[-1] ** -0.5, generator=generator)
 
 
-class Trainer:
-    """A model, its optimisers and its place in the plan."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Pass:
+    """One sub-network's forward and backward pass; `distilled`: it had a teacher."""
 
-    def __init__(self, config: ModelConfig, plan: TrainingPlan, stream: TokenStream) -> None:
-        plan.check(config.num_layers)
-        if not config.tied_embeddings:
-            raise TrainingError(
-                "tied_embeddings must be True, got False: training uses the embeddings as the "
-                "head, and a head of its own would stay random. Tie them in the configuration."
-            )
+    subnet: Subnet
+    loss: HeadLoss
+    balance: Tensor
+    loads: Loads
+    distilled: bool
+
+
+class Trainer:
+    """A model, its optimisers and its place in the plan.
+
+    Attributes:
+        device: where all tensors live; a run may go on on another.
+        backend: "cpu" where steps run on the C++ kernels, "reference" for PyTorch; "auto" takes the
+            former where it can. Their results differ in the last bits.
+        parent: what the weights were that the run began with, in the words of who called `adopt`;
+            None for random ones.
+
+    Raises:
+        TrainingError: the model cannot follow the plan.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        plan: TrainingPlan,
+        stream: TokenStream,
+        device: str | torch.device = "cpu",
+        backend: str = "auto",
+    ) -> None:
+        plan.check_model(config)
         self.config, self.plan, self.stream = config, plan, stream
+        self.device = torch.device(device)
+        self.backend = choose_backend(backend, config, plan, self.device)
         self.model = ElasticTransformer(config)
         initialize(self.model, plan.seed)
-        for module in self.model.modules():
-            if isinstance(module, MoE):
-                module.run_experts = run_experts_grouped
+        self.model.to(self.device)
+        if self.device.type == "cpu":
+            use_grouped(self.model)
+        else:
+            use_gpu(self.model)
+        self.head_dtype: torch.dtype | None = None
+        if plan.dtype == "bfloat16":
+            self.head_dtype = torch.bfloat16
+            use_bfloat16(self.model)
         muon: list[nn.Parameter] = []
         adam: list[nn.Parameter] = []
         for name, p in self.model.named_parameters():
+            if name.endswith("correction_bias"):
+                continue  # has no gradient: `move_biases` trains it, if the plan says so
             hidden = p.ndim >= 2 and not name.endswith(("embed_tokens.weight", "mlp.gate.weight"))
             (muon if hidden else adam).append(p)
-        self.muon = Muon(muon, lr=plan.muon_lr, weight_decay=plan.weight_decay)
+        self._by_muon = {id(p) for p in muon}
+        self.muon = Muon(
+            muon,
+            lr=plan.muon_lr,
+            weight_decay=plan.weight_decay,
+            native=self.backend == "cpu" and native.can_step(muon),
+        )
         self.adam = torch.optim.AdamW(
             adam, lr=plan.adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
         self.step = 0
         self.piece = 0
         self.tokens = 0
+        self.parent: str | None = None
+
+    def adopt(self, weights: Mapping[str, Tensor], parent: str) -> None:
+        """Begin with given weights, and optimisers that know nothing of how they came about.
+
+        Args:
+            weights: every parameter, named and shaped as in `self.model`, in any dtype.
+            parent: says which weights they are, such as their sha256. Every state says it, and a
+                run that is resumed must adopt the same.
+
+        Raises:
+            TrainingError: a step is done already, or a weight is missing, unknown or misshapen.
+        """
+        if self.step:
+            raise TrainingError(
+                f"weights must be adopted before the first step, got step {self.step}. "
+                f"Begin another run."
+            )
+        own = dict(self.model.named_parameters())
+        for name in [*own, *weights]:
+            if name not in weights or name not in own:
+                what = "is missing from" if name in own else "is unknown, but among"
+                raise TrainingError(f"parameter {name!r} {what} the weights of {parent!r}.")
+            if weights[name].shape != own[name].shape:
+                raise TrainingError(
+                    f"parameter {name!r} must have shape {tuple(own[name].shape)}, got "
+                    f"{tuple(weights[name].shape)} in the weights of {parent!r}. "
+                    f"Train with the configuration that they belong to."
+                )
+        with torch.no_grad():
+            for name, p in own.items():
+                p.copy_(weights[name])
+        self.parent = parent
+
+    def forward(self, inputs: Tensor, subnet: Subnet) -> tuple[Tensor, Tensor, Loads]:
+        """Run one sub-network on inputs (B, T).
+
+        Returns:
+            states (B*T, D) after the final norm, the balance loss (a scalar, summed over layers),
+            and what each expert had to do.
+        """
+        if self.backend == "cpu":
+            x, balance, trace = native.last_state(self.model, inputs, subnet)
+            return self.model.norm(x).flatten(0, 1), balance, expert_loads(trace)
+        trace = Trace()
+        states = self.model.norm(self.model.last_state(inputs, subnet, trace=trace)).flatten(0, 1)
+        loads = expert_loads(trace)
+        return states, balance_loss(trace, subnet, loads), loads
 
     def train_step(self) -> dict[str, Any]:
         """Run one step; returns what to log."""
-        plan, stage = self.plan, self.plan.stage(self.step)
-        subnet = plan.subnet(self.config.shape, self.step)
-        scale = plan.lr_scale(self.step)
+        plan, stage, scale = self.plan, self.plan.stage(self.step), self.plan.lr_scale(self.step)
+        arrays = self.stream.batch(self.piece, stage.pieces, stage.length)
+        inputs, targets = (torch.from_numpy(array).to(self.device) for array in arrays)
+        passes = self._gradients(inputs, targets.flatten())
+        norm = nn.utils.clip_grad_norm_(self.adam.param_groups[0]["params"], plan.clip)
         self.muon.param_groups[0]["lr"] = plan.muon_lr * scale
         self.adam.param_groups[0]["lr"] = plan.adam_lr * scale
-        inputs, targets = self.stream.batch(self.piece, stage.pieces, stage.length)
-        trace = Trace()
-        x = self.model.last_state(torch.from_numpy(inputs), subnet, trace=trace)
-        states = self.model.norm(x).flatten(0, 1)
-        loss = head_loss(
-            states, self.model.embed_tokens.weight, torch.from_numpy(targets).flatten()
-        )
-        balance = balance_loss(trace, subnet)
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"step {self.step}: the loss is {loss.item()}. Lower the rates: begin again in "
-                f"another folder with a smaller --lr-scale."
-            )
-        torch.autograd.backward(loss + plan.balance * balance)
-        norm = nn.utils.clip_grad_norm_(self.adam.param_groups[0]["params"], plan.clip)
-        self.muon.step()
-        self.adam.step()
-        self.muon.zero_grad(set_to_none=True)
-        self.adam.zero_grad(set_to_none=True)
+        for optimizer in (self.muon, self.adam):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if plan.bias_rate:
+            for one in passes:
+                move_biases(self.model, one.loads, one.subnet, plan.bias_rate)
         self.step += 1
         self.piece += stage.pieces
-        self.tokens += targets.size
-        return {
+        self.tokens += targets.numel()
+        first, *others = passes
+        record: dict[str, Any] = {
             "step": self.step,
             "tokens": self.tokens,
-            "loss": round(loss.item(), 4),
-            "balance": round(balance.item() / max(1, len(trace.layers)), 3),
+            "loss": round(first.loss.cross_entropy.item(), 4),
+            "balance": round(first.balance.item() / max(1, len(first.loads.layers)), 3),
             "grad_norm": round(float(norm), 3),
             "lr_scale": round(scale, 4),
             "layers": stage.layers,
-            "subnet": subnet.name,
+            "subnet": first.subnet.name,
+            "mean_experts": round(first.loads.mean_experts(), 3),
         }
+        distances = [one.loss.distance.item() for one in passes if one.distilled]
+        if distances:
+            record["distilled"] = round(sum(distances) / len(distances), 4)
+        if others:
+            record["sandwich"] = [one.subnet.name for one in others]
+        if self.parent is not None and self.step == 1:
+            record["parent"] = self.parent  # the optimisers started anew here
+        return record
+
+    def _gradients(self, inputs: Tensor, targets: Tensor) -> list[Pass]:
+        """Add up the gradients of every sub-network of the step: the mean of their losses."""
+        plan, shape = self.plan, self.config.shape
+        subnets = plan.subnets(shape, self.step)
+        whole = plan.whole(shape, self.step) if plan.distilled_share else None
+        teacher: Tensor | None = None
+        if whole is not None and whole not in subnets:
+            with torch.no_grad():
+                teacher, _, _ = self.forward(inputs, whole)
+        passes = []
+        for subnet in subnets:
+            states, balance, loads = self.forward(inputs, subnet)
+            loss = head_loss(
+                states,
+                self.model.embed_tokens.weight,
+                targets,
+                teacher=None if subnet == whole else teacher,
+                share=plan.distilled_share,
+                dtype=self.head_dtype,
+                native=self.backend == "cpu",
+            )
+            if not torch.isfinite(loss.total):
+                raise TrainingError(
+                    f"step {self.step}: the loss is {loss.total.item()}. Lower the rates: begin "
+                    f"again in another folder with a smaller --lr-scale."
+                )
+            torch.autograd.backward((loss.total + plan.balance * balance) / len(subnets))
+            distilled = teacher is not None and subnet != whole
+            passes.append(Pass(subnet, loss, balance.detach(), loads, distilled))
+            if subnet == whole:
+                teacher = states.detach()
+        return passes
 
     def save(self, path: Path) -> None:
         """Write the whole state; a kill at any moment leaves the old file or the new one."""
         tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
         for name, p in self.model.named_parameters():
-            for optimizer in (self.muon, self.adam):
-                for key, value in optimizer.state.get(p, {}).items():
-                    tensors[f"optim.{key}.{name}"] = value
+            for key, value in self._optimizer(p).state.get(p, {}).items():
+                tensors[f"optim.{key}.{name}"] = value
         counts = {"step": self.step, "piece": self.piece, "tokens": self.tokens}
-        save_state(path, tensors, {**counts, **self.identity()})
+        save_state(path, tensors, {**counts, "parent": self.parent, **self.identity()})
 
     def identity(self) -> dict[str, Any]:
         """What decides the states that a run goes through, as JSON gives it back."""
@@ -137,24 +268,43 @@ class Trainer:
         return {"plan": plan, "model": model_to_json(self.config), "data": data}
 
     def load(self, path: Path) -> None:
-        """Continue from a state that `save` wrote with the same plan, model and data."""
+        """Continue from a state that `save` wrote with the same plan, model, data and parent."""
         tensors, progress = load_state(path)
         check_same_run(path, progress, self.identity())
+        check_parent(path, progress, self.parent)
+        states: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            kind, _, rest = key.partition(".")
+            if kind == "optim":
+                field, _, name = rest.partition(".")
+                states.setdefault(name, {})[field] = tensor.to(self.device)
         for name, p in self.model.named_parameters():
             with torch.no_grad():
                 p.copy_(tensors[f"model.{name}"])
-            owner = (
-                self.muon if any(p is q for q in self.muon.param_groups[0]["params"]) else self.adam
-            )
-            state = {
-                key.split(".", 2)[1]: value
-                for key, value in tensors.items()
-                if key.startswith("optim.") and key.split(".", 2)[2] == name
-            }
-            if state:
-                owner.state[p] = state
+            if name in states:
+                self._optimizer(p).state[p] = states[name]
         self.step, self.piece = progress["step"], progress["piece"]
         self.tokens = progress["tokens"]
+
+    def _optimizer(self, p: nn.Parameter) -> torch.optim.Optimizer:
+        """The one that a parameter belongs to, if any does."""
+        return self.muon if id(p) in self._by_muon else self.adam
+
+
+def choose_backend(
+    wanted: str, config: ModelConfig, plan: TrainingPlan, device: torch.device
+) -> str:
+    """What "auto" comes to, and whether "cpu" can be had.
+
+    Raises:
+        TrainingError: it cannot, or there is no such backend.
+    """
+    if wanted not in ("auto", "reference", "cpu"):
+        raise TrainingError(f"backend must be auto, reference or cpu, got {wanted!r}.")
+    why = native.refusal(config, device, plan.dtype)
+    if wanted == "cpu" and why is not None:
+        raise TrainingError(f"the C++ kernels cannot train this model: {why}. Use backend auto.")
+    return "reference" if wanted == "reference" or why is not None else "cpu"
 
 
 def run(
@@ -169,17 +319,20 @@ def run(
 
     `report` gets a line about the progress now and then, and what to do next at the end.
     """
-    plan, state = trainer.plan, folder / "state.safetensors"
+    plan, state, log_path = trainer.plan, folder / "state.safetensors", folder / "log.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    for half in folder.glob(f".{state.name}.*.part"):  # what a kill left of a state
-        half.unlink()
+    for name in (state.name, log_path.name, "plan.json"):
+        for half in folder.glob(f".{name}.*.part"):  # what a kill left of a file
+            half.unlink()
     if state.exists():
         trainer.load(state)
     else:
         write_text(folder / "plan.json", json.dumps(plan.to_json(), indent=1) + "\n")
-    forget_steps_after(trainer.step, folder / "log.jsonl")
+        if trainer.parent is not None and report is not None:
+            report(f"begins with the weights of {trainer.parent}; the optimisers start anew")
+    forget_steps_after(trainer.step, log_path)
     progress = Progress(plan, trainer.step, report, report_seconds, max_seconds)
-    with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
+    with log_path.open("a", encoding="utf-8") as log:
         while trainer.step < plan.total_steps and progress.seconds() < max_seconds:
             began = time.monotonic()
             record = trainer.train_step()

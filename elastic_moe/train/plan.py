@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from elastic_moe.errors import TrainingError
-from elastic_moe.routing import ModelShape, Subnet
-from elastic_moe.train.sampling import SamplingPlan, sample_subnet
+from elastic_moe.model.config import ModelConfig
+from elastic_moe.routing import ModelShape, Subnet, resolve
+from elastic_moe.train.sampling import SamplingPlan, fixed_subnet, sample_subnet, smallest_subnet
 
 PIECE_TOKENS = 512
 SAVE_EVERY_STEPS = 100
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,13 @@ class Stage:
     pieces: int
     length: int
 
+    def __post_init__(self) -> None:
+        numbers = (self.steps, self.layers, self.pieces, self.length)
+        if min(numbers) < 1 or PIECE_TOKENS % self.length:
+            raise TrainingError(
+                f"{self}: numbers must be positive and length must divide {PIECE_TOKENS}."
+            )
+
     @property
     def step_tokens(self) -> int:
         return self.pieces * PIECE_TOKENS
@@ -52,13 +62,26 @@ class TrainingPlan:
         decay_fraction: share of all steps in which rates fall, to `final_lr` of their value.
         balance: weight of the load-balancing loss, summed over layers.
         clip: largest gradient norm of the parameters that Adam trains.
+        distill: weight of KL(full || reduced) per token where a reduced network runs: in place,
+            from the full network on the same batch, which gets no gradient by it. Cross-entropy
+            weighs the rest.
+        sandwich: every step runs the full network on cross-entropy, then the smallest that
+            `sampling` draws and a random reduced one, both on distillation from the full alone,
+            unless `distill` weighs it. The step minimises the mean of the three losses
+            (universally slimmable networks, arXiv:1903.05134).
+        bias_rate: how far a step moves the correction bias of every router that ran, for each
+            expert of its pool, towards equal loads (balancing without a loss, arXiv:2408.15664).
+        dtype: of the inputs of matrix products; everything else stays float32.
+
+    Raises:
+        TrainingError: a value is out of its range, or two of them contradict each other.
     """
 
     stages: tuple[Stage, ...]
     sampling: SamplingPlan = field(default_factory=SamplingPlan)
     seed: int = 0
-    muon_lr: float = 0.01
-    adam_lr: float = 3e-3
+    muon_lr: float = 0.02
+    adam_lr: float = 4.5e-3
     weight_decay: float = 0.01
     warmup_steps: int = 100
     decay_fraction: float = 0.25
@@ -66,10 +89,56 @@ class TrainingPlan:
     balance: float = 0.003
     clip: float = 1.0
     save_every_steps: int = SAVE_EVERY_STEPS
+    distill: float = 0.0
+    sandwich: bool = False
+    bias_rate: float = 0.0
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("muon_lr", 0, math.inf),
+            ("adam_lr", 0, math.inf),
+            ("weight_decay", 0, math.inf),
+            ("warmup_steps", 1, math.inf),
+            ("decay_fraction", 0, 1),
+            ("final_lr", 0, 1),
+            ("balance", 0, math.inf),
+            ("clip", 0, math.inf),
+            ("save_every_steps", 1, math.inf),
+            ("distill", 0, 1),
+            ("bias_rate", 0, math.inf),
+        ):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and math.isfinite(value)
+            if not number or not low <= value <= high:
+                allowed = f"in [{low}, {high}]" if high < math.inf else f"at least {low}"
+                raise TrainingError(f"plan: {name} must be a number {allowed}, got {value!r}.")
+        if not self.stages:
+            raise TrainingError("plan: stages must have at least one stage, got none.")
+        if self.dtype not in DTYPES:
+            raise TrainingError(
+                f"plan: dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}."
+            )
+        wanting = "sandwich" if self.sandwich else "distill" if self.distill else ""
+        if wanting and not self.sampling.can_reduce:
+            raise TrainingError(
+                f"plan: {wanting} = {getattr(self, wanting)} needs reduced networks, but sampling "
+                f"draws none. Give an axis a chance and leave 'fixed' out, or leave {wanting} out."
+            )
+        if self.sandwich and self.sampling.full is not None:
+            raise TrainingError(
+                f"plan: sampling.full = {self.sampling.full} has no meaning in a sandwich, every "
+                f"step of which runs the full network and reduced ones. Leave full out."
+            )
 
     @property
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
+
+    @property
+    def distilled_share(self) -> float:
+        """Weight of KL(full || reduced) in the loss of a reduced network."""
+        return 1.0 if self.sandwich and self.distill == 0 else self.distill
 
     def stage(self, step: int) -> Stage:
         """The stage that a step, counted from 0, belongs to."""
@@ -86,10 +155,23 @@ class TrainingPlan:
         left = (self.total_steps - step) / decay_steps
         return min(1.0, (step + 1) / self.warmup_steps, max(left, self.final_lr))
 
+    def whole(self, shape: ModelShape, step: int) -> Subnet:
+        """The full network, as far as it has grown."""
+        return resolve(shape, active_layers=self.stage(step).grown(shape.num_layers))
+
     def subnet(self, shape: ModelShape, step: int) -> Subnet:
-        """The sub-network that a step runs: a function of seed and step."""
+        """The sub-network that is drawn for a step: a function of seed and step."""
         rng = random.Random(f"{self.seed}/{step}")
-        return sample_subnet(shape, self.sampling, self.stage(step).grown(shape.num_layers), rng)
+        grown = self.stage(step).grown(shape.num_layers)
+        return sample_subnet(shape, self.sampling, grown, rng, reduced=self.sandwich)
+
+    def subnets(self, shape: ModelShape, step: int) -> tuple[Subnet, ...]:
+        """Every sub-network that a step trains: the drawn one, or the three of a sandwich."""
+        drawn = self.subnet(shape, step)
+        if not self.sandwich:
+            return (drawn,)
+        grown = self.stage(step).grown(shape.num_layers)
+        return self.whole(shape, step), smallest_subnet(shape, self.sampling, grown), drawn
 
     def work(self, step: int) -> int:
         """Tokens times layers of the first `step` steps: what the time of a run goes with."""
@@ -113,11 +195,45 @@ class TrainingPlan:
                     f"The network can grow to no more layers than the model has."
                 )
 
+    def check_model(self, config: ModelConfig) -> None:
+        """All that `check` does, and what else must fit the model.
+
+        Raises:
+            TrainingError: as `check`; the model lacks the fixed sub-network, a head that training
+                can use, or the biases that `bias_rate` is to move.
+        """
+        self.check(config.num_layers)
+        if self.sampling.fixed:
+            for stage in self.stages:
+                fixed_subnet(config.shape, self.sampling.fixed, stage.grown(config.num_layers))
+        if self.bias_rate and not config.selection_bias:
+            raise TrainingError(
+                f"plan: bias_rate must be 0 for architecture {config.model_type!r}, which stores "
+                f"no correction bias, got {self.bias_rate}. Use the balance loss."
+            )
+        if not config.tied_embeddings:
+            raise TrainingError(
+                "tied_embeddings must be True, got False: training uses the embeddings as the "
+                "head, and a head of its own would stay random. Tie them in the configuration."
+            )
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TrainingPlan:
+        """The plan that `to_json` wrote, now or before a field was added.
+
+        Raises:
+            TrainingError: a field is unknown or out of its range.
+        """
+        for kind, part in ((cls, data), (SamplingPlan, data["sampling"])):
+            unknown = sorted(part.keys() - {f.name for f in fields(kind)})
+            if unknown:
+                raise TrainingError(
+                    f"plan: {unknown[0]} = {part[unknown[0]]!r} is no field that this version "
+                    f"knows. Read it with the version that wrote it."
+                )
         stages = tuple(Stage(**stage) for stage in data["stages"])
         sampling = SamplingPlan(**data["sampling"])
         return cls(**{**data, "stages": stages, "sampling": sampling})
@@ -133,9 +249,10 @@ def parse_stages(text: str) -> tuple[Stage, ...]:
             raise TrainingError(
                 f"stage {part!r} must be LAYERSxSTEPSxPIECESxLENGTH, such as 48x600x4x256."
             ) from None
-        if min(layers, steps, pieces, length) < 1 or PIECE_TOKENS % length:
+        try:
+            stages.append(Stage(steps=steps, layers=layers, pieces=pieces, length=length))
+        except TrainingError:
             raise TrainingError(
                 f"stage {part!r}: numbers must be positive and LENGTH must divide {PIECE_TOKENS}."
-            )
-        stages.append(Stage(steps=steps, layers=layers, pieces=pieces, length=length))
+            ) from None
     return tuple(stages)

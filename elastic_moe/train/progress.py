@@ -1,4 +1,4 @@
-"""Plain lines about a run: step, loss, tokens per second, time left."""
+"""Lines about a run: step, loss, tokens per second, time left."""
 
 from __future__ import annotations
 
@@ -8,6 +8,36 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from elastic_moe.train.plan import TrainingPlan
+
+
+class StepReport(str):
+    """The line about a step that is done, with its numbers for who draws a bar.
+
+    Attributes:
+        step, total_steps: this one, counted from 1, and the last of the plan.
+        loss: of the sub-network that the step ran, in nats per token.
+        tokens_per_second: since the report before.
+        seconds_left: of the plan or of the time that the run has, whichever ends first.
+    """
+
+    step: int
+    total_steps: int
+    loss: float
+    tokens_per_second: float
+    seconds_left: float
+
+    @classmethod
+    def make(
+        cls, step: int, total_steps: int, loss: float, tokens_per_second: float, seconds: float
+    ) -> StepReport:
+        """The line, and the numbers that it was made of."""
+        line = cls(
+            f"step {step} of {total_steps}, loss {loss:.3f}, "
+            f"{tokens_per_second:,.0f} tokens/s, {clock(seconds)} left"
+        )
+        line.step, line.total_steps, line.loss = step, total_steps, loss
+        line.tokens_per_second, line.seconds_left = tokens_per_second, seconds
+        return line
 
 
 class Progress:
@@ -40,10 +70,8 @@ class Progress:
         if self.report is None or (now - self.told_at < self.every_seconds and not last):
             return
         rate = self.tokens / max(self.busy_seconds, 1e-9)
-        self.report(
-            f"step {step} of {self.plan.total_steps}, loss {record['loss']:.3f}, "
-            f"{rate:,.0f} tokens/s, {clock(self.seconds_left(step, now))} left"
-        )
+        left = self.seconds_left(step, now)
+        self.report(StepReport.make(step, self.plan.total_steps, record["loss"], rate, left))
         self.told_at, self.tokens, self.busy_seconds = now, 0, 0.0
 
     def seconds_left(self, step: int, now: float) -> float:

@@ -165,6 +165,13 @@ def test_name_of_a_snapshot_is_its_id(cache: Path, tiny_folder: Path) -> None:
     assert checkpoint_name(snapshot) == "org/a-b"
 
 
+def test_the_checkpoint_of_a_run_is_called_as_the_run(tmp_path: Path) -> None:
+    (tmp_path / "notes-model" / "checkpoint").mkdir(parents=True)
+    assert checkpoint_name(tmp_path / "notes-model" / "checkpoint") == "notes-model"
+    assert checkpoint_name(tmp_path / "notes-model") == "notes-model"
+    assert checkpoint_name(Path("/checkpoint")) == "checkpoint"
+
+
 # Files
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from elastic_moe.train.corpus import SourceFile, library_files, novel_files
+from elastic_moe.train import corpus
+from elastic_moe.train.corpus import SourceFile
 from elastic_moe.train.loop import Trainer
 from elastic_moe.train.plan import TrainingPlan, parse_stages
 from elastic_moe.train.sampling import SamplingPlan
@@ -38,7 +40,7 @@ def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
-def library(root: Path, functions: int = 300) -> list[SourceFile]:
+def library(root: Path, functions: int = 300) -> Sequence[SourceFile]:
     """A library of one module, and nothing else."""
     folder = root / "library"
     folder.mkdir()
@@ -47,13 +49,13 @@ def library(root: Path, functions: int = 300) -> list[SourceFile]:
         for n in range(functions)
     )
     (folder / "numbers.py").write_text(f'"""Numbers."""\n\n{text}')
-    return library_files(folder)
+    return corpus.library_files(folder)
 
 
-def novels(root: Path) -> list[SourceFile]:
+def novels(root: Path) -> Sequence[SourceFile]:
     """Two novels, one of them held out."""
     folder = root / "novels"
     folder.mkdir()
     (folder / "Dickens_X_1850.txt").write_text("It was the best of times. " * 2000)
     (folder / "Forster_Y_1905.txt").write_text("ZEBRAFORSTER " * 2000)
-    return novel_files(folder)
+    return corpus.text_files(folder)

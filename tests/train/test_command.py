@@ -2,79 +2,114 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from elastic_moe.train import __main__ as command
+from elastic_moe.errors import TrainingError
+from elastic_moe.model.checkpoint import load_config, load_model
+from elastic_moe.train.__main__ import main, make_parser
 from elastic_moe.train.checkpoint import load_state
 from elastic_moe.train.data import read_manifest
-from elastic_moe.train.plan import TrainingPlan
+from elastic_moe.train.export import export
+from elastic_moe.train.plan import Stage, TrainingPlan
+from elastic_moe.train.sampling import SamplingPlan
+from elastic_moe.train.settings import read_settings
 from elastic_moe.train.tokens import train_tokenizer
-from tests.train.small import CONFIG, library, novels
-
-STAGES = "2x2x1x128,6x4x1x128"
+from tests.train.commands import LENGTH, STAGES, TINY, error, state, train
 
 
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with novels and a run of a tiny model on a tiny library."""
-    sources = library(tmp_path)
-    novels(tmp_path)
-    monkeypatch.setattr(command, "ELASTIC_MINI", replace(CONFIG, vocab_size=400))
-    monkeypatch.setattr(command, "library_files", lambda: sources)
-    return tmp_path
-
-
-def train(root: Path, *options: object) -> int:
-    return command.main(["--out", str(root / "run"), "--stages", STAGES, *map(str, options)])
-
-
-def state(root: Path) -> dict:
-    return load_state(root / "run" / "state.safetensors")[1]
-
-
-def test_a_run_reads_the_novels_and_stops_and_goes_on(
+def test_a_run_reads_the_texts_stops_and_goes_on_to_a_checkpoint(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--novels", root / "novels", "--seed", 3]
+    options = ["--corpus", root / "novels", "--with-library", "--seed", 3, "--json"]
     assert train(root, *options, "--minutes", 0) == 0
-    assert state(root)["step"] == 0
+    captured = capsys.readouterr()
+    assert "novels: 1 files, 0.1 MB; skipped 1: 1 held out" in captured.err
+    assert "no checkpoint yet" in captured.err
+    stopped = json.loads(captured.out)
+    assert (stopped["steps"], stopped["ended_by"], stopped["checkpoint"]) == (0, "time", None)
     manifest, _ = read_manifest(root / "run" / "data")
-    assert manifest["stream_tokens_by_kind"]["novels"] > 1000
+    assert manifest["stream_tokens_by_kind"]["texts"] > 1000
     assert [f["name"] for f in manifest["files"]] == ["numbers.py", "Dickens_X_1850.txt"]
     share = manifest["stream_tokens_by_kind"]["chat"] / manifest["stream_tokens"]
     assert share == pytest.approx(0.05, abs=0.005)
     assert manifest["seed"] == 3
-    assert "preparing the text" in capsys.readouterr().out
+
     assert train(root, *options) == 0
     assert state(root)["step"] == 6
     assert state(root)["plan"]["seed"] == state(root)["data"]["order"] == 3
+    captured = capsys.readouterr()
+    assert "step 1 of 6, loss " in captured.err
+    assert "step 6 of 6, loss " in captured.err
+    summary = json.loads(captured.out)
+    assert summary["checkpoint"] == str(root / "run" / "checkpoint")
+    assert (summary["complete"], summary["ended_by"]) == (True, "plan")
+    assert summary["tokens"] == 6 * 512
+    assert load_config(root / "run" / "checkpoint").num_layers == 6
+
+    assert train(root, *options[:-1]) == 0  # there is nothing left to do but to say so
     out = capsys.readouterr().out
-    assert out.startswith("step 1 of 6, loss ")
-    assert "step 6 of 6, loss " in out
-    assert "next: python -m elastic_moe.train.export" in out
+    assert out.startswith("6 of 6 steps, 3,072 tokens in 0:00:0")
+    assert out.endswith(f"next: elastic-moe sweep {root / 'run' / 'checkpoint'} --quick\n")
 
 
-def test_options_reach_the_plan() -> None:
-    parser = command.make_parser()
-    options = ["--out", "x", "--lr-scale", "0.5", "--save-every", "7", "--seed", "9"]
-    plan = command.read_plan(parser.parse_args(options))
-    usual = TrainingPlan(stages=plan.stages)
+def test_the_table_has_every_step_once(root: Path) -> None:
+    assert train(root, "--sandwich") == 0
+    lines = (root / "run" / "log.csv").read_text().splitlines()
+    assert lines[0].startswith("step,tokens,loss,")
+    assert [line.split(",")[0] for line in lines[1:]] == ["1", "2", "3", "4", "5", "6"]
+    log = [json.loads(line) for line in (root / "run" / "log.jsonl").read_text().splitlines()]
+    assert lines[0].split(",")[: len(log[0])] == list(log[0])
+    assert " ".join(log[-1]["sandwich"]) in lines[-1]
+
+
+def test_options_reach_the_plan(tmp_path: Path) -> None:
+    options = ["--lr-scale", "0.5", "--save-every", "7", "--seed", "9", "--distill", "0.25"]
+    options += ["--reduce-depth", "0.5", "--reduce-threshold", "0", "--dtype", "bfloat16"]
+    options += ["--tokens", "100000", "--batch-tokens", "1024", "--length", "64"]
+    args = make_parser().parse_args(["--out", str(tmp_path / "none"), *options])
+    plan = read_settings(args).plan
+    usual = TrainingPlan(stages=(Stage(98, 12, 2, 64),))
     assert plan == replace(
-        usual, muon_lr=usual.muon_lr / 2, adam_lr=usual.adam_lr / 2, save_every_steps=7, seed=9
+        usual,
+        muon_lr=usual.muon_lr / 2,
+        adam_lr=usual.adam_lr / 2,
+        save_every_steps=7,
+        seed=9,
+        distill=0.25,
+        dtype="bfloat16",
+        warmup_steps=9,
+        sampling=SamplingPlan(depth=0.5, threshold=0.0),
     )
-    assert plan.total_steps == 1560
+    args = make_parser().parse_args(["--out", str(tmp_path / "none"), "--fixed", "L6", *LENGTH])
+    plan = read_settings(args).plan
+    assert plan.sampling == SamplingPlan(fixed="L6")
 
 
-def test_a_tokenizer_of_ones_own_is_used(root: Path) -> None:
+def test_without_options_a_small_elastic_model_reads_the_library(tmp_path: Path) -> None:
+    found = read_settings(make_parser().parse_args(["--out", str(tmp_path / "none")]))
+    assert found.plan.sampling == SamplingPlan()
+    assert sum(s.steps * s.step_tokens for s in found.plan.stages) >= 3_000_000
+    assert found.model.config.num_layers == 12
+    assert found.args.with_library
+    assert found.mixture.chat_fraction == 0.05
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_tokenizer_of_ones_own_is_used_and_sets_the_vocabulary(root: Path) -> None:
     tokenizer = train_tokenizer(["It was the best of times. " * 9], 300)
     tokenizer.save(str(root / "own.json"))
-    assert train(root, "--tokenizer", root / "own.json", "--minutes", 0) == 0
+    model, own = TINY[:-2], ("--tokenizer", root / "own.json")
+    assert train(root, *own, "--minutes", 0, model=model) == 0
     assert read_manifest(root / "run" / "data")[0]["tokenizer_given"] is True
-    assert train(root, "--tokenizer", root / "own.json", "--minutes", 0) == 0
-    assert train(root, "--minutes", 0) == 2
+    assert state(root)["model"]["vocab_size"] == tokenizer.get_vocab_size()
+    assert train(root, *own, "--minutes", 0, model=model) == 0
+    assert train(root, "--minutes", 0, model=model) == 2
 
 
 @pytest.mark.parametrize(
@@ -82,20 +117,45 @@ def test_a_tokenizer_of_ones_own_is_used(root: Path) -> None:
     [
         (["--stages", "12x5x4"], "stage '12x5x4' must be LAYERSxSTEPSxPIECESxLENGTH"),
         (["--stages", "7x5x1x128"], "stage 0: layers must be in [1, 6], got 7"),
-        (["--novels", "nowhere"], "nowhere is not a folder"),
+        (["--stages", "6x5x1x128", "--tokens", "9"], "leave out --tokens where --stages is given"),
+        (["--corpus", "nowhere"], "nowhere is not a folder"),
         (["--tokenizer", "nowhere.json"], "nowhere.json is no tokenizer.json"),
         (["--lr-scale", "0"], "--lr-scale must be positive, got 0.0"),
         (["--minutes", "nan"], "--minutes must be at least 0, got nan"),
         (["--save-every", "0"], "--save-every must be at least 1 step, got 0"),
+        (["--tokens", "0"], "--tokens must be at least 1, got 0"),
+        (["--length", "100"], "--length must divide 512, got 100"),
+        (["--batch-tokens", "1000"], "--batch-tokens must be a multiple of 512, got 1000"),
+        (["--reduce-depth", "1.5"], "--reduce-depth must be in [0, 1], got 1.5"),
+        (["--fixed", "L2", "--reduce-pool", "0"], "leave out --reduce-pool where --fixed is given"),
+        (["--fixed", "L9"], "depth must be an integer in [1, 6], got 9"),
+        (["--fixed", "L2", "--distill", "1"], "plan: distill = 1.0 needs reduced networks"),
+        (["--bias-rate", "0.1"], "plan: bias_rate must be 0 for architecture 'qwen3_moe'"),
+        (["--kv-heads", "3"], "--kv-heads must divide --heads 4, got 3"),
+        (["--top-k", "9"], "--top-k must be at most --experts 8, got 9"),
+        (["--hidden", "12"], "--head-dim must be even and at least 2, got 3, which is --hidden"),
+        (["--granules", "3"], "--granules must divide --expert-hidden 16, got 3"),
+        (["--layers", "2000"], "--layers must be in [1, 1024], got 2000"),
+        (["--vocab-size", "100"], "--vocab-size must be in [300, 65536]"),
+        (["--include", "*.md"], "--include is about a folder of texts, which is not read"),
+        (["--corpus", ".", "--chat-fraction", "0"], "--chat-fraction is about the Python library"),
+        (["--with-library"], "--with-library is about a folder of texts, which is not read"),
+        (["--config", "x.json"], "leave out --layers where --config is given"),
+        (["--from", "elastic-mini"], "leave out --layers where --from is given"),
+        (["--device", "abacus"], "--device abacus cannot be used here: "),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_arguments_are_refused_in_one_line_before_any_work(
     options: list[str], message: str, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(root, *options) == 2
+    length = () if {"--stages", "--tokens"} & set(options) else ("--tokens", "2048")
+    assert train(root, *options, length=length) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith(f"error: {message}")
+    assert message in captured.err
+    assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
+    assert captured.out == ""
     assert not (root / "run").exists()
 
 
@@ -109,21 +169,39 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(
     assert "the model's vocabulary and 16 bits allow 399" in capsys.readouterr().err
 
 
-def test_a_run_that_is_there_refuses_other_options(
+def test_a_run_that_is_there_refuses_other_options_by_their_names(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(root, "--minutes", 0) == 0
     before = {p: p.read_bytes() for p in (root / "run").rglob("*") if p.is_file()}
-    capsys.readouterr()
     for options, message in (
-        (["--seed", 1], "error: --seed: "),
-        (["--novels", root / "novels"], "error: --novels: "),
-        (["--stages", "6x4x1x128"], "was trained with another plan: stages"),
-        (["--lr-scale", 0.5], "was trained with another plan: adam_lr"),
+        (["--seed", 1], "--seed: the run in"),
+        (["--corpus", root / "novels"], "--with-library: the run in"),
+        (["--corpus", root / "novels", "--with-library"], "--corpus-fraction: the run in"),
+        (["--chat-fraction", 0.1], "was begun with 0.05, got 0.1. Repeat the command"),
+        (["--stages", "6x4x1x128"], f"--stages: the run in {root / 'run'} was begun with {STAGES}"),
+        (["--lr-scale", 0.5], "--lr-scale: the run in"),
+        (["--layers", 7], "--layers: the run in"),
+        (["--sandwich"], "--sandwich: the run in"),
+        (["--reduce-width", 0], "--reduce-width: the run in"),
     ):
-        assert train(root, *options) in (1, 2)
-        assert message in capsys.readouterr().err
+        capsys.readouterr()
+        assert train(root, *options) == 2
+        assert message in error(capsys)
     assert {p: p.read_bytes() for p in (root / "run").rglob("*") if p.is_file()} == before
+    assert train(root, "--save-every", 2, "--minutes", 60) == 0  # these may change
+
+
+def test_a_run_of_other_texts_or_fewer_of_them_is_refused(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "novels" / "Eliot.md").write_text("It was the worst of times. " * 2000)
+    texts = ["--corpus", root / "novels"]
+    assert train(root, *texts, "--minutes", 0) == 0
+    assert train(root, *texts, "--include", "*.md", "--minutes", 0) == 2
+    assert "(the first that differs: Dickens_X_1850.txt)" in error(capsys)
+    (root / "novels").rename(root / "moved")
+    assert train(root, "--corpus", root / "moved", "--minutes", 0) == 0  # the same, elsewhere
 
 
 def test_a_torn_manifest_ends_the_run_at_its_start(
@@ -132,12 +210,89 @@ def test_a_torn_manifest_ends_the_run_at_its_start(
     assert train(root, "--minutes", 0) == 0
     path = root / "run" / "data" / "manifest.json"
     path.write_text(path.read_text()[:50])
-    capsys.readouterr()
     assert train(root) == 1
-    assert "is torn" in capsys.readouterr().err
+    assert "is torn" in error(capsys)
 
 
-def test_the_help_names_the_export(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        command.main(["--help"])
-    assert "python -m elastic_moe.train.export" in capsys.readouterr().out
+def test_a_checkpoint_is_trained_on_and_named_as_the_parent(root: Path) -> None:
+    assert train(root, length=("--tokens", 2048, "--batch-tokens", 512)) == 0
+    first = root / "first"
+    (root / "run").rename(first)
+    begin = ("--from", first / "checkpoint", "--reduce-threshold", 1, "--reduce-width", 0)
+    short = ("--tokens", 512, "--batch-tokens", 512, "--length", 128)
+    assert train(root, *begin, "--minutes", 0, length=short, model=()) == 0
+    (parent,) = {state(root)["parent"]}
+    assert parent.startswith("first sha256:")
+    weights = load_state(root / "run" / "state.safetensors")[0]
+    for name, p in load_model(first / "checkpoint").named_parameters():
+        assert weights[f"model.{name}"].equal(p.float()), name
+    (first / "checkpoint").rename(root / "gone")  # what is done no longer needs it
+    first.joinpath("checkpoint").mkdir()
+    assert train(root, *begin, length=short, model=()) == 0
+    block = load_config(root / "run" / "checkpoint").elastic
+    before = load_config(root / "gone").elastic
+    assert block.parent == parent
+    assert block.tokens == 2048 + 512
+    assert set(block.trained) >= {"threshold"}
+    assert "width" not in block.trained  # not kept up
+    assert set(block.trained["threshold"]) >= set(before.trained.get("threshold", ()))
+    assert train(root, length=short, model=()) == 2
+
+
+def test_a_config_json_of_another_family_is_trained_and_exported_as_it_is(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = {
+        "model_type": "ernie4_5_moe",
+        "vocab_size": 400,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 16,
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+        "tie_word_embeddings": True,
+    }
+    path = root / "config.json"
+    path.write_text(json.dumps(raw))
+    options = ("--config", path, "--bias-rate", 0.01)
+    assert train(root, *options, length=("--tokens", 1024), model=()) == 0
+    written = json.loads((root / "run" / "checkpoint" / "config.json").read_text())
+    assert {key: written[key] for key in raw} == raw
+    assert written["eos_token_id"] == [1, 4]
+    model = load_model(root / "run" / "checkpoint")
+    biases = [p for name, p in model.named_parameters() if name.endswith("correction_bias")]
+    assert any(bool(bias.any()) for bias in biases)
+    path.write_text(json.dumps({**raw, "rms_norm_eps": 1e-4}))
+    capsys.readouterr()
+    assert train(root, *options, length=("--tokens", 1024), model=()) == 2
+    assert error(capsys).startswith(f"--config: the run in {root / 'run'} was begun with another")
+    path.write_text(json.dumps({**raw, "tie_word_embeddings": False}))
+    assert main(["--out", str(root / "other"), "--config", str(path)]) == 2
+    assert "tie_word_embeddings must be true, got false" in error(capsys)
+
+
+def test_it_runs_without_what_the_command_line_needs() -> None:
+    """From a bare checkout: torch, numpy, safetensors and tokenizers are all there is."""
+    code = (
+        "import sys\n"
+        "for name in ('pydantic', 'rich', 'matplotlib', 'jinja2', 'huggingface_hub'):\n"
+        "    sys.modules[name] = None\n"
+        "import elastic_moe.train.command, elastic_moe.train.export\n"
+        "from elastic_moe.train.__main__ import main\n"
+        "main(['--help'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "python -m elastic_moe.train.export" in done.stdout
+
+
+def test_what_a_run_without_a_state_leaves_is_no_checkpoint(root: Path) -> None:
+    assert train(root, "--minutes", 0) == 0
+    with pytest.raises(TrainingError, match="no step has run with all 6 layers"):
+        export(root / "run", root / "out")

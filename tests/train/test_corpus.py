@@ -15,7 +15,7 @@ from elastic_moe.train.corpus import (
     docstrings,
     is_held_out,
     library_files,
-    novel_files,
+    text_files,
 )
 
 MINI = BUNDLED / "elastic-mini"
@@ -34,8 +34,9 @@ def test_nothing_held_out_is_in_the_bundled_manifest(manifest: dict) -> None:
         name = entry["name"]
         parts = name.split("/")
         assert parts[-1].partition(".")[0].lower() != "topics", name
-        if entry["corpus"] == "novels":
+        if entry["corpus"] in ("texts", "novels"):
             assert not any(author.lower() in name.lower() for author in AUTHORS), name
+            assert "pydoc_data" not in parts
         else:
             assert entry["corpus"] == "library", name
             assert not any(part.startswith(("test", "pydoc_data", "idlelib")) for part in parts)
@@ -56,16 +57,20 @@ def test_the_manifest_is_the_one_that_the_checkpoint_names(manifest: dict) -> No
     files = json.dumps(manifest["corpus"]["files"], sort_keys=True)
     config = json.loads((MINI / "config.json").read_text())
     assert config["elastic_moe"]["corpus_sha256"] == hashlib.sha256(files.encode()).hexdigest()
-    assert config["elastic_moe"]["tokens"] == manifest["training"]["tokens"]
+    training = manifest["training"]
+    tokens = training["tokens"] + training.get("tokens_before", 0)
+    assert config["elastic_moe"]["tokens"] == tokens
 
 
 @pytest.mark.parametrize(
     ("corpus", "name", "held_out"),
     [
-        ("novels", "Dickens_Bleak_1853.txt", False),
-        ("novels", "english/Dickens_Bleak_1853.txt", False),
-        ("novels", "topics.txt", True),  # the language reference, saved as a text
-        ("novels", "english/Topics.txt", True),
+        ("texts", "Dickens_Bleak_1853.txt", False),
+        ("texts", "english/Dickens_Bleak_1853.txt", False),
+        ("texts", "src/tests/test_x.py", False),  # of the library alone
+        ("texts", "topics.txt", True),  # the language reference, saved as a text
+        ("texts", "english/Topics.txt", True),
+        ("texts", "python/pydoc_data/more.py", True),
         ("library", "textwrap.py", False),
         ("library", "topics.py", True),
         ("library", "json/decoder.py", False),
@@ -97,7 +102,7 @@ def test_hold_outs_are_told_by_name(corpus: str, name: str, held_out: bool) -> N
 )
 def test_a_held_out_author_is_held_out_however_the_file_is_named(author: str, name: str) -> None:
     file = name.format(author, lower=author.lower(), upper=author.upper())
-    assert is_held_out("novels", file)
+    assert is_held_out("texts", file)
 
 
 def test_listing_leaves_held_out_files_unread(tmp_path: Path) -> None:
@@ -106,14 +111,66 @@ def test_listing_leaves_held_out_files_unread(tmp_path: Path) -> None:
     (tmp_path / "english").mkdir()
     (tmp_path / "english" / "Forster_View_1908.txt").write_text("Forster")
     (tmp_path / "topics.txt").write_text("The with statement")
-    assert [f.name for f in novel_files(tmp_path)] == ["Dickens_Title_1900.txt"]
+    found = text_files(tmp_path)
+    assert [f.name for f in found] == ["Dickens_Title_1900.txt"]
+    assert found.skipped == {"held out": len(AUTHORS) + 2}
     (tmp_path / "pydoc_data").mkdir()
     (tmp_path / "pydoc_data" / "topics.py").write_text("x = 1")
     (tmp_path / "latin.py").write_bytes(b"# coding: latin-1\n# caf\xe9\n")
     (tmp_path / "good.py").write_text("x = 1")
-    assert [f.name for f in library_files(tmp_path)] == ["good.py"]
+    (tmp_path / "__init__.py").write_text("")
+    library = library_files(tmp_path)
+    assert [f.name for f in library] == ["__init__.py", "good.py"]
+    assert library.skipped == {"left out": 1, "not UTF-8": 1}
     with pytest.raises(CorpusError, match="is not a folder"):
-        novel_files(tmp_path / "none")
+        text_files(tmp_path / "none")
+
+
+@pytest.mark.parametrize("name", ["Forster", "pydoc_data"])
+def test_a_held_out_folder_may_not_be_named_itself(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "a.txt").write_text("text")
+    with pytest.raises(CorpusError, match=r"nothing to train on .*: 0 files.* 1 held out"):
+        text_files(tmp_path / name)
+
+
+def test_a_copy_of_the_evaluation_text_is_known_by_its_content(tmp_path: Path) -> None:
+    topics = Path(sysconfig.get_paths()["stdlib"]) / "pydoc_data" / "topics.py"
+    (tmp_path / "innocent.py").write_bytes(topics.read_bytes())
+    (tmp_path / "good.py").write_text("x = 1")
+    found = text_files(tmp_path)
+    assert [f.name for f in found] == ["good.py"]
+    assert found.skipped == {"held out": 1}
+
+
+def test_every_text_below_a_folder_is_read_and_every_other_file_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("README", "a/notes.md", "a/b/code.py", "data.csv"):
+        (tmp_path / name).write_text("text é")
+    (tmp_path / "cut.bin").write_bytes(b"text\0text")
+    (tmp_path / "late.bin").write_bytes(b"x" * 20_000 + b"\0")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "config").write_text("text")
+    (tmp_path / "a" / ".hidden").write_text("text")
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    found = text_files(tmp_path)
+    assert [f.name for f in found] == ["README", "a/b/code.py", "a/notes.md", "data.csv"]
+    assert {f.num_bytes for f in found} == {7}
+    assert {f.sha256 for f in found} == {hashlib.sha256("text é".encode()).hexdigest()}
+    reasons = {"binary": 2, "empty": 1, "hidden": 2, "not UTF-8": 1, "unreadable": 1}
+    assert found.skipped == reasons
+    assert found.describe() == (
+        "4 files, 0.0 MB; skipped 7: 2 binary, 1 empty, 2 hidden, 1 not UTF-8, 1 unreadable"
+    )
+    some = text_files(tmp_path, ["*.md", "a/*.py"])
+    assert [f.name for f in some] == ["a/b/code.py", "a/notes.md"]
+    assert some.skipped == {"hidden": 2, "not included": 7}
+    with pytest.raises(
+        CorpusError, match=r"0 files, 0\.0 MB; skipped 11: 2 hidden, 9 not included"
+    ):
+        text_files(tmp_path, ["*.rst"])
 
 
 def test_docstrings_come_with_their_dotted_names(tmp_path: Path) -> None:

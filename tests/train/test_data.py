@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,19 @@ from tokenizers import Tokenizer
 
 from elastic_moe.errors import CorpusError
 from elastic_moe.train import data
-from elastic_moe.train.corpus import SourceFile
-from elastic_moe.train.data import Mixture, check_options, open_stream, prepare, read_manifest
+from elastic_moe.train.corpus import SourceFile, text_files
+from elastic_moe.train.data import (
+    Mixture,
+    check_options,
+    documents,
+    open_stream,
+    prepare,
+    read_manifest,
+)
 from elastic_moe.train.tokens import END, IM_END, IM_START
 from tests.train.small import library, novels
 
-MIXTURE = Mixture(novel_fraction=1.0)
+MIXTURE = Mixture()
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +80,7 @@ def test_chats_have_their_share_of_the_tokens_whatever_else_is_read(
     manifest = prepare(tmp_path, sources, texts if with_novels else [], mixture, vocab_size=600)
     counts = manifest["stream_tokens_by_kind"]
     assert counts["chat"] / manifest["stream_tokens"] == pytest.approx(share, abs=0.003)
-    assert ("novels" in counts) is with_novels
+    assert ("texts" in counts) is with_novels
 
 
 def test_five_of_a_hundred_tokens_are_chat_unless_asked_otherwise() -> None:
@@ -132,23 +140,102 @@ def test_a_tokenizer_that_is_not_the_manifests_is_refused(copy: Path) -> None:
         open_stream(copy, 0)
 
 
+def test_a_part_of_the_texts_is_a_part_of_every_text(files: tuple) -> None:
+    whole, half = (
+        len(documents([], files[1], Mixture(text_fraction=share, piece_bytes=50), 0)[0])
+        for share in (1.0, 0.5)
+    )
+    assert whole == 52_000 / 50
+    assert half / whole == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_library_is_read_as_often_as_the_mixture_says(files: tuple, tmp_path: Path) -> None:
+    once = Mixture(chat_fraction=0.0, docstring_passes=1)
+    more = replace(once, library_passes=3, docstring_passes=0)
+    first, second = (
+        prepare(tmp_path / name, files[0], [], m, vocab_size=600)["stream_tokens_by_kind"]
+        for name, m in (("once", once), ("more", more))
+    )
+    assert set(first) == {"library", "docstrings"}
+    assert set(second) == {"library"}
+    assert second["library"] == pytest.approx(3 * first["library"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("text_fraction", 0.0), ("text_fraction", 1.5), ("library_passes", -1)],
+)
+def test_shares_out_of_their_range_are_refused(field: str, value: float) -> None:
+    with pytest.raises(CorpusError, match=f"{field} must be .*, got {value}"):
+        Mixture(**{field: value})
+
+
+def test_a_mixture_of_nothing_is_refused(files: tuple, tmp_path: Path) -> None:
+    nothing = Mixture(library_passes=0, docstring_passes=0, chat_fraction=0.0)
+    with pytest.raises(CorpusError, match="leaves nothing to read"):
+        prepare(tmp_path, files[0], [], nothing, vocab_size=600)
+
+
+def test_a_new_tokenizer_learns_from_a_part_of_many_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=9)) for _ in range(40)]
+    (tmp_path / "texts").mkdir()
+    for word in words:
+        (tmp_path / "texts" / f"{word}.txt").write_text(f"{word} " * 100)
+    texts, mixture = text_files(tmp_path / "texts"), Mixture(chat_fraction=0.0)
+
+    def known(folder: Path) -> int:
+        prepare(folder, [], texts, mixture)
+        vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+        return sum(f"Ġ{word}" in vocabulary for word in words)
+
+    assert known(tmp_path / "all") == 40
+    monkeypatch.setattr(data, "_SAMPLE_BYTES", 20_000)  # of 40,000
+    assert 10 <= known(tmp_path / "half") <= 30
+
+
 def test_options_must_be_those_that_the_data_was_prepared_with(
     prepared: Path, files: tuple
 ) -> None:
     manifest, _ = read_manifest(prepared)
     texts = files[1]
     tokenizer = Tokenizer.from_file(str(prepared / "tokenizer.json"))
-    same = {"seed": 0, "novels": texts, "tokenizer": None}
+    same = {"seed": 0, "library": True, "files": texts, "mixture": MIXTURE, "tokenizer": None}
     check_options(prepared, manifest, **same)
     given = {**manifest, "tokenizer_given": True}
     check_options(prepared, given, **{**same, "tokenizer": tokenizer})
     for change, message in (
         ({"seed": 1}, "--seed: .* was prepared with 0, got 1"),
-        ({"novels": []}, r"--novels: .* with 1 novels, got 0 .*differs: Dickens_X_1850\.txt"),
-        ({"novels": [replace(texts[0], sha256="x")]}, "--novels: .*differs: Dickens"),
+        ({"files": []}, r"--corpus: .* with 1 texts, got 0 .*differs: Dickens_X_1850\.txt"),
+        ({"files": [replace(texts[0], sha256="x")]}, "--corpus: .*differs: Dickens"),
+        ({"library": False}, "--with-library: .* the Python library, got no Python library"),
+        (
+            {"mixture": replace(MIXTURE, chat_fraction=0.1)},
+            "--chat-fraction: .* with 0.05, got 0.1",
+        ),
+        (
+            {"mixture": replace(MIXTURE, text_fraction=0.1)},
+            "--corpus-fraction: .* with 1.0, got 0.1",
+        ),
         ({"tokenizer": tokenizer}, "--tokenizer: .* one trained on the text, got another one"),
     ):
         with pytest.raises(CorpusError, match=message):
             check_options(prepared, manifest, **{**same, **change})
     with pytest.raises(CorpusError, match=r"--tokenizer: .* with a given one, got one trained"):
         check_options(prepared, given, **same)
+
+
+def test_data_that_an_earlier_version_prepared_are_known_by_its_words(
+    prepared: Path, files: tuple
+) -> None:
+    manifest, _ = read_manifest(prepared)
+    mixture = {**manifest["mixture"], "novel_fraction": 0.25}
+    del mixture["text_fraction"]
+    entries = [{**f, "corpus": f["corpus"].replace("texts", "novels")} for f in manifest["files"]]
+    old = {**manifest, "mixture": mixture, "files": entries}
+    same = {"seed": 0, "library": True, "files": files[1], "tokenizer": None}
+    check_options(prepared, old, mixture=replace(MIXTURE, text_fraction=0.25), **same)
+    with pytest.raises(CorpusError, match=r"--corpus-fraction: .* with 0\.25, got 1\.0"):
+        check_options(prepared, old, mixture=MIXTURE, **same)

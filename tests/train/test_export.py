@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from elastic_moe.errors import TrainingError
-from elastic_moe.model.checkpoint import load_model
+from elastic_moe.files import parse_size
+from elastic_moe.model.checkpoint import load_config, load_model
+from elastic_moe.model.config import ElasticBlock
+from elastic_moe.model.families import parameter_shapes
+from elastic_moe.model.saving import Item, _share_out
+from elastic_moe.train import export as export_module
+from elastic_moe.train.checkpoint import load_state
 from elastic_moe.train.data import Mixture, open_stream, prepare
-from elastic_moe.train.export import export, main
+from elastic_moe.train.export import export, main, trained_axes
 from elastic_moe.train.ledger import replay
 from elastic_moe.train.loop import Trainer, run
-from elastic_moe.train.plan import parse_stages
+from elastic_moe.train.mini import ELASTIC_MINI
+from elastic_moe.train.plan import TrainingPlan, parse_stages
+from elastic_moe.train.sampling import SamplingPlan
 from tests.train.small import CONFIG, PLAN, library
 
 MODEL = replace(CONFIG, vocab_size=300)
@@ -29,11 +39,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "run"
 
 
-def trained(data: Path, folder: Path, stages: str, steps: int) -> Trainer:
+def trained(
+    data: Path, folder: Path, stages: str, steps: int, plan: TrainingPlan = PLAN
+) -> Trainer:
     """A run of `stages` that was stopped after some steps; its data lie in `folder`."""
     folder.mkdir()
     (folder / "data").symlink_to(data / "data")
-    plan = replace(PLAN, stages=parse_stages(stages))
+    plan = replace(plan, stages=parse_stages(stages))
     trainer = Trainer(MODEL, plan, open_stream(folder / "data", plan.seed))
     for _ in range(steps):
         trainer.train_step()
@@ -45,7 +57,8 @@ def test_an_exported_checkpoint_has_the_weights_of_the_run_and_tells_the_steps_d
     data: Path, tmp_path: Path
 ) -> None:
     trainer = trained(data, tmp_path / "run", "6x14x1x128", 3)
-    export(tmp_path / "run", tmp_path / "out", MODEL)
+    ledger = export(tmp_path / "run", tmp_path / "out")
+    assert ledger == replay(trainer.plan, MODEL.shape, 3)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     model = load_model(tmp_path / "out")
     expected = dict(trainer.model.named_parameters())
@@ -54,13 +67,15 @@ def test_an_exported_checkpoint_has_the_weights_of_the_run_and_tells_the_steps_d
     for name, p in expected.items():
         assert torch.equal(found[name].bfloat16(), p.detach().bfloat16()), name
     training = json.loads((tmp_path / "out" / "manifest.json").read_text())["training"]
-    ledger = replay(trainer.plan, MODEL.shape, 3)
     assert training["steps"] == 3
     assert training["tokens"] == trainer.tokens == 3 * 512
     assert training["draws"] == ledger.draws_to_json()
     block = config["elastic_moe"]
     assert block["tokens"] == trainer.tokens
-    assert {axis: set(values) for axis, values in block["trained"].items()} == ledger.trained
+    assert block["trained"] == {
+        axis: list(values) for axis, values in trained_axes(ledger.trained, MODEL).items()
+    }
+    assert block["parent"] is None
 
 
 @pytest.mark.parametrize("steps", [0, 2])
@@ -69,20 +84,133 @@ def test_a_network_that_never_had_all_its_layers_is_not_exported(
 ) -> None:
     trained(data, tmp_path / "run", "2x2x1x128,6x2x1x128", steps)
     with pytest.raises(TrainingError, match=rf"is at step {steps} of 4, and no step .* 6 layers"):
-        export(tmp_path / "run", tmp_path / "out", MODEL)
+        export(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_state_is_not_exported_as_another_model_or_with_other_data(
-    data: Path, tmp_path: Path
-) -> None:
+def test_a_state_is_not_exported_with_other_data(data: Path, tmp_path: Path) -> None:
     trained(data, tmp_path / "run", "6x2x1x128", 1)
-    with pytest.raises(TrainingError, match="another model: max_positions = 640, got 1024"):
-        export(tmp_path / "run", tmp_path / "out", replace(MODEL, max_positions=1024))
     (tmp_path / "run" / "data").unlink()
     prepare(tmp_path / "run" / "data", library(tmp_path, 200), [], Mixture(), vocab_size=300)
     with pytest.raises(TrainingError, match="another data: source"):
-        export(tmp_path / "run", tmp_path / "out", MODEL)
+        export(tmp_path / "run", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("sampling", "axes"),
+    [
+        ({"fixed": "full"}, set()),
+        ({"fixed": "L4"}, {"depth"}),
+        ({"depth": 1.0, "top_k": 0.0, "pool": 0.0, "width": 0.0, "threshold": 0.0}, {"depth"}),
+        ({"depth": 0.0, "top_k": 1.0, "pool": 1.0, "width": 0.0}, {"top_k", "pool", "threshold"}),
+    ],
+    ids=["inelastic", "specialist", "depth-alone", "no-depth-no-width"],
+)
+def test_the_checkpoint_claims_the_axes_that_were_reduced_and_no_other(
+    sampling: dict, axes: set, data: Path, tmp_path: Path
+) -> None:
+    plan = replace(PLAN, sampling=SamplingPlan(**{"threshold": 0.5, **sampling}))
+    trained(data, tmp_path / "run", "6x40x1x128", 40, plan)
+    export(tmp_path / "run", tmp_path / "out")
+    assert set(load_config(tmp_path / "out").elastic.trained) == axes
+
+
+def test_what_the_parent_was_trained_for_is_claimed_where_it_was_kept_up() -> None:
+    parent = ElasticBlock(width_granules=4, trained={"depth": (2, 6), "width": (1, 4)})
+    config = replace(MODEL, elastic=parent)
+    drawn = {"depth": {6, 3}, "width": {4}, "top_k": {3}, "threshold": {0.0, 0.5}}
+    assert trained_axes(drawn, config) == {"depth": (2, 3, 6), "threshold": (0.0, 0.5)}
+
+
+def test_weights_are_split_where_they_may_not_be_large(data: Path, tmp_path: Path) -> None:
+    trained(data, tmp_path / "run", "6x2x1x128", 1)
+    assert main([str(tmp_path / "run"), str(tmp_path / "out"), "--max-shard-size", "60KB"]) == 0
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) == 4
+    assert shards[0].name == "model-00001-of-00004.safetensors"
+    whole = sum(p.numel() for p in load_model(tmp_path / "out").parameters()) * 2
+    assert max(shard.stat().st_size for shard in shards) < 60_000 + 20_000  # and a header
+    assert whole > 3 * 60_000
+
+
+def test_elastic_mini_comes_in_three_shards_under_16_mib() -> None:
+    """By the sizes of its tensors, of which the headers say names and places."""
+    sizes = [
+        (name, 2 * math.prod(shape) // (shape[0] if len(shape) == 3 else 1))
+        for name, shape in parameter_shapes(ELASTIC_MINI)
+        for _ in range(shape[0] if len(shape) == 3 else 1)
+    ]
+    limit = parse_size("15MiB")
+    shards = _share_out([Item(n, (b // 2,), torch.bfloat16, torch.Tensor) for n, b in sizes], limit)
+    assert len(shards) == 3
+    for shard in shards:
+        headers = 170 * len(shard)
+        assert sum(item.nbytes for item in shard) + headers < 16 << 20
+
+
+def test_an_earlier_checkpoint_is_replaced_as_a_whole_and_its_card_is_kept(
+    data: Path, tmp_path: Path
+) -> None:
+    trained(data, tmp_path / "run", "6x2x1x128", 1)
+    out = tmp_path / "out"
+    export(tmp_path / "run", out, max_shard_bytes=60_000)
+    (out / "README.md").write_text("a card")
+    export(tmp_path / "run", out)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "manifest.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_a_folder_of_other_things_is_left_alone(data: Path, tmp_path: Path) -> None:
+    trained(data, tmp_path / "run", "6x2x1x128", 1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(TrainingError, match=r"is no checkpoint of a training run\. Name a new"):
+        export(tmp_path / "run", tmp_path / "mine")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    with pytest.raises(TrainingError, match="is no checkpoint of a training run"):
+        export(tmp_path / "run", tmp_path / "mine" / "thesis.txt")
+
+
+def test_a_failed_export_leaves_the_earlier_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(data, tmp_path / "run", "6x2x1x128", 1)
+    export(tmp_path / "run", tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(export_module, "tokenizer_config", full)
+    with pytest.raises(OSError, match="disk full"):
+        export(tmp_path / "run", tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_a_state_of_the_version_before_is_exported(data: Path, tmp_path: Path) -> None:
+    """Its plan says nothing of fields that came later, nor does it say a parent."""
+    it = trained(data, tmp_path / "run", "6x4x1x128", 2)
+    state = tmp_path / "run" / "state.safetensors"
+    tensors, progress = load_state(state)
+    later = {"distill", "sandwich", "bias_rate", "dtype"}
+    plan = {key: value for key, value in progress["plan"].items() if key not in later}
+    del plan["sampling"]["fixed"], progress["parent"]
+    save_file(
+        tensors,
+        state,
+        {"elastic_moe_training": json.dumps({**progress, "plan": plan, "format": 2})},
+    )
+    export(tmp_path / "run", tmp_path / "out")
+    assert load_config(tmp_path / "out").elastic.tokens == it.tokens
 
 
 def test_the_command_says_in_one_line_what_is_wrong(
@@ -105,5 +233,5 @@ def test_export_of_a_run_that_ended_is_what_the_run_says_comes_next(
     plan = replace(PLAN, stages=parse_stages("6x1x1x128"))
     run(Trainer(MODEL, plan, open_stream(folder / "data", 0)), folder, report=lines.append)
     assert f"python -m elastic_moe.train.export {folder} FOLDER" in lines[-1]
-    export(folder, tmp_path / "out", MODEL)
+    export(folder, tmp_path / "out")
     assert load_model(tmp_path / "out").config.num_layers == 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from elastic_moe.errors import CorpusError, TrainingError
 from elastic_moe.routing import resolve
+from elastic_moe.train.checkpoint import load_state
 from elastic_moe.train.loop import Trainer, run
 from elastic_moe.train.plan import parse_stages
 from elastic_moe.train.progress import clock
@@ -125,6 +127,39 @@ def test_what_a_model_cannot_do_is_refused_before_the_first_step() -> None:
         Trainer(replace(CONFIG, tied_embeddings=False), PLAN, stream())
     with pytest.raises(CorpusError, match="the stream has 100 tokens, a piece needs 512"):
         TokenStream(stream().tokens[:100], bos=63, seed=0)
+
+
+def test_a_run_can_begin_with_given_weights_and_says_so(tmp_path: Path) -> None:
+    weights = {name: p.bfloat16() for name, p in parameters(awake({})).items()}
+    it = trainer()
+    it.adopt(weights, parent="1234abcd")
+    for name, p in parameters(it).items():
+        assert torch.equal(p, weights[name].float()), name
+    lines: list[str] = []
+    run(it, tmp_path, report=lines.append)
+    assert lines[0] == "begins with the weights of 1234abcd; the optimisers start anew"
+    assert load_state(tmp_path / "state.safetensors")[1]["parent"] == "1234abcd"
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [record.get("parent") for record in log] == ["1234abcd"] + [None] * 13
+
+
+def test_adopted_weights_must_be_the_models() -> None:
+    whole = parameters(awake({}))
+    name = "layers.3.self_attn.q_proj.weight"
+    less = {key: p for key, p in whole.items() if key != name}
+    for weights, message in (
+        (less, f"parameter {name!r} is missing from the weights of 'x'"),
+        ({**whole, "lm_head.weight": whole[name]}, "'lm_head.weight' is unknown, but among"),
+        ({**whole, name: whole[name][:4]}, rf"{name!r} must have shape \(32, 32\), got \(4, 32\)"),
+    ):
+        it = trainer()
+        before = parameters(it)
+        with pytest.raises(TrainingError, match=message):
+            it.adopt(weights, parent="x")
+        assert all(torch.equal(p, before[key]) for key, p in parameters(it).items())
+    it.train_step()
+    with pytest.raises(TrainingError, match="before the first step, got step 1"):
+        it.adopt(whole, parent="x")
 
 
 def test_progress_is_reported_in_plain_lines_that_end_in_what_to_do(tmp_path: Path) -> None:

@@ -1,55 +1,30 @@
-"""Draws of sub-networks follow the plan, and the ledger tells them truly."""
+"""A plan says what each step does, refuses what cannot be done, and replays to a true ledger."""
 
 from __future__ import annotations
 
 import json
-import random
-from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from elastic_moe.errors import TrainingError
 from elastic_moe.model.folder import BUNDLED
-from elastic_moe.routing import Subnet
+from elastic_moe.routing import resolve
 from elastic_moe.train.ledger import replay
 from elastic_moe.train.mini import ELASTIC_MINI
 from elastic_moe.train.plan import Stage, TrainingPlan, parse_stages
-from elastic_moe.train.sampling import SamplingPlan, sample_subnet
+from elastic_moe.train.sampling import SamplingPlan
 
 SHAPE = ELASTIC_MINI.shape
-
-
-def test_three_quarters_of_the_steps_run_the_whole_network_and_all_axes_are_drawn() -> None:
-    rng = random.Random(0)
-    subnets = [sample_subnet(SHAPE, SamplingPlan(), range(48), rng) for _ in range(4000)]
-    full = sum(subnet == Subnet.full(SHAPE) for subnet in subnets) / 4000
-    assert full == pytest.approx(0.75, abs=0.02)
-    reduced = [subnet for subnet in subnets if subnet != Subnet.full(SHAPE)]
-    assert len(reduced) == 4000 - round(full * 4000)  # a reduced step reduces something
-    seen = Counter(
-        axis
-        for s in reduced
-        for axis, changed in {
-            "prefix": s.is_prefix and s.depth < 48,
-            "subset": not s.is_prefix,
-            "k": s.uniform("top_k") in (1, 2, 3),
-            "k per layer": s.uniform("top_k") is None,
-            "width": s.uniform("width") != 8,
-            "pool": len(s.uniform("pool")) < 16,
-            "threshold": s.uniform("threshold") > 0,
-        }.items()
-        if changed
-    )
-    assert min(seen.values()) > 40
-    assert len(seen) == 7
-    assert {s.depth for s in reduced} == set(range(6, 49, 6))
-    pools = {s.uniform("pool") for s in reduced}
-    assert pools == {tuple(range(p)) for p in (4, 8, 12, 16)}  # nested
+STAGES = parse_stages("12x40x4x256,48x60x8x512")
+NEVER = dict.fromkeys(("depth", "top_k", "width", "pool", "threshold"), 0.0)
 
 
 def test_a_network_that_has_not_grown_yet_runs_layers_spread_over_its_depth() -> None:
-    plan = TrainingPlan(stages=parse_stages("12x200x4x256,24x1x4x256,48x1x4x256"))
+    sampling = SamplingPlan(depth=0.5)
+    stages = parse_stages("12x200x4x256,24x1x4x256,48x1x4x256")
+    plan = TrainingPlan(stages=stages, sampling=sampling)
     assert plan.stages[0].grown(48) == list(range(0, 48, 4))
     assert plan.stages[1].grown(48) == list(range(0, 48, 2))
     assert plan.stages[2].grown(48) == list(range(48))
@@ -80,7 +55,77 @@ def test_stages_are_read_and_checked() -> None:
     for bad in ("12x10x4", "axbxcxd", "12x10x4x300", "0x1x1x256"):
         with pytest.raises(TrainingError, match="stage"):
             parse_stages(bad)
-    assert TrainingPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    with pytest.raises(TrainingError, match=r"Stage\(.*length=300\): .* length must divide 512"):
+        Stage(steps=1, layers=1, pieces=1, length=300)
+
+
+def test_a_plan_survives_json_and_reads_what_an_older_version_wrote() -> None:
+    sampling = SamplingPlan(depth=0.5, fixed="")
+    plan = TrainingPlan(stages=STAGES, sampling=sampling, distill=0.5, dtype="bfloat16")
+    data = json.loads(json.dumps(plan.to_json()))
+    assert TrainingPlan.from_json(data) == plan
+    for new in ("distill", "sandwich", "bias_rate", "dtype"):
+        del data[new]
+    del data["sampling"]["fixed"]
+    assert TrainingPlan.from_json(data) == TrainingPlan(stages=STAGES, sampling=sampling)
+    with pytest.raises(TrainingError, match="colour = 3 is no field that this version knows"):
+        TrainingPlan.from_json({**data, "colour": 3})
+    with pytest.raises(TrainingError, match="height = 1 is no field"):
+        TrainingPlan.from_json({**data, "sampling": {"height": 1}})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"distill": 1.5}, r"plan: distill must be a number in \[0, 1\], got 1\.5"),
+        ({"distill": float("nan")}, "distill must be"),
+        ({"bias_rate": -1e-3}, r"bias_rate must be a number at least 0, got -0\.001"),
+        ({"adam_lr": float("inf")}, "adam_lr must be"),
+        ({"muon_lr": "0.1"}, "muon_lr must be a number"),
+        ({"warmup_steps": 0}, "warmup_steps must be a number at least 1, got 0"),
+        ({"decay_fraction": 2}, "decay_fraction must be"),
+        ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, got 'float16'"),
+        ({"stages": ()}, "stages must have at least one stage"),
+        ({"distill": 0.5, "sampling": SamplingPlan(fixed="L9")}, "distill = 0.5 needs reduced"),
+        ({"distill": 0.5, "sampling": SamplingPlan(full=1.0)}, "distill = 0.5 needs reduced"),
+        ({"sandwich": True, "sampling": SamplingPlan(**NEVER)}, "sandwich = True needs reduced"),
+        ({"sandwich": True, "sampling": SamplingPlan(full=0.5)}, "full = 0.5 has no meaning in a"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
+)
+def test_values_that_no_run_can_follow_are_refused(values: dict, message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        TrainingPlan(**{"stages": STAGES, **values})
+
+
+def test_what_a_model_lacks_is_refused() -> None:
+    biased = replace(ELASTIC_MINI, model_type="ernie4_5_moe", selection_bias=True)
+    plan = TrainingPlan(stages=STAGES, bias_rate=0.001)
+    plan.check_model(biased)
+    with pytest.raises(TrainingError, match=r"bias_rate must be 0 for .*'qwen3_moe'.*got 0\.001"):
+        plan.check_model(ELASTIC_MINI)
+    fixed = TrainingPlan(stages=STAGES, sampling=SamplingPlan(fixed="k5"))
+    with pytest.raises(TrainingError, match=r"fixed = 'k5': .*top_k must be .* \[1, 4\], got 5"):
+        fixed.check_model(ELASTIC_MINI)
+    with pytest.raises(TrainingError, match="tied_embeddings must be True, got False"):
+        plan.check_model(replace(biased, tied_embeddings=False))
+
+
+def test_a_step_trains_the_drawn_network_or_a_sandwich() -> None:
+    plan = TrainingPlan(stages=STAGES)
+    assert [plan.subnets(SHAPE, s) for s in range(9)] == [
+        (plan.subnet(SHAPE, s),) for s in range(9)
+    ]
+    sandwich = TrainingPlan(stages=STAGES, sandwich=True)
+    for step in (0, 40, 41, 42):
+        full, smallest, drawn = sandwich.subnets(SHAPE, step)
+        grown = sandwich.stage(step).grown(48)
+        assert full == sandwich.whole(SHAPE, step) == resolve(SHAPE, active_layers=grown)
+        assert smallest.depth == len(grown) // 8 + (len(grown) == 12)
+        assert drawn == sandwich.subnet(SHAPE, step) != full
+    assert sandwich.distilled_share == 1.0
+    assert replace(sandwich, distill=0.25).distilled_share == 0.25
+    assert plan.distilled_share == 0.0
 
 
 def test_a_stage_with_more_layers_than_the_model_is_refused() -> None:
@@ -102,20 +147,44 @@ def test_the_work_of_a_plan_is_tokens_times_layers() -> None:
     ]
 
 
-def test_the_ledger_counts_what_the_plan_draws() -> None:
-    plan = TrainingPlan(stages=parse_stages("12x40x4x256,48x60x8x512"))
+ONLY_K = SamplingPlan(depth=0, pool=0, width=0, threshold=0, top_k=0.9, per_layer=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"distill": 0.5},
+        {"sandwich": True},
+        {"sandwich": True, "sampling": ONLY_K},  # what is drawn is often the smallest
+    ],
+    ids=["plain", "distilled", "sandwich", "sandwich-of-two"],
+)
+def test_the_ledger_counts_what_the_plan_draws(options: dict) -> None:
+    plan = TrainingPlan(stages=STAGES, **options)
     ledger = replay(plan, SHAPE, 100)
-    subnets = [plan.subnet(SHAPE, step) for step in range(100)]
+    drawn = [plan.subnets(SHAPE, step) for step in range(100)]
+    subnets = [subnet for of_step in drawn for subnet in of_step]
     assert ledger.tokens == 40 * 4 * 512 + 60 * 8 * 512
-    assert ledger.full_steps == sum(s.name in ("Lx111111111111", "full") for s in subnets)
-    assert all(sum(counts.values()) == 100 for counts in ledger.draws.values())
-    late = [s.depth for s in subnets[40:] if s.is_prefix]
+    names = {"Lx111111111111", "full"}
+    assert ledger.full_steps == sum(any(s.name in names for s in nets) for nets in drawn)
+    assert all(sum(counts.values()) == len(subnets) for counts in ledger.draws.values())
+    late = [s.depth for nets in drawn[40:] for s in nets if s.is_prefix]
     assert ledger.trained["depth"] == set(late)
-    expected = sum(
-        3 * s.flops_per_token(128 if step < 40 else 256) * (2048 if step < 40 else 4096)
-        for step, s in enumerate(subnets)
-    )
+    expected = 0.0
+    for step, nets in enumerate(drawn):
+        tokens, context = (2048, 128) if step < 40 else (4096, 256)
+        per_token = 3 * sum(s.flops_per_token(context) for s in nets)
+        if "distill" in options and not names & {s.name for s in nets}:
+            per_token += plan.whole(SHAPE, step).flops_per_token(context)  # the teacher
+        expected += per_token * tokens
     assert ledger.flops == pytest.approx(expected)
+
+
+def test_a_specialist_claims_its_own_values_alone() -> None:
+    plan = TrainingPlan(stages=STAGES, sampling=SamplingPlan(fixed="L36-p8"))
+    trained = replay(plan, SHAPE, 100).trained
+    assert trained == {"depth": {36}, "top_k": {4}, "width": {8}, "pool": {8}, "threshold": {0.0}}
 
 
 def test_the_bundled_manifest_agrees_with_a_replay_of_its_plan() -> None:

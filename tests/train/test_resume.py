@@ -13,11 +13,14 @@ import pytest
 import torch
 
 from elastic_moe.errors import TrainingError
+from elastic_moe.model.config import ModelConfig
 from elastic_moe.train import checkpoint
 from elastic_moe.train.checkpoint import load_state, save_state
 from elastic_moe.train.ledger import replay
 from elastic_moe.train.loop import Trainer, run
 from elastic_moe.train.plan import TrainingPlan, parse_stages
+from elastic_moe.train.sampling import SamplingPlan
+from tests.train.kills import SAVE_EVERY
 from tests.train.small import CONFIG, PLAN, parameters, stream, trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +29,16 @@ STATE = "state.safetensors"
 
 def logged_steps(folder: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_states(one: Path, other: Path) -> None:
+    """Bit for bit: weights, momenta, counters."""
+    tensors, progress = load_state(one)
+    expected, expected_progress = load_state(other)
+    assert progress == expected_progress
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensors[name], tensor), name
 
 
 def stopped(folder: Path, steps: int = 7) -> None:
@@ -37,18 +50,60 @@ def stopped(folder: Path, steps: int = 7) -> None:
     it.save(folder / STATE)
 
 
-def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(tmp_path: Path) -> None:
-    straight = trainer()
+BIASED = replace(CONFIG, model_type="ernie4_5_moe", selection_bias=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (CONFIG, {}),
+        (CONFIG, {"sampling": SamplingPlan()}),
+        (CONFIG, {"sampling": SamplingPlan(), "distill": 0.5}),
+        (CONFIG, {"sampling": SamplingPlan(), "sandwich": True}),
+        (CONFIG, {"sampling": SamplingPlan(fixed="L3-p4")}),
+        (CONFIG, {"dtype": "bfloat16"}),
+        (BIASED, {"bias_rate": 0.01}),
+    ],
+    ids=["plain", "default-draws", "distill", "sandwich", "fixed", "bfloat16", "bias"],
+)
+def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(
+    config: ModelConfig, options: dict, tmp_path: Path
+) -> None:
+    plan = replace(PLAN, stages=parse_stages("2x3x1x128,6x4x1x128"), **options)
+    straight, stopped, resumed = (Trainer(config, plan, stream()) for _ in range(3))
     run(straight, tmp_path / "straight")
-    stopped(tmp_path / "stopped")
-    resumed = trainer()
+    (tmp_path / "stopped").mkdir()
+    for _ in range(4):
+        stopped.train_step()
+    stopped.save(tmp_path / "stopped" / STATE)
     run(resumed, tmp_path / "stopped")
-    assert resumed.step == straight.step == 14
+    assert resumed.step == straight.step == 7
     assert resumed.tokens == straight.tokens
-    for name, p in parameters(straight).items():
-        assert torch.equal(p, parameters(resumed)[name]), name
-    assert logged_steps(tmp_path / "straight") == list(range(1, 15))
-    assert logged_steps(tmp_path / "stopped") == list(range(8, 15))  # it did not begin again
+    assert_same_states(tmp_path / "stopped" / STATE, tmp_path / "straight" / STATE)
+    assert logged_steps(tmp_path / "straight") == list(range(1, 8))
+    assert logged_steps(tmp_path / "stopped") == [5, 6, 7]  # it did not begin again
+
+
+def test_a_run_resumes_with_the_weights_that_it_began_with_only(tmp_path: Path) -> None:
+    weights = parameters(trainer(replace(PLAN, seed=5)))
+    begun = trainer()
+    begun.adopt(weights, parent="good")
+    run(begun, tmp_path, max_seconds=0)
+    for wrong, message in ((None, "not with random weights"), ("bad", "not with bad")):
+        it = trainer()
+        if wrong is not None:
+            it.adopt(weights, parent=wrong)
+        with pytest.raises(TrainingError, match=f"began with good, {message}"):
+            run(it, tmp_path)
+    right = trainer()
+    right.adopt(weights, parent="good")
+    run(right, tmp_path)
+    assert load_state(tmp_path / STATE)[1]["parent"] == "good"
+    run(trainer(), tmp_path / "random", max_seconds=0)
+    other = trainer()
+    other.adopt(weights, parent="good")
+    with pytest.raises(TrainingError, match="began with random weights, not with good"):
+        run(other, tmp_path / "random")
 
 
 def test_steps_that_a_kill_undid_are_logged_once(tmp_path: Path) -> None:
@@ -66,7 +121,7 @@ def test_steps_that_a_kill_undid_are_logged_once(tmp_path: Path) -> None:
     ("other", "field"),
     [
         ({"plan": replace(PLAN, stages=parse_stages("2x6x1x128"))}, "plan: stages"),
-        ({"plan": replace(PLAN, adam_lr=0.1)}, "plan: adam_lr = 0.003, got 0.1"),
+        ({"plan": replace(PLAN, adam_lr=0.1)}, "plan: adam_lr = 0.0045, got 0.1"),
         ({"config": replace(CONFIG, max_top_k=2)}, "model: max_top_k = 3, got 2"),
         ({"stream": stream("other text")}, "data: source = '', got 'other text'"),
     ],
@@ -105,7 +160,7 @@ def test_a_state_of_another_kind_is_refused(tmp_path: Path) -> None:
     tensors, progress = load_state(path)
     assert (float(tensors["a"]), progress["step"]) == (1.0, 1)
     save_state(path, {}, {"format": 99})
-    with pytest.raises(TrainingError, match="format 99, this version reads 2"):
+    with pytest.raises(TrainingError, match="format 99, this version reads 3"):
         load_state(path)
 
 
@@ -172,11 +227,22 @@ def test_a_killed_run_becomes_bit_for_bit_the_run_that_was_not(tmp_path: Path) -
         assert load_state(killed / STATE)[1]["step"] == saved
         assert logged_steps(killed) == list(range(1, logged + 1))
     run(trainer(), killed)
-    tensors, progress = load_state(killed / STATE)
-    expected, expected_progress = load_state(tmp_path / "straight" / STATE)
-    assert progress == expected_progress
-    assert tensors.keys() == expected.keys()
-    for name, tensor in expected.items():  # momenta included
-        assert torch.equal(tensors[name], tensor), name
+    assert_same_states(killed / STATE, tmp_path / "straight" / STATE)
     assert logged_steps(killed) == list(range(1, 15))
     assert sorted(p.name for p in killed.iterdir()) == ["log.jsonl", "plan.json", STATE]
+
+
+def test_kills_at_random_moments_lose_no_more_than_one_interval(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.train.kills", str(tmp_path), "20"]
+    out = subprocess.run(command, cwd=ROOT, check=True, timeout=240, stdout=subprocess.PIPE).stdout
+    kills = [json.loads(line) for line in out.splitlines()]
+    assert len(kills) == 20
+    for one in kills:
+        assert one["before"] <= one["after"] <= one["logged"]  # the last state is never lost
+        assert one["logged"] - one["after"] <= SAVE_EVERY
+    assert any(one["logged"] > one["after"] for one in kills)  # some did undo steps
+    assert_same_states(tmp_path / "killed" / STATE, tmp_path / "straight" / STATE)
+    steps = logged_steps(tmp_path / "straight")
+    assert logged_steps(tmp_path / "killed") == steps == list(range(1, steps[-1] + 1))
+    names = ["log.jsonl", "plan.json", STATE]
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == names

@@ -1,0 +1,68 @@
+"""The log of a run: `log.jsonl`, a line per step, and `log.csv`, the same as a table.
+
+Lines of JSON are what a run writes as it goes on and cuts back when it resumes: a crash spoils at
+most the last. The table is made of them whenever a run ends, for spreadsheets and pandas.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from elastic_moe.files import write_text
+from elastic_moe.routing import ModelShape, resolve
+from elastic_moe.train.plan import TrainingPlan
+
+LOG, TABLE = "log.jsonl", "log.csv"
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's steps, in order; a line that a kill cut short is left out."""
+    path = folder / LOG
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def write_table(folder: Path) -> Path:
+    """Write `log.csv` from `log.jsonl`; a column for every key, lists joined by spaces."""
+    records = read_log(folder)
+    columns = dict.fromkeys(key for record in records for key in record)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+    writer.writeheader()
+    for record in records:
+        writer.writerow(
+            {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in record.items()}
+        )
+    write_text(folder / TABLE, text.getvalue())
+    return folder / TABLE
+
+
+def split_records(
+    records: Sequence[dict[str, Any]], plan: TrainingPlan, shape: ModelShape
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The records of steps that ran the full network, as far as it had grown, and the others."""
+    whole = {
+        stage.layers: resolve(shape, active_layers=stage.grown(shape.num_layers)).name
+        for stage in plan.stages
+    }
+    full: list[dict[str, Any]] = []
+    reduced: list[dict[str, Any]] = []
+    for record in records:
+        (full if record["subnet"] == whole[record["layers"]] else reduced).append(record)
+    return full, reduced
+
+
+def last_loss(records: Sequence[dict[str, Any]]) -> float | None:
+    """The mean loss of the last fiftieth of the records, or of four; None without any."""
+    last = [record["loss"] for record in records[-max(4, len(records) // 50) :]]
+    return round(sum(last) / len(last), 4) if last else None

@@ -1,0 +1,253 @@
+"""Tell what a super-network cost to train, and what each network that comes out of it costs.
+
+Counts the operations of a training that was done, from its plan or its manifest: of the
+super-network, of refining a sub-network alone, and of training it from scratch instead; what one
+network costs when n share the super-network, and from which n on sharing is cheaper.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from elastic_moe.cli.arguments import add_download, positive_integer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+EXAMPLES = """examples:
+  elastic-moe budget                                  how the bundled super-network pays off
+  elastic-moe budget --refine L24-k2:200k --networks 16
+  elastic-moe budget runs/mini --refine L24 --refine L24-k2:1M --json
+  elastic-moe budget path/to/checkpoint --refine k2:5M --scratch-tokens 100M
+"""
+MOST_COLUMNS = 4
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+_TOKENS = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)([kKmMgGbBtT]?)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of this command."""
+    parser.add_argument(
+        "trained",
+        nargs="?",
+        default="elastic-mini",
+        metavar="RUN_OR_CHECKPOINT",
+        help="the folder of a training run, a bundled model, or a checkpoint folder whose "
+        "manifest.json tells of its training (default: %(default)s)",
+    )
+    add_download(parser)
+    parser.add_argument(
+        "--refine",
+        action="append",
+        default=[],
+        type=_refinement,
+        metavar="NAME[:TOKENS]",
+        help="a sub-network to extract, such as L24-k2, and the tokens it is then trained on "
+        "alone, such as 500k or 1M (default: none); may be repeated",
+    )
+    parser.add_argument(
+        "--began-with",
+        action="append",
+        default=[],
+        metavar="RUN_OR_CHECKPOINT",
+        help="an earlier training that this one went on from, which counts too; may be repeated, "
+        "the first training first",
+    )
+    parser.add_argument(
+        "--networks",
+        type=positive_integer,
+        default=8,
+        metavar="N",
+        help="share the super-network's cost among 1, 2, 4, ... N networks (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--scratch-tokens",
+        type=_positive_tokens,
+        metavar="TOKENS",
+        help="tokens of a training from scratch (default: those of the super-network)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it; returns the exit status."""
+    from elastic_moe.lab.budget import make_budget  # deferred: loads torch
+    from elastic_moe.lab.trained import read_training
+    from elastic_moe.routing import parse_name
+
+    training = read_training(args.trained, download=args.download)
+    budget = make_budget(
+        training,
+        [(parse_name(training.shape, name), tokens) for name, tokens in args.refine],
+        earlier=[read_training(name, download=args.download) for name in args.began_with],
+        networks=args.networks,
+        scratch_tokens=args.scratch_tokens,
+    )
+    if args.json:
+        json.dump(budget, sys.stdout, indent=1)
+        print()
+    else:
+        show(budget)
+    return 0
+
+
+def show(budget: dict[str, Any]) -> None:
+    """Print for a person."""
+    from rich.console import Console
+
+    # A pipe has no width of its own. No markup: names are not ours.
+    width = None if sys.stdout.isatty() else 100
+    plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+    console = Console(width=width, **plain)
+    for line in _about_training(budget):
+        console.print(line)
+    Console(width=width and 160, **plain).print(_table(budget))  # large numbers stay whole
+    for line in _about_networks(budget):
+        console.print(line)
+
+
+def _about_training(budget: dict[str, Any]) -> Iterator[str]:
+    """Lines about the super-network: its trainings, and an inelastic one beside them."""
+    from elastic_moe.lab.frontier import format_si
+
+    trained, parts = budget["super_network"], budget["trainings"]
+    for one in parts:
+        yield (
+            f"{one['name']} ({one['kind']}): {one['steps']:,} of {one['planned_steps']:,} steps, "
+            f"{format_si(one['tokens'])} tokens, {format_si(one['flops'], 'FLOP')}"
+        )
+    if len(parts) > 1:
+        total = format_si(trained["flops"], "FLOP")
+        yield f"together: {format_si(trained['tokens'])} tokens, {total}"
+    if trained["uncounted"] is not None:
+        before = trained["uncounted"]
+        yield (
+            f"NOT COUNTED: the training of {before['parent']} ({format_si(before['tokens'])} "
+            f"tokens), with which it began. Name it with --began-with."
+        )
+    ratio, extra = trained["of_inelastic"], trained["distillation_flops"]
+    change = _percent(abs(1 - ratio))
+    than = f"{change} {'less' if ratio < 1 else 'more'} than"
+    distilled = f" Distilling took {_percent(extra / trained['flops'])}." if extra else ""
+    yield (
+        f"That is {'as much as' if change == _percent(0) else than} an inelastic run of the same "
+        f"tokens ({format_si(trained['inelastic_flops'], 'FLOP')}).{distilled} "
+        f"{_measured(trained['measured'])}"
+    )
+    yield (
+        f"One network's cost in % of the super-network's, when n share it; from scratch: "
+        f"{format_si(budget['scratch_tokens'])} tokens"
+    )
+
+
+def _measured(measured: dict[str, Any] | None) -> str:
+    from elastic_moe.lab.frontier import format_si
+
+    if measured is None:
+        return "Time: not measured."
+    seconds, rate = f"Measured: {measured['seconds']:,.1f} s", measured["flops_per_second"]
+    if rate is None:
+        return f"{seconds} in {measured['timed_steps']:,} of the steps."
+    return f"{seconds}, {format_si(rate, 'FLOP')}/s."
+
+
+def _table(budget: dict[str, Any]) -> Table:
+    """A row for every network, and one for their mean."""
+    from rich import box
+    from rich.table import Table
+
+    from elastic_moe.lab.frontier import format_si
+
+    rows = [*budget["networks"]]
+    if len(rows) > 1:
+        rows.append({"name": "mean", **budget["mean"]})
+    counts = [one["networks"] for one in rows[0]["shared"]]
+    stride = max(1, -(-(len(counts) - 1) // (MOST_COLUMNS - 1)))
+    counts = [*counts[:-1:stride], counts[-1]]
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("network", no_wrap=True)
+    shared = (f"n={n:,}" for n in counts)
+    for heading in ("tokens", "refinement", *shared, "from scratch", "pays from"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        tokens, least = row.get("refinement_tokens"), row["break_even_networks"]
+        costs = {one["networks"]: one["of_super_network"] for one in row["shared"]}
+        shares = (
+            row["refinement_of_super_network"],
+            *(costs[n] for n in counts),
+            row["scratch_of_super_network"],
+        )
+        table.add_row(
+            row["name"],
+            format_si(tokens) if tokens else "",
+            *(f"{100 * share:,.1f}" for share in shares),
+            "never" if least is None else f"n={least:,}",
+        )
+    return table
+
+
+def _about_networks(budget: dict[str, Any]) -> Iterator[str]:
+    """Lines that put the shares in their place, and say what was counted."""
+    from elastic_moe.lab.frontier import format_si
+
+    refined = [row for row in budget["networks"] if row["refinement_tokens"]]
+    for row in refined:
+        last = row["shared"][-1]
+        yield (
+            f"Refining {row['name']} costs {_percent(row['refinement_of_super_network'])} of an "
+            f"existing super-network. When {last['networks']:,} networks bear the super-network's "
+            f"cost, {row['name']} costs {_percent(last['of_super_network'])} of it in all, of "
+            f"which refinement is {_percent(last['refinement_of_total'])}."
+        )
+    if not refined:
+        last = budget["mean"]["shared"][-1]
+        yield (
+            f"Extracting one costs 0 % of an existing super-network, and "
+            f"{_percent(last['of_super_network'])} of it when {last['networks']:,} networks bear "
+            f"its cost."
+        )
+    together = budget["together"]
+    if together["networks"] > 1:
+        yield (
+            f"These {together['networks']} cost {format_si(together['flops'], 'FLOP')} with the "
+            f"super-network, {format_si(together['scratch_flops'], 'FLOP')} if each is trained "
+            f"from scratch."
+        )
+    yield (
+        "Counted: forward and backward, attention over half a sequence, the head; not the "
+        "embedding look-up, nor the optimiser; a threshold as if it dropped nothing. From scratch "
+        "grows as the super-network did. Equal tokens do not make equal quality: see "
+        "benchmarks/CLAIMS.md."
+    )
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * ratio:,.1f} %"
+
+
+def _tokens(text: str) -> int:
+    """500 -> 500, 200k -> 200,000, 1.5M -> 1,500,000."""
+    match = _TOKENS.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"tokens must be a number such as 200000, 200k or 1.5M, got {text!r}"
+        )
+    return round(Fraction(match[1]) * _UNITS[match[2].upper()])
+
+
+def _positive_tokens(text: str) -> int:
+    tokens = _tokens(text)
+    if tokens < 1:
+        raise argparse.ArgumentTypeError(f"tokens must be at least 1, got {text!r}")
+    return tokens
+
+
+def _refinement(text: str) -> tuple[str, int]:
+    name, colon, tokens = text.partition(":")
+    return name, _tokens(tokens) if colon else 0

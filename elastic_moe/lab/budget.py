@@ -1,0 +1,281 @@
+"""The compute ledger: what a super-network costs, and what each network that comes out of it costs.
+
+Everything is counted in floating-point operations (FLOP), two per multiply-add. With
+
+    f(s, c)  operations of one token forward through sub-network s at c positions of context:
+             matrices, attention, norms, router and head; not the embedding look-up, softmax, RoPE
+             and activations (`Subnet.flops_per_token`)
+    3 f      forward and backward; what the optimiser does is not counted
+    c        half the length of a training sequence, which is the mean over its tokens
+
+and a threshold that counts as if it dropped nothing, the figures are:
+
+    super-network   F = sum over steps of 3 f(s, c) tokens_step over the networks s that the step
+                    trains, and f of one that it only runs, to distil from
+    inelastic       I = sum over steps of 3 f(all layers of that step, c) tokens_step; F / I - 1 is
+                    what elastic training costs, or saves where it is negative
+    refinement      R = 3 f(s, c of the last stage) tokens: s trained on, alone
+    from scratch    S = tokens x the mean over the run's tokens of 3 f(s, c), where s grows as the
+                    super-network grew: a stage runs those layers of s that it has. Of the full
+                    network on the same tokens this is I
+    per network     F / n + R when n networks share the super-network
+    break-even      the smallest n with F + n R < n S; none where R >= S
+
+Shares are of F ("of an existing super-network"), of F / n + R ("of the total") or of S. All of this
+is compute: equal tokens do not make equal quality.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+from elastic_moe.errors import OptionError
+from elastic_moe.lab.trained import Training, stages_done
+from elastic_moe.routing import ModelShape, Subnet, resolve
+from elastic_moe.routing.subnet import INACTIVE
+from elastic_moe.train.ledger import replay
+from elastic_moe.train.plan import Stage, TrainingPlan
+
+FORWARD_AND_BACKWARD = 3  # in units of a forward pass
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A network that comes out of the super-network.
+
+    Attributes:
+        tokens: it is refined on, alone; 0 for one that is used as it was extracted.
+        refinement_flops: R.
+        scratch_flops: S.
+    """
+
+    name: str
+    tokens: int
+    flops_per_token: float
+    refinement_flops: float
+    scratch_flops: float
+
+
+def training_flops_per_token(subnet: Subnet, length: int) -> float:
+    """3 f(s, c): forward and backward, in sequences of `length` tokens."""
+    return FORWARD_AND_BACKWARD * subnet.flops_per_token(length // 2)
+
+
+def inelastic_flops(plan: TrainingPlan, shape: ModelShape, steps: int) -> float:
+    """I: the same steps, each with all layers that the network had grown to and nothing reduced."""
+    return sum(
+        tokens
+        * training_flops_per_token(
+            resolve(shape, active_layers=stage.grown(shape.num_layers)), stage.length
+        )
+        for stage, tokens in stages_done(plan, steps)
+    )
+
+
+def distillation_flops(plan: TrainingPlan, shape: ModelShape, steps: int) -> float:
+    """What distillation adds: forward passes of a network that the step does not train."""
+    if not plan.distill:
+        return 0.0
+    without = replay(replace(plan, distill=0.0), shape, steps).flops
+    return replay(plan, shape, steps).flops - without
+
+
+def scratch_flops(plan: TrainingPlan, steps: int, subnet: Subnet) -> float:
+    """S on the tokens of the plan's first `steps` steps: `subnet` alone, from random weights."""
+    return sum(
+        tokens * training_flops_per_token(_grown(subnet, stage), stage.length)
+        for stage, tokens in stages_done(plan, steps)
+    )
+
+
+def _grown(subnet: Subnet, stage: Stage) -> Subnet:
+    """What a training of the sub-network alone runs in a stage: those of its layers that are there.
+
+    One layer at least, where none of them is.
+    """
+    shape, grown = subnet.shape, stage.grown(subnet.shape.num_layers)
+    kept = set(grown).intersection(subnet.active_layers) or {subnet.active_layers[0]}
+    cut = (layer if i in kept else INACTIVE for i, layer in enumerate(subnet.layers))
+    return Subnet(shape, tuple(cut))
+
+
+def break_even(super_flops: float, refinement: float, scratch: float) -> int | None:
+    """The smallest n with F + n R < n S; None where no n has it.
+
+    Exact: floats are compared as the fractions that they are.
+    """
+    gain = Fraction(scratch) - Fraction(refinement)
+    return math.floor(Fraction(super_flops) / gain) + 1 if gain > 0 else None
+
+
+# --- the ledger
+
+
+def usual_subnets(shape: ModelShape) -> list[Subnet]:
+    """What one would extract first: quarters of the depth, half of the experts, half of both."""
+    L, k = shape.num_layers, max(1, shape.max_top_k // 2)
+    half = max(1, L // 2)
+    wanted = [
+        *(resolve(shape, depth=max(1, L * quarters // 4)) for quarters in (3, 2, 1)),
+        resolve(shape, top_k=k),
+        resolve(shape, depth=half, top_k=k),
+    ]
+    different = {subnet.name: subnet for subnet in wanted}
+    different.pop("full", None)
+    return list(different.values()) or [resolve(shape)]
+
+
+def networks_up_to(most: int) -> list[int]:
+    """1, 2, 4, ... and `most`."""
+    powers = [1 << i for i in range(most.bit_length())]
+    return powers if powers[-1] == most else [*powers, most]
+
+
+def make_budget(
+    training: Training,
+    refinements: Sequence[tuple[Subnet, int]] = (),
+    *,
+    earlier: Sequence[Training] = (),
+    networks: int = 8,
+    scratch_tokens: int | None = None,
+) -> dict[str, Any]:
+    """The ledger as JSON; the module says what each figure is.
+
+    Args:
+        refinements: sub-networks and the tokens that each is refined on; none: the usual ones,
+            used as they are extracted.
+        earlier: trainings that this one went on from, the first one first; they count too.
+        networks: the largest number of networks that share the super-network.
+        scratch_tokens: of a training from scratch; None for those of the super-network.
+
+    Returns:
+        FLOPs as numbers, shares as ratios (1 is 100 %).
+
+    Raises:
+        OptionError: a number is not positive, tokens to refine on are negative, or an earlier
+            training was of another model.
+    """
+    for field, value, least in (
+        ("networks", networks, 1),
+        ("scratch_tokens", scratch_tokens, 1),
+        *((f"tokens to refine {subnet.name} on", tokens, 0) for subnet, tokens in refinements),
+    ):
+        if value is not None and value < least:
+            raise OptionError(f"{field} must be at least {least}, got {value}.")
+    shape, parts = training.shape, [*earlier, training]
+    for part in earlier:
+        if part.shape != shape:
+            raise OptionError(
+                f"{part.path} has {part.shape}, but {training.path} has {shape}. Name a training "
+                f"that this one went on from."
+            )
+    length = stages_done(training.plan, training.steps)[-1][0].length
+    tokens_done = sum(part.tokens for part in parts)
+    super_network = _describe_super_network(parts)
+    flops = super_network["flops"]
+    share = 1.0 if scratch_tokens is None else scratch_tokens / tokens_done
+    rows = [
+        Network(
+            name=subnet.name,
+            tokens=tokens,
+            flops_per_token=subnet.flops_per_token(length // 2),
+            refinement_flops=training_flops_per_token(subnet, length) * tokens,
+            scratch_flops=share * sum(scratch_flops(p.plan, p.steps, subnet) for p in parts),
+        )
+        for subnet, tokens in refinements or [(subnet, 0) for subnet in usual_subnets(shape)]
+    ]
+    counts = networks_up_to(networks)
+    of_full = resolve(shape).flops_per_token(length // 2)
+    refined = sum(row.refinement_flops for row in rows)
+    alone = sum(row.scratch_flops for row in rows)
+    return {
+        "trainings": [
+            {
+                "name": part.name,
+                "path": str(part.path),
+                "kind": part.kind,
+                "steps": part.steps,
+                "planned_steps": part.plan.total_steps,
+                "tokens": part.tokens,
+                "flops": part.flops,
+            }
+            for part in parts
+        ],
+        "super_network": super_network,
+        "context_tokens": length // 2,
+        "scratch_tokens": tokens_done if scratch_tokens is None else scratch_tokens,
+        "networks": [
+            {
+                "name": row.name,
+                "flops_per_token": row.flops_per_token,
+                "of_full_per_token": row.flops_per_token / of_full,
+                "refinement_tokens": row.tokens,
+                **_costs(flops, row.refinement_flops, row.scratch_flops, counts),
+            }
+            for row in rows
+        ],
+        "mean": _costs(flops, refined / len(rows), alone / len(rows), counts),
+        "together": {
+            "networks": len(rows),
+            "flops": flops + refined,
+            "scratch_flops": alone,
+            "of_scratch": (flops + refined) / alone,
+        },
+    }
+
+
+def _describe_super_network(parts: Sequence[Training]) -> dict[str, Any]:
+    """The sum of its trainings, and what is not in it: what the first one began with."""
+    first = parts[0]
+    flops = sum(part.flops for part in parts)
+    inelastic = sum(inelastic_flops(part.plan, part.shape, part.steps) for part in parts)
+    seconds = [part.seconds for part in parts if part.seconds is not None]
+    timed, steps = sum(part.timed_steps for part in parts), sum(part.steps for part in parts)
+    total = math.fsum(seconds)
+    measured = {
+        "seconds": total,
+        "timed_steps": timed,
+        "flops_per_second": flops / total if timed == steps and total > 0 else None,
+    }
+    uncounted = {"parent": first.parent, "tokens": first.tokens_before}
+    return {
+        "steps": steps,
+        "tokens": sum(part.tokens for part in parts),
+        "flops": flops,
+        "inelastic_flops": inelastic,
+        "of_inelastic": flops / inelastic,
+        "distillation_flops": sum(
+            distillation_flops(part.plan, part.shape, part.steps) for part in parts
+        ),
+        "measured": measured if seconds else None,
+        "uncounted": None if first.parent is None else uncounted,
+    }
+
+
+def _costs(
+    super_flops: float, refinement: float, scratch: float, counts: Sequence[int]
+) -> dict[str, Any]:
+    """What one network costs, and n of them that cost the same."""
+    shared = [(n, super_flops / n + refinement) for n in counts]
+    return {
+        "refinement_flops": refinement,
+        "refinement_of_super_network": refinement / super_flops,
+        "refinement_of_scratch": refinement / scratch,
+        "scratch_flops": scratch,
+        "scratch_of_super_network": scratch / super_flops,
+        "break_even_networks": break_even(super_flops, refinement, scratch),
+        "shared": [
+            {
+                "networks": n,
+                "flops_per_network": cost,
+                "of_super_network": cost / super_flops,
+                "of_scratch": cost / scratch,
+                "refinement_of_total": refinement / cost,
+            }
+            for n, cost in shared
+        ],
+    }

@@ -1,0 +1,250 @@
+"""`elastic-moe budget`: its table, its JSON, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic_moe.cli import main
+from elastic_moe.cli.budget import EXAMPLES
+from elastic_moe.lab.frontier import format_percent, format_si
+from elastic_moe.train.sampling import SamplingPlan
+from tests.train.small import PLAN, trainer
+
+
+def ledger(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["budget", *arguments, "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def words(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What is printed, in one line."""
+    assert main(["budget", *arguments]) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A run of two steps that took 0.5 s each."""
+    (tmp_path / "later").mkdir()
+    done = trainer(replace(PLAN, sampling=SamplingPlan(fixed="full")))
+    done.train_step()
+    done.train_step()
+    done.save(tmp_path / "state.safetensors")
+    (tmp_path / "log.jsonl").write_text(
+        "".join(f'{{"step": {step}, "seconds": 0.5}}\n' for step in (1, 2))
+    )
+    return tmp_path
+
+
+def test_the_table_shows_what_the_json_says(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--refine", "L24-k2:200k", "--refine", "p8", "--networks", "6"]
+    found = ledger(capsys, *arguments)
+    assert main(["budget", "elastic-mini", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100
+    rows = [re.split(r"\s\s+", line.strip()) for line in out.splitlines()]
+    header = next(row for row in rows if row[0] == "network")
+    assert header == [
+        *(
+            "network",
+            "tokens",
+            "refinement",
+            "n=1",
+            "n=2",
+            "n=4",
+            "n=6",
+            "from scratch",
+            "pays from",
+        )
+    ]
+    for name, refined, row in (
+        ("L24-k2", ["200 k"], found["networks"][0]),
+        ("p8", [], found["networks"][1]),
+        ("mean", [], found["mean"]),
+    ):
+        shares = [
+            row["refinement_of_super_network"],
+            *(one["of_super_network"] for one in row["shared"]),
+            row["scratch_of_super_network"],
+        ]
+        least = f"n={row['break_even_networks']}"
+        assert [name, *refined, *(f"{100 * share:.1f}" for share in shares), least] in rows
+    trained, told = found["super_network"], " ".join(out.split())
+    assert format_si(trained["flops"], "FLOP") in told
+    assert f"{format_percent(1 - trained['of_inelastic'], 1)} less than an inelastic run" in told
+    assert f"These 2 cost {format_si(found['together']['flops'], 'FLOP')}" in told
+    assert "Time: not measured." in told
+    assert "Equal tokens do not make equal quality" in told
+
+
+def test_a_refinement_is_put_in_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = ledger(capsys, "--refine", "L24:100k", "--networks", "4")["networks"]
+    last = row["shared"][-1]
+    of_existing, of_one, of_total = (
+        format_percent(ratio, 1)
+        for ratio in (
+            row["refinement_of_super_network"],
+            last["of_super_network"],
+            last["refinement_of_total"],
+        )
+    )
+    assert (
+        f"Refining L24 costs {of_existing} of an existing super-network. When 4 networks bear the "
+        f"super-network's cost, L24 costs {of_one} of it in all, of which refinement is {of_total}."
+    ) in words(capsys, "--refine", "L24:100k", "--networks", "4")
+    assert last["of_super_network"] == pytest.approx(0.25 + row["refinement_of_super_network"])
+
+
+def test_extraction_alone_is_put_in_its_place_too(capsys: pytest.CaptureFixture[str]) -> None:
+    told = words(capsys, "--networks", "40")
+    assert "costs 0 % of an existing super-network, and 2.5 % of it when 40 networks bear" in told
+
+
+def test_a_network_that_never_pays_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    told = words(capsys, "--refine", "L24:1G")
+    assert " never" in told
+    assert "…" not in told
+    (row,) = ledger(capsys, "--refine", "L24:1G")["networks"]
+    assert row["break_even_networks"] is None
+
+
+def test_many_networks_leave_the_table_narrow(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["budget", "--networks", "1000"]) == 0
+    out = capsys.readouterr().out
+    assert "n=1,000" in out
+    assert "…" not in out
+    assert max(map(len, out.splitlines())) <= 100
+    assert [one["networks"] for one in ledger(capsys, "--networks", "1000")["mean"]["shared"]] == [
+        *(2**i for i in range(10)),
+        1000,
+    ]
+
+
+def test_a_run_tells_the_time_that_it_took(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = ledger(capsys, str(run_folder))["super_network"]
+    assert found["measured"] == {
+        "seconds": 1.0,
+        "timed_steps": 2,
+        "flops_per_second": found["flops"],
+    }
+    told = words(capsys, str(run_folder))
+    assert f"{run_folder.name} (run): 2 of 14 steps, 1.02 k tokens" in told
+    assert f"Measured: 1.0 s, {format_si(found['flops'], 'FLOP')}/s." in told
+    assert "That is as much as an inelastic run" in told
+    (run_folder / "log.jsonl").write_text('{"step": 2, "seconds": 0.5}\n')
+    assert "Measured: 0.5 s in 1 of the steps." in words(capsys, str(run_folder))
+
+
+def test_distillation_is_told_apart(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = trainer(replace(PLAN, distill=0.5, sampling=SamplingPlan(full=0.0)))
+    done.train_step()
+    done.save(run_folder / "state.safetensors")
+    found = ledger(capsys, str(run_folder))["super_network"]
+    share = format_percent(found["distillation_flops"] / found["flops"], 1)
+    assert found["distillation_flops"] > 0
+    assert f"Distilling took {share}." in words(capsys, str(run_folder))
+
+
+def test_a_run_that_went_on_from_another_says_what_is_not_counted(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    later = trainer(PLAN)
+    later.adopt(dict(trainer(PLAN).model.named_parameters()), "first sha256:ab")
+    later.train_step()
+    later.save(tmp_path / "later" / "state.safetensors")
+    second = str(tmp_path / "later")
+    assert "NOT COUNTED: the training of first sha256:ab" in words(capsys, second)
+    both = words(capsys, second, "--began-with", str(run_folder))
+    assert "NOT COUNTED" not in both
+    assert f"{run_folder.name} (run): 2 of 14 steps" in both
+    assert "later (run): 1 of 14 steps" in both
+    found = ledger(capsys, second, "--began-with", str(run_folder))
+    assert f"together: 1.54 k tokens, {format_si(found['super_network']['flops'], 'FLOP')}" in both
+    assert main(["budget", second, "--began-with", "elastic-mini"]) == 2
+
+
+def test_what_costs_more_than_an_inelastic_run_says_so(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = trainer(replace(PLAN, sandwich=True, sampling=SamplingPlan()))
+    done.train_step()
+    done.save(run_folder / "state.safetensors")
+    ratio = ledger(capsys, str(run_folder))["super_network"]["of_inelastic"]
+    assert ratio > 1
+    told = words(capsys, str(run_folder))
+    assert f"{format_percent(ratio - 1, 1)} more than an inelastic run" in told
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("7", 7), ("200k", 200_000), ("1.5M", 1_500_000), ("2B", 2 * 10**9), ("0.3G", 300_000_000)],
+)
+def test_tokens_may_have_a_unit(text: str, tokens: int, capsys: pytest.CaptureFixture[str]) -> None:
+    found = ledger(capsys, "--refine", f"k1:{text}", "--scratch-tokens", text)
+    assert found["networks"][0]["refinement_tokens"] == found["scratch_tokens"] == tokens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--refine", "L99"], "depth must be an integer in [1, 48], got 99"),
+        (["--refine", "nonsense:1M"], "'nonsense' is no sub-network name"),
+        (["--refine", ""], "is no sub-network name"),
+        (["no/such/folder"], "'no/such/folder' is neither the folder of a training run"),
+    ],
+)
+def test_what_does_not_fit_is_a_bad_argument(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["budget", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--refine", "L24:many"], "tokens must be a number such as 200000, 200k or 1.5M"),
+        (["--refine", "L24:-5"], "got '-5'"),
+        (["--scratch-tokens", "0"], "tokens must be at least 1, got '0'"),
+        (["--networks", "0"], "must be an integer of at least 1, got '0'"),
+    ],
+)
+def test_a_number_that_is_none_is_a_bad_argument(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["budget", *arguments])
+    assert done.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_folders_of_other_kinds_are_bad_arguments_and_damaged_ones_failures(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["budget", str(tmp_path)]) == 2
+    assert main(["budget", str(tiny_folder)]) == 2
+    (tmp_path / "state.safetensors").write_bytes(b"half")
+    assert main(["budget", str(tmp_path)]) == 1
+    assert "is no training state" in capsys.readouterr().err
+
+
+def test_the_examples_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line.strip().split("  ")[0] for line in EXAMPLES.splitlines()[1:]]
+    for line in lines:
+        command, subcommand, *arguments = shlex.split(line)
+        assert (command, subcommand) == ("elastic-moe", "budget")
+        there = [w for w in arguments if w not in ("runs/mini", "path/to/checkpoint")]
+        assert main(["budget", *there]) == 0
+        capsys.readouterr()

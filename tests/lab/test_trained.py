@@ -1,0 +1,139 @@
+"""What a run's folder or a checkpoint's manifest says of a training, and what is neither."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic_moe.errors import CheckpointError, OptionError, TrainingError
+from elastic_moe.lab.budget import make_budget
+from elastic_moe.lab.trained import read_training
+from elastic_moe.model.extract import extract
+from elastic_moe.model.folder import BUNDLED
+from elastic_moe.train.ledger import replay
+from elastic_moe.train.loop import run
+from tests.train.small import CONFIG, PLAN, trainer
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped at step 4 of 14, whose log was written further than its state."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    done = trainer(replace(PLAN, save_every_steps=2))
+    run(done, folder, max_seconds=0)
+    for _ in range(4):
+        done.train_step()
+    done.save(folder / "state.safetensors")
+    lines = [json.dumps({"step": n, "seconds": 0.25 * n}) for n in range(1, 7)]
+    (folder / "log.jsonl").write_text("\n".join([*lines, '{"step": 4, "sec']))
+    return folder
+
+
+def test_a_run_is_counted_from_its_plan_as_far_as_its_state(run_folder: Path) -> None:
+    found = read_training(run_folder)
+    plan = replace(PLAN, save_every_steps=2)
+    assert (found.name, found.kind, found.steps) == ("small", "run", 4)
+    assert found.shape == CONFIG.shape
+    assert found.plan == plan
+    assert found.flops == replay(plan, CONFIG.shape, 4).flops
+    assert found.tokens == 4 * 512
+
+
+def test_time_is_that_of_the_steps_in_the_state(run_folder: Path) -> None:
+    found = read_training(run_folder)
+    assert found.seconds == 0.25 * (1 + 2 + 3 + 4)
+    measured = make_budget(found)["super_network"]["measured"]
+    assert measured == {
+        "seconds": 2.5,
+        "timed_steps": 4,
+        "flops_per_second": found.flops / 2.5,
+    }
+
+
+def test_a_rate_needs_the_time_of_every_step(run_folder: Path, tmp_path: Path) -> None:
+    for name in ("plan.json", "state.safetensors"):
+        (tmp_path / name).symlink_to(run_folder / name)
+    found = read_training(tmp_path)
+    assert found.seconds is None
+    assert make_budget(found)["super_network"]["measured"] is None
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "seconds": 2}\n{"step": 2}\n')
+    measured = make_budget(read_training(tmp_path))["super_network"]["measured"]
+    assert measured == {"seconds": 2, "timed_steps": 1, "flops_per_second": None}
+
+
+def test_a_run_says_which_weights_it_began_with(tmp_path: Path) -> None:
+    first, later = trainer(), trainer()
+    later.adopt(dict(first.model.named_parameters()), "first")
+    later.train_step()
+    later.save(tmp_path / "state.safetensors")
+    assert read_training(tmp_path).parent == "first"
+
+
+def test_a_checkpoint_is_counted_by_its_manifest(tiny_folder: Path, tmp_path: Path) -> None:
+    manifest = json.loads((BUNDLED / "elastic-mini" / "manifest.json").read_text())
+    found = read_training("elastic-mini")
+    assert (found.name, found.kind) == ("elastic-mini", "checkpoint")
+    assert found.flops == manifest["training"]["flops"]
+    assert found.tokens == manifest["training"]["tokens"]
+    assert found.seconds is None
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    shutil.copy(tiny_folder / "config.json", copy)
+    told = {"plan": PLAN.to_json(), "steps": 3, "flops": 12345.0}
+    told |= {"parent": "first", "tokens_before": 77}
+    (copy / "manifest.json").write_text(json.dumps({"training": told}))
+    later = read_training(copy)
+    assert (later.flops, later.parent, later.tokens_before) == (12345.0, "first", 77)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_is_neither_run_nor_checkpoint_is_refused(there: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "nothing"
+    if there:
+        folder.mkdir()
+        (folder / "notes.txt").write_text("no run")
+    with pytest.raises(OptionError) as error:
+        read_training(folder)
+    for words in (str(folder), "plan.json", "state.safetensors", "manifest.json", "elastic-mini"):
+        assert words in str(error.value)
+
+
+def test_a_checkpoint_that_does_not_tell_of_its_training_is_refused(tiny_folder: Path) -> None:
+    with pytest.raises(OptionError, match="does not tell how it was trained: it has no manifest"):
+        read_training(tiny_folder)
+
+
+def test_an_extracted_checkpoint_names_its_parent(tmp_path: Path) -> None:
+    extract(BUNDLED / "elastic-mini", "L2-k1-w1-p1", tmp_path / "small")
+    with pytest.raises(OptionError, match="Name its parent, 'elastic-mini"):
+        read_training(tmp_path / "small")
+
+
+def test_a_run_without_a_saved_step_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps(PLAN.to_json()))
+    with pytest.raises(TrainingError, match=r"has plan.json and no state.safetensors"):
+        read_training(tmp_path)
+    trainer().save(tmp_path / "state.safetensors")
+    with pytest.raises(TrainingError, match="is at step 0 of 14"):
+        read_training(tmp_path)
+    (tmp_path / "state.safetensors").write_bytes(b"half a file")
+    with pytest.raises(TrainingError, match="is no training state that this version reads"):
+        read_training(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"plan": None}, {"plan": {}}, {"steps": 0}, {"steps": 99}, {"flops": "many"}]
+)
+def test_a_damaged_manifest_is_refused(
+    change: dict[str, Any], tiny_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copy(tiny_folder / "config.json", tmp_path)
+    told = {"plan": PLAN.to_json(), "steps": 3, "flops": 1.0} | change
+    (tmp_path / "manifest.json").write_text(json.dumps({"training": told}))
+    with pytest.raises(CheckpointError, match="'training' cannot be read"):
+        read_training(tmp_path)

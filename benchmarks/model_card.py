@@ -1,7 +1,7 @@
 """Write the model card of elastic-mini from its manifest and its measured quality.
 
-python benchmarks/model_card.py            writes elastic_moe/bundled/elastic-mini/README.md
-python benchmarks/model_card.py --check    exits 1 if the card is not up to date
+python -m benchmarks.model_card            writes elastic_moe/bundled/elastic-mini/README.md
+python -m benchmarks.model_card --check    exits 1 if the card is not up to date
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from elastic_moe.lab.frontier import format_si
 from elastic_moe.model.checkpoint import load_config
 from elastic_moe.model.folder import BUNDLED
 from elastic_moe.model.weights import WEIGHTS, file_sha256
-from elastic_moe.train.corpus import HELD_OUT_AUTHORS
+from elastic_moe.train.corpus import HELD_OUT_AUTHORS, LIBRARY, TEXTS
 
 HERE = Path(__file__).resolve().parent
 FOLDER = BUNDLED / "elastic-mini"
@@ -37,9 +37,9 @@ def card() -> str:
     config = load_config(FOLDER)
     manifest = json.loads((FOLDER / "manifest.json").read_text(encoding="utf-8"))
     corpus, training = manifest["corpus"], manifest["training"]
-    files: dict[str, list[dict[str, Any]]] = {"library": [], "novels": []}
-    for entry in corpus["files"]:
-        files[entry["corpus"]].append(entry)
+    library = [entry for entry in corpus["files"] if entry["corpus"] == LIBRARY]
+    novels = [entry for entry in corpus["files"] if entry["corpus"] != LIBRARY]
+    kinds = corpus["stream_tokens_by_kind"]
     draws = dict(training["draws"])
     thresholds = draws.pop("threshold")
     positive = sum(count for value, count in thresholds.items() if value != "0.00")
@@ -51,9 +51,10 @@ def card() -> str:
         name=FOLDER.name,
         config=config,
         shape=config.shape,
-        files=files,
+        library=library,
+        novels=novels,
         corpus=corpus,
-        kinds=corpus["stream_tokens_by_kind"],
+        kinds={"novels": kinds.get(TEXTS, 0), **kinds},  # "novels" in manifests before
         training=training,
         draws=draws,
         held_out_authors=HELD_OUT_AUTHORS,
@@ -73,7 +74,9 @@ def main() -> int:
         write_text(path, text)
         return 0
     current = path.is_file() and path.read_text(encoding="utf-8") == text
-    print("up to date" if current else f"{path} is out of date: run benchmarks/model_card.py")
+    print(
+        "up to date" if current else f"{path} is out of date: run python -m benchmarks.model_card"
+    )
     return 0 if current else 1
 
 

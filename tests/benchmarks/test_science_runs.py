@@ -1,0 +1,247 @@
+"""The runs of the experiment are pairs, resume, and are measured as what they are."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.science import evaluate, report, runs, train
+from benchmarks.science.measuring import (
+    AUTHORS,
+    EXCERPT_CHARACTERS,
+    EXCERPT_START,
+    REFERENCE,
+    evaluation_texts,
+    excerpts,
+    held_out_authors,
+)
+from benchmarks.science.runs import CHECKPOINT, RUNS, Run, choose
+from benchmarks.science.summary import POINTS
+from elastic_moe.engine import Engine
+from elastic_moe.errors import BenchmarkError, CorpusError, TrainingError
+from elastic_moe.train.corpus import HELD_OUT_AUTHORS
+from elastic_moe.train.data import Mixture, open_stream, prepare
+from elastic_moe.train.ledger import replay
+from elastic_moe.train.loop import Trainer
+from tests.train.small import library
+
+STEP = 4096
+TINY = replace(runs.CONFIG, vocab_size=300, hidden_size=16, expert_hidden=8, head_dim=8)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "CONFIG", TINY)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    prepare(tmp_path / "data", library(tmp_path), [], Mixture(), vocab_size=300)
+    return tmp_path / "data"
+
+
+def novels(root: Path, *authors: str) -> Path:
+    folder = root / "novels"
+    folder.mkdir()
+    for author in authors:
+        words = " ".join(f"{author} wrote {n * n} letters." for n in range(2000))
+        (folder / f"{author}_Book_1900.txt").write_text(words)
+    return folder
+
+
+# --- what the runs are
+
+
+def test_one_of_each_comes_first_then_what_the_bars_need() -> None:
+    names = [run.name for run in RUNS]
+    assert names[:4] == ["elastic-0", "inelastic-0", "depth9-0", "pool8-0"]
+    assert names[4:8] == ["elastic-1", "inelastic-1", "elastic-2", "inelastic-2"]
+    assert len(set(names)) == 12
+
+
+def test_a_run_has_as_many_whole_steps_as_its_tokens_fill() -> None:
+    plan = Run("elastic", 2).plan(10_000_000)
+    assert (plan.total_steps, plan.seed) == (2441, 2)
+    assert plan.stages[0].step_tokens == STEP
+    with pytest.raises(TrainingError, match="--tokens must be at least 4096"):
+        Run("elastic", 0).plan(STEP - 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("inelastic", "full"), ("depth9", "L9"), ("pool8", "p8")]
+)
+def test_a_control_runs_one_network_in_every_step(family: str, name: str) -> None:
+    plan = Run(family, 1).plan()
+    assert {plan.subnet(TINY.shape, step).name for step in range(200)} == {name}
+
+
+def test_the_elastic_run_draws_every_point_that_it_is_judged_at() -> None:
+    plan = Run("elastic", 0).plan()
+    trained = replay(plan, TINY.shape, plan.total_steps).trained
+    assert {9, 6, 12} <= trained["depth"]
+    assert {1, 2, 4} <= trained["top_k"]
+    assert {4, 8} <= trained["width"]
+    assert {8, 16} <= trained["pool"]
+
+
+def test_runs_of_one_seed_begin_alike_and_read_alike(data: Path) -> None:
+    def start(run: Run) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+        trainer = Trainer(TINY, run.plan(), open_stream(data, run.seed))
+        batch, _ = trainer.stream.batch(0, 8, 512)
+        return {n: p.detach() for n, p in trainer.model.named_parameters()}, batch
+
+    (first, read), (second, read_too) = start(Run("elastic", 1)), start(Run("depth9", 1))
+    other, read_otherwise = start(Run("elastic", 0))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert np.array_equal(read, read_too)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+    assert not np.array_equal(read, read_otherwise)
+
+
+def test_only_takes_names_that_there_are() -> None:
+    assert [run.name for run in choose("pool8-0,elastic-0")] == ["elastic-0", "pool8-0"]
+    assert choose(None) == list(RUNS)
+    with pytest.raises(TrainingError, match="no run 'elastic'; there are elastic-0"):
+        choose("elastic")
+
+
+# --- training and measuring them
+
+
+def command(data: Path, out: Path, *more: str, tokens: int = STEP) -> list[str]:
+    return ["--data", str(data), "--out", str(out), "--tokens", str(tokens), *more]
+
+
+def test_training_stops_in_time_goes_on_and_is_measured(
+    tmp_path: Path,
+    data: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "runs"
+    names = "--only=elastic-0,inelastic-0,depth9-0"
+    assert train.main(command(data, out, names, "--minutes", "0")) == 0
+    assert "next: the same command" in capsys.readouterr().out
+    assert not (out / "elastic-0").exists()
+    assert train.main(command(data, out, names)) == 0
+    assert "next: " not in capsys.readouterr().out
+    (out / "elastic-0" / runs.STATE).unlink()  # as if its checkpoint had been brought here
+    assert train.main(command(data, out, names)) == 0
+    assert "elastic-0: finished before" in capsys.readouterr().out
+    assert not (out / "elastic-0" / runs.STATE).exists()
+    assert train.main(command(data, out, names, tokens=2 * STEP)) == 1
+    assert "finished with another plan: stages" in capsys.readouterr().err
+
+    assert train.main(["--out", str(out), "--status"]) == 0
+    states = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert states["depth9-0"][:4] == ["finished", "1", "/", "1"]
+    assert states["pool8-0"][0] == "waiting"
+
+    arguments = ["x", "--runs", str(out), "--tokens", "1024", "--out", str(tmp_path / "r.jsonl")]
+    arguments += ["--novels", str(novels(tmp_path, *HELD_OUT_AUTHORS))]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert evaluate.main() == 0
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    by_case = {line["case"]: line for line in lines}
+    assert list(by_case) == ["elastic-0", "inelastic-0", "depth9-0", "summary"]
+    check_lines(by_case, out)
+    shown = list(report.report(tmp_path))
+    assert shown == []  # it is the name of the file that counts
+    (tmp_path / "science.jsonl").write_text((tmp_path / "r.jsonl").read_text())
+    assert len(list(report.report(tmp_path))) == 2 * 2 + 1
+
+
+def check_lines(by_case: dict[str, Any], out: Path) -> None:
+    for case, points in (
+        ("elastic-0", list(POINTS)),
+        ("inelastic-0", list(POINTS)),
+        ("depth9-0", ["L9"]),
+    ):
+        line = by_case[case]
+        assert (line["kind"], line["seed"]) == ("run", 0)
+        assert line["training"]["tokens"] == STEP
+        assert line["training"]["seconds"] > 0
+        assert len(line["data"]["stream_sha256"]) == 64
+        for text in (REFERENCE, AUTHORS):
+            assert line["texts"][text]["corpus"]["scored_tokens"] == 1024
+            assert list(line["texts"][text]["points"]) == points
+    assert by_case["depth9-0"]["texts"][AUTHORS]["points"]["L9"]["nats_lost"] is None
+    summary = by_case["summary"]
+    assert all(bar["met"] is None and bar["seeds"] == 1 for bar in summary["bars"])
+    # What the summary says is what the checkpoint does, asked in another way.
+    nine = by_case["depth9-0"]["texts"][REFERENCE]["points"]["L9"]["nats_per_token"]
+    told = summary["texts"][REFERENCE]["points"]["L9"]
+    assert told["specialist"]["mean"] == nine
+    with Engine.from_pretrained(out / "depth9-0" / CHECKPOINT) as engine:
+        losses = []
+        for window in evaluation_texts(engine.tokenizer, None, 1024)[REFERENCE].windows:
+            logprobs = engine.score(window.inputs, "L9").log_softmax(-1)
+            nats = -logprobs.gather(1, torch.tensor(window.targets)[:, None])
+            losses.append(nats[window.first_scored :])
+    assert float(torch.cat(losses).mean()) == pytest.approx(nine, abs=1e-4)
+
+
+def test_no_finished_run_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["x", "--runs", str(tmp_path), "--novels", str(tmp_path)])
+    assert evaluate.main() == 1
+
+
+def test_runs_that_were_trained_otherwise_are_not_compared() -> None:
+    def line(case: str, sha256: str = "a", tokens: int = 1, dtype: str = "f") -> dict[str, Any]:
+        training = {"tokens": tokens, "dtype": dtype}
+        return {"case": case, "data": {"stream_sha256": sha256}, "training": training}
+
+    same = [line("elastic-0"), line("inelastic-0")]
+    evaluate.check_comparable(same)
+    with pytest.raises(BenchmarkError, match=r"pool8-0 and elastic-0 .* stream_sha256 is b and a"):
+        evaluate.check_comparable([*same, line("pool8-0", "b")])
+    with pytest.raises(BenchmarkError, match="tokens is 2 and 1"):
+        evaluate.check_comparable([*same, line("pool8-0", tokens=2)])
+    with pytest.raises(BenchmarkError, match="dtype is b and f"):
+        evaluate.check_comparable([*same, line("pool8-0", dtype="b")])
+
+
+def test_a_half_written_log_and_state_say_how_far_a_run_is(tmp_path: Path, data: Path) -> None:
+    run = Run("elastic", 0)
+    folder = tmp_path / run.name
+    trainer = Trainer(TINY, run.plan(3 * STEP), open_stream(data, 0))
+    trainer.train_step()
+    folder.mkdir()
+    trainer.save(folder / runs.STATE)
+    (folder / "plan.json").write_text(json.dumps(trainer.plan.to_json()))
+    logged = [{"loss": 4.0, "seconds": 2.0}, {"loss": 3.0, "seconds": 1.0}]
+    (folder / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in logged) + '{"loss"')
+    found = runs.progress_of(folder)
+    assert found == runs.Progress("begun", 1, 3, 3.5, 3.0)
+
+
+# --- the held-out text
+
+
+def test_the_held_out_text_is_the_same_stretch_of_every_novel(tmp_path: Path) -> None:
+    folder = novels(tmp_path, *HELD_OUT_AUTHORS, "Dickens")
+    found = excerpts(folder)
+    assert list(found) == [f"{author}_Book_1900.txt" for author in HELD_OUT_AUTHORS]
+    whole = (folder / "Gissing_Book_1900.txt").read_text()
+    end = EXCERPT_START + EXCERPT_CHARACTERS
+    assert found["Gissing_Book_1900.txt"] == whole[EXCERPT_START:end]
+    assert held_out_authors(folder).text == "\n\n".join(found.values())
+
+
+def test_a_missing_author_or_a_short_novel_is_an_error(tmp_path: Path, mini: Engine) -> None:
+    folder = novels(tmp_path, *HELD_OUT_AUTHORS[:3])
+    with pytest.raises(CorpusError, match="no Schreiner_"):
+        excerpts(folder)
+    (folder / "Schreiner_Short_1900.txt").write_text("x" * 31_999)
+    with pytest.raises(CorpusError, match=r"31,999 characters; the excerpt ends at 32,000"):
+        excerpts(folder)
+    (folder / "Schreiner_Short_1900.txt").write_text("xy zw " * 5_334)
+    with pytest.raises(CorpusError, match=r"held-out-authors gives .* 100,000 are needed"):
+        evaluation_texts(mini.tokenizer, folder, 100_000)

@@ -509,7 +509,7 @@ def test_checkpoint_that_fails_to_save_leaves_the_old_one(
     last = Item("z", (2,), torch.float32, lambda: torch.zeros(3))  # not what it promised
     monkeypatch.setattr(
         "elastic_moe.model.saving.write_tensors",
-        lambda folder, items: write_tensors(folder, [*items, last]),
+        lambda folder, items, most: write_tensors(folder, [*items, last], most),
     )
     with pytest.raises(CheckpointError, match="tensor 'z' should be"):
         save_checkpoint(folder, other, config_json())

@@ -54,6 +54,17 @@ class Running:
         self.engine.check_integrity()
 
 
+def slow(engine: Engine) -> None:
+    """Steps of 20 ms and more: how long a request is there does not depend on the machine."""
+    run = engine.runner.run
+
+    def late(*args: Any, **options: Any) -> Any:
+        time.sleep(0.02)
+        return run(*args, **options)
+
+    engine.runner.run = late  # type: ignore[method-assign]
+
+
 @pytest.fixture(scope="session")
 def start(tiny_folder: Path) -> Iterator[Callable[..., Running]]:
     """Starts servers on free ports of loopback; all end with the session."""

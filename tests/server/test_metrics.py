@@ -15,7 +15,7 @@ from elastic_moe.server.account import Account
 from elastic_moe.server.exposition import Exposition
 from elastic_moe.server.limits import Limits
 from elastic_moe.server.metrics import MAX_SUBNETS, Histogram, Metrics
-from tests.server.conftest import Running
+from tests.server.conftest import Running, slow
 from tests.server.raw import leave
 from tests.server.scraping import Scraped, read, scraped_when
 
@@ -172,7 +172,8 @@ def test_times_fit_together(fresh: Running) -> None:
 
 def test_a_wait_for_its_turn_is_queue_time(start: Any) -> None:
     narrow = start(max_num_seqs=1)
-    first = narrow.engine.stream([5], None, SamplingParams(max_tokens=400, ignore_eos=True))
+    slow(narrow.engine)
+    first = narrow.engine.stream([5], None, SamplingParams(max_tokens=40, ignore_eos=True))
     next(first)
     begun = time.perf_counter()
     narrow.complete([5, 6, 7], max_tokens=2, ignore_eos=True)

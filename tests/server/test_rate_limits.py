@@ -12,24 +12,12 @@ from elastic_moe.engine.outputs import AppliedRouting, Completion, Usage
 from elastic_moe.server.account import Account
 from elastic_moe.server.metrics import Metrics
 from elastic_moe.server.ratelimits import rate_limits, retry_after
-from tests.server.conftest import Running
+from tests.server.conftest import Running, slow
 
 LIMIT, REMAINING, RESET = (
     f"x-ratelimit-{what}-requests" for what in ("limit", "remaining", "reset")
 )
-LONG = SamplingParams(max_tokens=600, ignore_eos=True)
-
-
-def slow(engine: Engine) -> Engine:
-    """Steps of 20 ms: `LONG` lasts 12 seconds, so that it is there for as long as it is held."""
-    run = engine.runner.run
-
-    def late(*args: Any, **options: Any) -> Any:
-        time.sleep(0.02)
-        return run(*args, **options)
-
-    engine.runner.run = late  # type: ignore[method-assign]
-    return engine
+LONG = SamplingParams(max_tokens=600, ignore_eos=True)  # 12 seconds of slow steps
 
 
 @pytest.fixture(scope="module")

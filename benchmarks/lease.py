@@ -43,6 +43,7 @@ from elastic_moe.train.data import MANIFEST, TOKENIZER, TOKENS, open_stream, rea
 from elastic_moe.train.export import STATE, export
 from elastic_moe.train.loop import Trainer, run
 from elastic_moe.train.mini import ELASTIC_MINI
+from elastic_moe.train.parents import keep_parent
 from elastic_moe.train.plan import TrainingPlan
 
 PACKED_TOKENS, WEIGHTS = "tokens.xz", "weights"
@@ -116,6 +117,7 @@ def train_mini(
         checkpoint = Checkpoint(begins_with)
         weights = {name: checkpoint.read(name, torch.float32) for name in checkpoint.shapes}
         trainer.adopt(weights, f"sha256:{checkpoint.files.sha256()}")
+        keep_parent(folder, begins_with)
     run(trainer, folder, max_seconds=seconds, report=say, report_seconds=30)
     grown = trainer.step and plan.stage(trainer.step - 1).layers == config.num_layers
     if not grown:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +35,29 @@ def newest_results(weights_sha256: str) -> list[dict[str, Any]]:
     return list(newest.values())
 
 
+def sum_draws(parts: Iterable[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    """{axis: {value: steps}} of all trainings; thresholds above 0 together."""
+    total: dict[str, Counter[str]] = {}
+    for part in parts:
+        for axis, counts in part.items():
+            for value, count in counts.items():
+                if axis == "threshold":
+                    value = "0" if value == "0.00" else "0.3 to 0.9"
+                total.setdefault(axis, Counter())[value] += count
+    return {axis: dict(sorted(counts.items())) for axis, counts in total.items()}
+
+
 def card() -> str:
     config = load_config(FOLDER)
     manifest = json.loads((FOLDER / "manifest.json").read_text(encoding="utf-8"))
-    corpus, training = manifest["corpus"], manifest["training"]
+    chain = [manifest]  # the first training first
+    while "before" in chain[0]:
+        chain.insert(0, chain[0]["before"])
+    corpus = chain[0]["corpus"]
     library = [entry for entry in corpus["files"] if entry["corpus"] == LIBRARY]
     novels = [entry for entry in corpus["files"] if entry["corpus"] != LIBRARY]
     kinds = corpus["stream_tokens_by_kind"]
-    draws = dict(training["draws"])
-    thresholds = draws.pop("threshold")
-    positive = sum(count for value, count in thresholds.items() if value != "0.00")
-    draws["threshold"] = {"0": thresholds.get("0.00", 0), "0.3 to 0.9": positive}
+    trainings = [{**one["training"], "corpus": one["corpus"]} for one in chain]
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters["si"] = format_si
     template = environment.from_string((HERE / "model_card.md.j2").read_text(encoding="utf-8"))
@@ -55,8 +69,8 @@ def card() -> str:
         novels=novels,
         corpus=corpus,
         kinds={"novels": kinds.get(TEXTS, 0), **kinds},  # "novels" in manifests before
-        training=training,
-        draws=draws,
+        trainings=trainings,
+        draws=sum_draws(one["draws"] for one in trainings),
         held_out_authors=HELD_OUT_AUTHORS,
         results=newest_results(file_sha256(FOLDER / WEIGHTS)),
     )

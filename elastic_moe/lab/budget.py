@@ -148,7 +148,8 @@ def make_budget(
     Args:
         refinements: sub-networks and the tokens that each is refined on; none: the usual ones,
             used as they are extracted.
-        earlier: trainings that this one went on from, the first one first; they count too.
+        earlier: trainings that this one went on from, the first one first; they count too, as
+            those do that it tells of itself.
         networks: the largest number of networks that share the super-network.
         scratch_tokens: of a training from scratch; None for those of the super-network.
 
@@ -166,7 +167,7 @@ def make_budget(
     ):
         if value is not None and value < least:
             raise OptionError(f"{field} must be at least {least}, got {value}.")
-    shape, parts = training.shape, [*earlier, training]
+    shape, parts = training.shape, [*earlier, *training.before, training]
     for part in earlier:
         if part.shape != shape:
             raise OptionError(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -15,6 +16,7 @@ from elastic_moe.routing import ModelShape
 from elastic_moe.train.ledger import replay
 from elastic_moe.train.log import read_log
 from elastic_moe.train.models import config_from_json
+from elastic_moe.train.parents import read_parent, tokens_before
 from elastic_moe.train.plan import Stage, TrainingPlan
 
 STATE, PLAN, MANIFEST = "state.safetensors", "plan.json", "manifest.json"
@@ -31,6 +33,7 @@ class Training:
         seconds: measured, summed over `timed_steps` of the steps; None without a log.
         parent: what its first weights were; None for random ones. What those had cost, on
             `tokens_before` tokens, is not in `flops`.
+        before: the trainings that those weights came from, the first one first, where it is known.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Training:
     timed_steps: int = 0
     parent: str | None = None
     tokens_before: int = 0
+    before: tuple[Training, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -106,6 +110,7 @@ def _read_run(folder: Path) -> Training:
         ) from error
     if steps == 0:
         raise TrainingError(f"{path} is at step 0 of {plan.total_steps}. Train a step at least.")
+    told = read_parent(folder)
     # The log may be ahead of the state, by steps that a kill undid.
     times = [r["seconds"] for r in read_log(folder) if r["step"] <= steps and "seconds" in r]
     return Training(
@@ -119,7 +124,9 @@ def _read_run(folder: Path) -> Training:
         seconds=math.fsum(times) if times else None,
         timed_steps=len(times),
         parent=parent,
-        tokens_before=(config.elastic.tokens or 0) if config.elastic else 0,
+        tokens_before=tokens_before(told)
+        or ((config.elastic.tokens or 0) if config.elastic else 0),
+        before=_chain(told, shape, folder),
     )
 
 
@@ -135,6 +142,22 @@ def _read_checkpoint(folder: Path) -> Training:
             f"with 'training', as those of `elastic-moe train` have. Name "
             f"{f'its parent, {parent!r}, ' if parent else 'one of those '}or the folder of a run."
         )
+    return _read_manifest(manifest, config.shape, name, folder)
+
+
+def _chain(
+    manifest: dict[str, Any] | None, shape: ModelShape, folder: Path
+) -> tuple[Training, ...]:
+    """The trainings that a parent's manifest tells of, the first one first."""
+    if manifest is None:
+        return ()
+    last = _read_manifest(manifest, shape, folder.name, folder)
+    return (*last.before, replace(last, before=()))
+
+
+def _read_manifest(
+    manifest: dict[str, Any], shape: ModelShape, name: str, folder: Path
+) -> Training:
     try:
         training = manifest["training"]
         plan, steps = TrainingPlan.from_json(training["plan"]), training["steps"]
@@ -146,12 +169,13 @@ def _read_checkpoint(folder: Path) -> Training:
             name=name,
             path=folder,
             kind="checkpoint",
-            shape=config.shape,
+            shape=shape,
             plan=plan,
             steps=steps,
             flops=flops,
             parent=training.get("parent"),
             tokens_before=training.get("tokens_before", 0),
+            before=_chain(manifest.get("before"), shape, folder),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(

@@ -26,6 +26,7 @@ from elastic_moe.train.export import STATE, export
 from elastic_moe.train.ledger import replay
 from elastic_moe.train.log import LOG, last_loss, read_log, split_records, write_table
 from elastic_moe.train.loop import Trainer, run
+from elastic_moe.train.parents import keep_parent
 from elastic_moe.train.plan import TrainingPlan
 from elastic_moe.train.progress import StepReport, clock
 from elastic_moe.train.settings import PLAN, Settings, describe_texts, read_settings
@@ -169,6 +170,7 @@ def _adopt(settings: Settings, trainer: StoppableTrainer, report: Report) -> Non
     checkpoint = Checkpoint(folder)
     weights = {name: checkpoint.read(name, torch.float32) for name in checkpoint.shapes}
     trainer.adopt(weights, f"{checkpoint_name(folder)} sha256:{checkpoint.files.sha256()}")
+    keep_parent(settings.out, folder)
     report(f"weights of {start}, a fresh optimiser, {trainer.plan.warmup_steps} steps of warm-up")
 
 

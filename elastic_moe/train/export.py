@@ -35,6 +35,7 @@ from elastic_moe.train.data import TOKENIZER, read_manifest
 from elastic_moe.train.ledger import Ledger, replay
 from elastic_moe.train.models import config_from_json
 from elastic_moe.train.options import add_shard_size
+from elastic_moe.train.parents import read_parent, tokens_before
 from elastic_moe.train.plan import TrainingPlan
 from elastic_moe.train.tokens import BOS, END, IM_END, PAD, SPECIAL_TOKENS, special_id
 
@@ -105,7 +106,8 @@ def export(run: Path, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -
             f"{config.num_layers} layers."
         )
     files = json.dumps(corpus["files"], sort_keys=True)
-    before = (config.elastic.tokens or 0) if config.elastic else 0
+    parent = read_parent(run)
+    before = tokens_before(parent) or ((config.elastic.tokens or 0) if config.elastic else 0)
     elastic = ElasticBlock(
         width_granules=config.shape.width_granules,
         trained=trained_axes(ledger.trained, config),
@@ -113,7 +115,7 @@ def export(run: Path, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -
         corpus_sha256=hashlib.sha256(files.encode()).hexdigest(),
         parent=progress.get("parent"),
     )
-    manifest = {
+    manifest: dict[str, Any] = {
         "corpus": corpus,
         "training": {
             "plan": plan.to_json(),
@@ -126,6 +128,8 @@ def export(run: Path, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -
             "draws": ledger.draws_to_json(),
         },
     }
+    if parent is not None:
+        manifest["before"] = parent
     tokenizer = Tokenizer.from_file(str(run / "data" / TOKENIZER))
     ids = {key: special_id(tokenizer, token) for key, token in _IDS.items()}
     eos = [special_id(tokenizer, END), special_id(tokenizer, IM_END)]

@@ -13,6 +13,7 @@ import pytest
 from elastic_moe.errors import CheckpointError, OptionError, TrainingError
 from elastic_moe.lab.budget import make_budget
 from elastic_moe.lab.trained import read_training
+from elastic_moe.model.checkpoint import load_config
 from elastic_moe.model.extract import extract
 from elastic_moe.model.folder import BUNDLED
 from elastic_moe.train.ledger import replay
@@ -78,6 +79,10 @@ def test_a_checkpoint_is_counted_by_its_manifest(tiny_folder: Path, tmp_path: Pa
     manifest = json.loads((BUNDLED / "elastic-mini" / "manifest.json").read_text())
     found = read_training("elastic-mini")
     assert (found.name, found.kind) == ("elastic-mini", "checkpoint")
+    assert (
+        sum(part.tokens for part in (*found.before, found))
+        == load_config(BUNDLED / "elastic-mini").elastic.tokens
+    )
     assert found.flops == manifest["training"]["flops"]
     assert found.tokens == manifest["training"]["tokens"]
     assert found.seconds is None
@@ -89,6 +94,24 @@ def test_a_checkpoint_is_counted_by_its_manifest(tiny_folder: Path, tmp_path: Pa
     (copy / "manifest.json").write_text(json.dumps({"training": told}))
     later = read_training(copy)
     assert (later.flops, later.parent, later.tokens_before) == (12345.0, "first", 77)
+
+
+def test_the_trainings_before_are_those_that_the_manifest_holds(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    shutil.copy(tiny_folder / "config.json", tmp_path)
+
+    def told(steps: int, flops: float, **more: Any) -> dict[str, Any]:
+        return {
+            "corpus": {},
+            "training": {"plan": PLAN.to_json(), "steps": steps, "flops": flops},
+        } | more
+
+    manifest = told(3, 100.0, before=told(2, 10.0, before=told(1, 1.0)))
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    found = read_training(tmp_path)
+    assert [(part.steps, part.flops) for part in found.before] == [(1, 1.0), (2, 10.0)]
+    assert make_budget(found)["super_network"]["flops"] == 111.0
 
 
 @pytest.mark.parametrize("there", [False, True])

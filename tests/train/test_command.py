@@ -233,6 +233,13 @@ def test_a_checkpoint_is_trained_on_and_named_as_the_parent(root: Path) -> None:
     before = load_config(root / "gone").elastic
     assert block.parent == parent
     assert block.tokens == 2048 + 512
+    told, first_told = (
+        json.loads((root / where / "manifest.json").read_text())
+        for where in ("run/checkpoint", "gone")
+    )
+    assert told["before"] == first_told  # every file and step that led to the weights
+    assert told["training"]["tokens_before"] == 2048
+    assert "before" not in first_told
     assert set(block.trained) >= {"threshold"}
     assert "width" not in block.trained  # not kept up
     assert set(block.trained["threshold"]) >= set(before.trained.get("threshold", ()))

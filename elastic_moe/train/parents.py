@@ -1,0 +1,56 @@
+"""What the weights that a run began with were trained on: their manifest, kept with the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from elastic_moe.errors import TrainingError
+from elastic_moe.files import write_text
+from elastic_moe.train.data import MANIFEST
+
+PARENT = "parent-manifest.json"
+
+
+def keep_parent(run: Path, checkpoint: Path) -> bool:
+    """Copy a checkpoint's manifest into the folder of a run; False if it has none.
+
+    The manifest that the run's export writes holds it as "before", so that every file and every
+    step that led to the weights stays on record.
+    """
+    path = checkpoint / MANIFEST
+    if not path.is_file():
+        return False
+    run.mkdir(parents=True, exist_ok=True)
+    write_text(run / PARENT, path.read_text(encoding="utf-8"))
+    return True
+
+
+def read_parent(run: Path) -> dict[str, Any] | None:
+    """What `keep_parent` kept; None if nothing.
+
+    Raises:
+        TrainingError: it is no manifest.
+    """
+    path = run / PARENT
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        manifest = None
+    if isinstance(manifest, dict) and {"corpus", "training"} <= manifest.keys():
+        return manifest
+    raise TrainingError(
+        f"{path} is no manifest of a checkpoint: it must hold 'corpus' and 'training'. Copy "
+        f"{MANIFEST} of the checkpoint that the run began with there again."
+    )
+
+
+def tokens_before(manifest: dict[str, Any] | None) -> int:
+    """Tokens that the weights which a manifest belongs to had read, all trainings together."""
+    if manifest is None:
+        return 0
+    training = manifest["training"]
+    return int(training["tokens"]) + int(training.get("tokens_before", 0))

@@ -3,9 +3,11 @@
     python -m benchmarks.science.evaluate --runs runs/science --novels DIR \\
         --out benchmarks/results/science.jsonl
 
-One line per finished run and one summary; --out replaces the whole file. Runs that are not finished
-are left out, and the summary says how many seeds each number has: a bar is met or missed with three
-seeds of both sides, undecided before. Exits 1 if a bar is missed.
+One line per finished run and one summary. What --out has already is kept: the line of a run whose
+checkpoint is not here any more, and, unless --again, the line of a checkpoint that was measured on
+the same texts before. So runs can be trained and measured over several days and machines. The
+summary says how many seeds each number has: a bar is met or missed with three seeds of both sides,
+undecided before. Exits 1 if a bar is missed.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +28,25 @@ from benchmarks.science.measuring import (
     measure,
 )
 from benchmarks.science.runs import CHECKPOINT, RUNS, SITTINGS, SPECIALISTS, Run
-from benchmarks.science.summary import POINTS, Measured, summarise
+from benchmarks.science.summary import POINTS, Line, summarise
 from elastic_moe.engine import Engine
 from elastic_moe.errors import BenchmarkError, ElasticMoEError
 from elastic_moe.files import write_text
+from elastic_moe.lab.quality import Quality, window_sums
 from elastic_moe.lab.record import describe_commit, describe_machine, describe_versions
 from elastic_moe.lab.text import EvaluationSet
+from elastic_moe.train.checkpoint import FREE
 from elastic_moe.train.log import read_log
 
 # One pass over the deepest of each gives all its depths.
 BUNDLES: Bundles = {"full": (12, 9, 6), "k2": (12,), "k1": (12,), "p8": (12,), "w4": (12,)}
 SPECIAL: dict[str, Bundles] = {"depth9": {"L9": (9,)}, "pool8": {"p8": (12,)}}
 
+Texts = Mapping[str, EvaluationSet]
+Measured = Mapping[str, Mapping[str, Quality]]  # of one run: text -> point -> quality
 
-def evaluate(run: Run, engine: Engine, texts: Mapping[str, EvaluationSet]) -> Measured:
+
+def evaluate(run: Run, engine: Engine, texts: Texts) -> Measured:
     """Quality at every point of the run, on every text; a specialist has its own point alone."""
     bundles = SPECIAL.get(run.family, BUNDLES)
     found = {name: measure(engine, text, bundles) for name, text in texts.items()}
@@ -48,11 +55,7 @@ def evaluate(run: Run, engine: Engine, texts: Mapping[str, EvaluationSet]) -> Me
 
 
 def describe_run(
-    run: Run,
-    folder: Path,
-    engine: Engine,
-    measured: Measured,
-    texts: Mapping[str, EvaluationSet],
+    run: Run, folder: Path, engine: Engine, measured: Measured, texts: Texts
 ) -> dict[str, Any]:
     """The line of one run."""
     manifest = json.loads((folder / CHECKPOINT / "manifest.json").read_text(encoding="utf-8"))
@@ -68,8 +71,10 @@ def describe_run(
             loss = dict.fromkeys(("nats_lost", "standard_error", "kl_to_full", "top1_agreement"))
             if full is not None:
                 loss = describe_loss(quality, full, text)
-            points[point] = describe_quality(quality, text) | loss
-        told[name] = {"corpus": text.describe(), "points": points}
+            counts = [window.scored for window in text.windows]
+            windows = (window_sums(quality, text) / counts).round(5).tolist()
+            points[point] = describe_quality(quality, text) | loss | {"window_nats": windows}
+        told[name] = {"corpus": text.describe(), "window_tokens": counts, "points": points}
     return {
         "benchmark": "science",
         "kind": "run",
@@ -89,10 +94,9 @@ def describe_run(
             "steps": training["steps"],
             "tokens": training["tokens"],
             "flops": training["flops"],
-            "sampling": training["plan"]["sampling"],
+            "plan": training["plan"],
             "seconds": round(sum(record["seconds"] for record in read_log(folder)), 1),
             "device": ", ".join(devices) or None,
-            "dtype": training["plan"]["dtype"],
         },
         "data": {
             "corpus_sha256": engine.config.elastic.corpus_sha256 if engine.config.elastic else None,
@@ -106,20 +110,74 @@ def describe_run(
     }
 
 
-def check_comparable(lines: list[dict[str, Any]]) -> None:
-    """Refuse runs that did not read the same.
+def differences(a: Line, b: Line) -> Iterator[tuple[str, Any, Any]]:
+    """(what, a's, b's) of everything in which two runs have to be alike, and are not."""
+    plans = [dict(line["training"]["plan"]) for line in (a, b)]
+    for plan in plans:
+        for field in {"seed", *FREE}:
+            plan.pop(field, None)
+        if a["family"] != b["family"]:
+            plan.pop("sampling")
+    ours, theirs = (
+        {f"plan.{field}": value for field, value in plan.items()}
+        | {f"model.{field}": value for field, value in line["model"].items()}
+        | {
+            f"{name}.{field}": value
+            for name, text in line["texts"].items()
+            for field, value in text["corpus"].items()
+        }
+        | {"stream_sha256": line["data"]["stream_sha256"], "steps": line["training"]["steps"]}
+        | {"dtype": line["dtype"], "backend": line["backend"]}
+        for plan, line in zip(plans, (a, b), strict=True)
+    )
+    for what in sorted(ours.keys() | theirs.keys()):
+        if ours.get(what) != theirs.get(what):
+            yield what, ours.get(what), theirs.get(what)
+
+
+def check_comparable(lines: Sequence[Line]) -> None:
+    """Refuse runs that did not read, learn or get measured the same.
 
     Raises:
         BenchmarkError: names two runs, and what differs.
     """
-    for line in lines[1:]:
-        for part, key in (("data", "stream_sha256"), ("training", "tokens"), ("training", "dtype")):
-            ours, theirs = line[part][key], lines[0][part][key]
-            if ours != theirs:
-                raise BenchmarkError(
-                    f"{line['case']} and {lines[0]['case']} cannot be compared: {key} is {ours} "
-                    f"and {theirs}. Train them with one --data, one --tokens and one --dtype."
-                )
+    for at, line in enumerate(lines):
+        same_family = (other for other in lines[:at] if other["family"] == line["family"])
+        first = next(same_family, lines[0])
+        for what, ours, theirs in differences(line, first):
+            raise BenchmarkError(
+                f"{line['case']} and {first['case']} cannot be compared: {what} is {ours} and "
+                f"{theirs}. Train and measure them alike, or name another --out."
+            )
+
+
+def read_runs(path: Path | None) -> dict[str, Line]:
+    """The lines of runs that a file of results has, by name.
+
+    Raises:
+        BenchmarkError: a line has not what the summary is made of.
+    """
+    if path is None or not path.is_file():
+        return {}
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    runs = {line["case"]: line for line in found if line["kind"] == "run"}
+    for case, line in runs.items():
+        if not all("window_tokens" in text for text in line["texts"].values()):
+            raise BenchmarkError(
+                f"{path}: the line of {case} has no losses by window, so nothing can be compared "
+                f"with it. Move the file away and measure again."
+            )
+    return runs
+
+
+def is_of(line: Line, engine: Engine, texts: Texts) -> bool:
+    """Whether the line was measured on this checkpoint, these texts and this dtype."""
+    corpora = {name: told["corpus"] for name, told in line["texts"].items()}
+    return (
+        line["weights_sha256"] == engine.weights_sha256
+        and line["dtype"] == engine.dtype
+        and corpora == {name: text.describe() for name, text in texts.items()}
+    )
 
 
 def main() -> int:
@@ -130,41 +188,51 @@ def main() -> int:
     parser.add_argument("--novels", type=Path, required=True, help="with the held-out authors")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="scored (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write the results to this .jsonl file")
+    parser.add_argument("--again", action="store_true", help="measure what --out has as well")
     args = parser.parse_args()
     try:
-        return _evaluate_all(args.runs, args.novels, args.tokens, args.out)
+        return _evaluate_all(args.runs, args.novels, args.tokens, args.out, args.again)
     except (ElasticMoEError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
 
 
-def _evaluate_all(folder: Path, novels: Path, tokens: int, out: Path | None) -> int:
-    finished = [run for run in RUNS if (folder / run.name / CHECKPOINT / "manifest.json").is_file()]
-    if not finished:
-        raise BenchmarkError(
-            f"no run in {folder} is finished. See python -m benchmarks.science.train --status."
-        )
+def _evaluate_all(folder: Path, novels: Path, tokens: int, out: Path | None, again: bool) -> int:
     about = {
         "machine": describe_machine(),
         "versions": describe_versions(),
         "commit": describe_commit(),
     }
-    runs: dict[tuple[str, int], Measured] = {}
-    lines: list[dict[str, Any]] = []
+    known = read_runs(out)
     texts: dict[str, EvaluationSet] = {}
-    for run in finished:
-        print(run.name, file=sys.stderr)
-        with Engine.from_pretrained(folder / run.name / CHECKPOINT) as engine:
+    for run in RUNS:
+        checkpoint = folder / run.name / CHECKPOINT
+        if not (checkpoint / "manifest.json").is_file():
+            if run.name in known:
+                _say(f"{run.name}: not in {folder}, its line is kept")
+            continue
+        with Engine.from_pretrained(checkpoint) as engine:
             texts = texts or evaluation_texts(engine.tokenizer, novels, tokens)
+            if run.name in known and not again and is_of(known[run.name], engine, texts):
+                _say(f"{run.name}: measured before")
+                continue
+            _say(f"{run.name}: measuring")
             measured = evaluate(run, engine, texts)
-            lines.append(describe_run(run, folder / run.name, engine, measured, texts) | about)
-        check_comparable(lines)
-        runs[run.family, run.seed] = measured
+            line = describe_run(run, folder / run.name, engine, measured, texts) | about
+        known[run.name] = line
+        check_comparable(_in_order(known))
+        _write(out, _in_order(known))  # what is measured stays, whatever happens to the next
+    lines = _in_order(known)
+    if not lines:
+        raise BenchmarkError(
+            f"no run in {folder} is finished. See python -m benchmarks.science.train --status."
+        )
+    check_comparable(lines)
     summary = {
         "benchmark": "science",
         "kind": "summary",
         "case": "summary",
-        **summarise(runs, texts),
+        **summarise(lines),
         "tokens": lines[0]["training"]["tokens"],
         **about,
     }
@@ -174,11 +242,22 @@ def _evaluate_all(folder: Path, novels: Path, tokens: int, out: Path | None) -> 
             f"{verdict:10} {bar['text']}: {bar['what']}: {bar['value']} ({bar['needed']}), "
             f"{bar['seeds']} seeds"
         )
-    lines.append(summary)
     print(json.dumps(summary))
+    _write(out, [*lines, summary])
+    return 1 if any(bar["met"] is False for bar in summary["bars"]) else 0
+
+
+def _in_order(known: Mapping[str, Line]) -> list[Line]:
+    return [known[run.name] for run in RUNS if run.name in known]
+
+
+def _write(out: Path | None, lines: Sequence[Line]) -> None:
     if out:
         write_text(out, "".join(f"{json.dumps(line)}\n" for line in lines))
-    return 1 if any(bar["met"] is False for bar in summary["bars"]) else 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

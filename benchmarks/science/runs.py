@@ -97,6 +97,22 @@ def choose(only: str | None) -> list[Run]:
     return [run for run in RUNS if run.name in names]
 
 
+def check_text(data: Path, folder: Path) -> None:
+    """Refuse to go on with a run on other text than it was begun with.
+
+    Raises:
+        TrainingError: names both.
+    """
+    if not (folder / "data" / MANIFEST).is_file():
+        return
+    theirs, ours = (read_manifest(at)[0]["stream_sha256"] for at in (folder / "data", data))
+    if theirs != ours:
+        raise TrainingError(
+            f"{folder} was begun on other text: its stream_sha256 is {theirs}, that of {data} is "
+            f"{ours}. Name the data that it was begun with, or another --out."
+        )
+
+
 def bring_data(data: Path, folder: Path) -> None:
     """Put manifest and tokenizer into a run's folder, so that it says what it was trained on."""
     read_manifest(data)

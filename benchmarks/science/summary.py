@@ -1,5 +1,8 @@
 """What the runs say together: means over seeds, differences, bars. Nothing here measures anything.
 
+It is made of the lines that `evaluate` writes, one per run, so that runs of several days and
+machines come together without their checkpoints.
+
 A seed decides first weights, order of text and draws, so runs of one seed in two families are
 pairs. `seed_sd` is the standard deviation that a difference between two runs of different seeds
 has: sqrt(sd_a^2 + sd_b^2), each over seeds with n - 1. It is larger than that of the pairs, and a
@@ -11,11 +14,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from benchmarks.science.runs import FAMILIES, SPECIALISTS
-from elastic_moe.lab.quality import Quality, paired_difference
-from elastic_moe.lab.text import EvaluationSet
+from elastic_moe.lab.quality import weighted_mean
 
 # Point -> which axis it reduces, and to what share of the full value.
 POINTS = {
@@ -39,8 +44,40 @@ PUBLISHED = {
 }
 PUBLISHED_COST_AT_FULL = (-0.004, 0.007, 0.024)
 
-Seeds = Mapping[int, Quality]  # of one family at one point on one text, by seed
-Measured = Mapping[str, Mapping[str, Quality]]  # of one run: text -> point -> quality
+Line = Mapping[str, Any]  # of one run
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What a line tells of one point on one text.
+
+    Attributes:
+        nats_per_token: over all scored tokens.
+        windows: (W,) nats per token of each window, which errors of pairs are taken over.
+        counts: (W,) tokens that each window scores.
+    """
+
+    nats_per_token: float
+    windows: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+Seeds = Mapping[int, Losses]  # of one family at one point on one text, by seed
+
+
+def losses_of(line: Line, text: str, point: str) -> Losses | None:
+    """None where the run was not measured at this point."""
+    told = line["texts"][text]
+    at = told["points"].get(point)
+    if at is None:
+        return None
+    return Losses(at["nats_per_token"], tuple(at["window_nats"]), tuple(told["window_tokens"]))
+
+
+def paired_difference(a: Losses, b: Losses) -> tuple[float, float | None]:
+    """Mean of a's loss minus b's, nats per token, and its standard error over windows."""
+    counts = np.array(a.counts)
+    return weighted_mean((np.array(a.windows) - np.array(b.windows)) * counts, counts)
 
 
 def spread(values: Sequence[float]) -> dict[str, Any] | None:
@@ -51,7 +88,7 @@ def spread(values: Sequence[float]) -> dict[str, Any] | None:
     return {"n": len(values), "mean": _short(statistics.fmean(values)), "sd": _short(sd)}
 
 
-def compare(a: Seeds, b: Seeds, text: EvaluationSet) -> dict[str, Any] | None:
+def compare(a: Seeds, b: Seeds) -> dict[str, Any] | None:
     """Loss of a minus loss of b over the seeds that both have; None where they share none.
 
     `mean` and `sd` are of the differences of pairs, `seed_sd` as this module says. Each pair has
@@ -63,7 +100,7 @@ def compare(a: Seeds, b: Seeds, text: EvaluationSet) -> dict[str, Any] | None:
         return None
     pairs, differences = [], []
     for seed in shared:
-        nats, error = paired_difference(a[seed], b[seed], text)
+        nats, error = paired_difference(a[seed], b[seed])
         differences.append(nats)
         pairs.append({"seed": seed, "nats": _short(nats), "standard_error": _short(error)})
     mean = statistics.fmean(differences)
@@ -83,25 +120,22 @@ def compare(a: Seeds, b: Seeds, text: EvaluationSet) -> dict[str, Any] | None:
     }
 
 
-def point_summary(
-    point: str, runs: Mapping[tuple[str, int], Mapping[str, Quality]], text: EvaluationSet
-) -> dict[str, Any]:
-    """Everything about one point on one text.
+def point_summary(point: str, lines: Sequence[Line], text: str) -> dict[str, Any]:
+    """Everything about one point on one text."""
 
-    Args:
-        runs: (family, seed) -> point -> quality on this text.
-    """
+    def of(family: str, at: str = point) -> dict[int, Losses]:
+        found = {
+            line["seed"]: losses_of(line, text, at) for line in lines if line["family"] == family
+        }
+        return {seed: losses for seed, losses in sorted(found.items()) if losses is not None}
 
-    def of(family: str, at: str = point) -> dict[int, Quality]:
-        return {seed: found[at] for (one, seed), found in runs.items() if one == family}
-
-    def nats(qualities: Seeds) -> dict[str, Any] | None:
-        return spread([quality.nats_per_token for quality in qualities.values()])
+    def nats(losses: Seeds) -> dict[str, Any] | None:
+        return spread([one.nats_per_token for one in losses.values()])
 
     def lost(family: str) -> dict[str, Any] | None:
         full = of(family, "full")
         return spread(
-            [q.nats_per_token - full[seed].nats_per_token for seed, q in of(family).items()]
+            [one.nats_per_token - full[seed].nats_per_token for seed, one in of(family).items()]
         )
 
     elastic, inelastic = of("elastic"), of("inelastic")
@@ -117,29 +151,37 @@ def point_summary(
         "inelastic": nats(inelastic),
         "specialist": None if told is None else {"family": family, **told},
         "lost": {"elastic": lost("elastic"), "inelastic": lost("inelastic")},
-        "elastic_gain": compare(inelastic, elastic, text),
-        "specialist_gain": compare(elastic, special, text),
+        "elastic_gain": compare(inelastic, elastic),
+        "specialist_gain": compare(elastic, special),
         "published": PUBLISHED.get(point),
     }
 
 
-def summarise(
-    runs: Mapping[tuple[str, int], Measured], texts: Mapping[str, EvaluationSet]
-) -> dict[str, Any]:
-    """The summary of all finished runs, on every text, with its bars.
+def compute_of(lines: Sequence[Line]) -> dict[str, Any]:
+    """Training FLOPs of each family, mean over its runs: equal tokens do not make equal compute."""
+    flops = {
+        family: [line["training"]["flops"] for line in lines if line["family"] == family]
+        for family in FAMILIES
+    }
+    means = {family: statistics.fmean(found) for family, found in flops.items() if found}
+    whole = means.get("inelastic")
+    return {
+        family: {"flops": mean, "of_inelastic": None if whole is None else round(mean / whole, 4)}
+        for family, mean in means.items()
+    }
 
-    Args:
-        runs: (family, seed) -> text -> point -> quality; a specialist has its own point alone.
-    """
+
+def summarise(lines: Sequence[Line]) -> dict[str, Any]:
+    """The summary of the runs that have a line, on every text, with its bars."""
     told: dict[str, Any] = {}
-    for name, text in texts.items():
-        here = {run: measured[name] for run, measured in runs.items()}
-        points = {point: point_summary(point, here, text) for point in POINTS}
-        told[name] = {"points": points}
+    for name in lines[0]["texts"]:
+        told[name] = {"points": {point: point_summary(point, lines, name) for point in POINTS}}
     return {
         "seeds": {
-            family: sorted(seed for one, seed in runs if one == family) for family in FAMILIES
+            family: sorted(line["seed"] for line in lines if line["family"] == family)
+            for family in FAMILIES
         },
+        "compute": compute_of(lines),
         "texts": told,
         "published_cost_at_full": list(PUBLISHED_COST_AT_FULL),
         "bars": judge(told),

@@ -31,6 +31,7 @@ from benchmarks.science.runs import (
     TOKENS,
     Run,
     bring_data,
+    check_text,
     choose,
     is_finished,
     progress_of,
@@ -61,6 +62,7 @@ def train(
     began = time.monotonic()
     for run in runs:
         folder, plan = out / run.name, run.plan(tokens, dtype)
+        check_text(data, folder)
         if is_finished(folder, plan):
             say(f"{run.name}: finished before")
             continue

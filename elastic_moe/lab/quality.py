@@ -61,15 +61,27 @@ def paired_difference(a: Quality, b: Quality, text: EvaluationSet) -> tuple[floa
     the differences and n_w scored tokens, sqrt(m/(m-1) sum (s_w - mean n_w)^2) / sum n_w. One
     window has no spread: None.
     """
-    difference = a.losses.astype(np.float64) - b.losses.astype(np.float64)
-    mean = float(difference.mean())
     counts = np.array([window.scored for window in text.windows])
-    sums = np.add.reduceat(difference, np.concatenate(([0], counts.cumsum()[:-1])))
-    m = len(counts)
+    return weighted_mean(window_sums(a, text) - window_sums(b, text), counts)
+
+
+def window_sums(quality: Quality, text: EvaluationSet) -> NDArray[np.float64]:
+    """(W,) nats of the scored tokens of each window of the text."""
+    counts = np.array([window.scored for window in text.windows])
+    starts = np.concatenate(([0], counts.cumsum()[:-1]))
+    return np.add.reduceat(quality.losses.astype(np.float64), starts)
+
+
+def weighted_mean(
+    sums: NDArray[np.float64], counts: NDArray[np.int64]
+) -> tuple[float, float | None]:
+    """Mean over tokens of sums over windows, and its standard error; both of shape (W,)."""
+    m, tokens = len(counts), float(counts.sum())
+    mean = float(sums.sum()) / tokens
     if m < 2:
         return mean, None
     spread = m / (m - 1) * float(((sums - mean * counts) ** 2).sum())
-    return mean, math.sqrt(spread) / float(counts.sum())
+    return mean, math.sqrt(spread) / tokens
 
 
 class FullNetwork:

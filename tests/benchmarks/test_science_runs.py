@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,65 @@ def test_training_stops_in_time_goes_on_and_is_measured(
     (tmp_path / "science.jsonl").write_text((tmp_path / "r.jsonl").read_text())
     assert len(list(report.report(tmp_path))) == 2 * 2 + 1
 
+    # Another day: a run whose checkpoint is gone keeps its line, what is there is not measured
+    # again, and what they say together stays the same.
+    for name in ("elastic-0", "depth9-0"):
+        shutil.rmtree(out / name)
+    monkeypatch.setattr(evaluate, "evaluate", unexpected)
+    capsys.readouterr()
+    assert evaluate.main() == 0
+    said = capsys.readouterr().err
+    assert f"elastic-0: not in {out}, its line is kept" in said
+    assert "inelastic-0: measured before" in said
+    assert [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()] == lines
+    monkeypatch.setattr("sys.argv", [*arguments, "--again"])
+    with pytest.raises(AssertionError, match="inelastic-0 was measured"):
+        evaluate.main()
+    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 4
+    monkeypatch.setattr("sys.argv", arguments)
+    for change in ({"weights_sha256": "0" * 64}, {"dtype": "float16"}):
+        other = [line | change if line["case"] == "inelastic-0" else line for line in lines]
+        (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in other))
+        with pytest.raises(AssertionError, match="inelastic-0 was measured"):
+            evaluate.main()
+
+
+def unexpected(run: Run, *_: Any) -> Any:
+    raise AssertionError(f"{run.name} was measured")
+
+
+def test_what_is_measured_stays_when_a_later_run_fails(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, results = tmp_path / "runs", tmp_path / "r.jsonl"
+    assert train.main(command(data, out, "--only=elastic-0,inelastic-0")) == 0
+    arguments = ["x", "--runs", str(out), "--tokens", "1024", "--out", str(results)]
+    monkeypatch.setattr(
+        "sys.argv", [*arguments, "--novels", str(novels(tmp_path, *HELD_OUT_AUTHORS))]
+    )
+    (out / "inelastic-0" / CHECKPOINT / "model.safetensors").write_bytes(b"torn")
+    assert evaluate.main() == 1
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [line["case"] for line in lines] == ["elastic-0"]
+    windows = lines[0]["texts"][REFERENCE]
+    counts = np.array(windows["window_tokens"])
+    for told in windows["points"].values():
+        mean = float((np.array(told["window_nats"]) * counts).sum() / counts.sum())
+        assert mean == pytest.approx(told["nats_per_token"], abs=2e-5)
+
+
+def test_a_run_goes_on_with_its_own_text_alone(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, other = tmp_path / "runs", tmp_path / "other"
+    assert train.main(command(data, out, "--only=elastic-0")) == 0
+    tmp_path.joinpath("more").mkdir()
+    prepare(other, library(tmp_path / "more", 299), [], Mixture(), vocab_size=300)
+    before = (out / "elastic-0" / "data" / "manifest.json").read_bytes()
+    assert train.main(command(other, out, "--only=elastic-0")) == 1
+    assert "elastic-0 was begun on other text: its stream_sha256" in capsys.readouterr().err
+    assert (out / "elastic-0" / "data" / "manifest.json").read_bytes() == before
+
 
 def check_lines(by_case: dict[str, Any], out: Path) -> None:
     for case, points in (
@@ -193,19 +254,60 @@ def test_no_finished_run_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert evaluate.main() == 1
 
 
-def test_runs_that_were_trained_otherwise_are_not_compared() -> None:
-    def line(case: str, sha256: str = "a", tokens: int = 1, dtype: str = "f") -> dict[str, Any]:
-        training = {"tokens": tokens, "dtype": dtype}
-        return {"case": case, "data": {"stream_sha256": sha256}, "training": training}
+def run_line(case: str = "elastic-0", **plan: Any) -> dict[str, Any]:
+    family, _, seed = case.partition("-")
+    sampling = {"fixed": "" if family == "elastic" else "full"}
+    return {
+        "case": case,
+        "family": family,
+        "data": {"stream_sha256": "a"},
+        "training": {
+            "steps": 9,
+            "plan": {"seed": int(seed), "muon_lr": 0.02, "dtype": "f", "save_every_steps": 1}
+            | {"sampling": sampling}
+            | plan,
+        },
+        "model": {"num_layers": 12},
+        "texts": {AUTHORS: {"corpus": {"sha256": "c", "scored_tokens": 1024}}},
+        "dtype": "bfloat16",
+        "backend": "cpu",
+    }
 
-    same = [line("elastic-0"), line("inelastic-0")]
-    evaluate.check_comparable(same)
-    with pytest.raises(BenchmarkError, match=r"pool8-0 and elastic-0 .* stream_sha256 is b and a"):
-        evaluate.check_comparable([*same, line("pool8-0", "b")])
-    with pytest.raises(BenchmarkError, match="tokens is 2 and 1"):
-        evaluate.check_comparable([*same, line("pool8-0", tokens=2)])
-    with pytest.raises(BenchmarkError, match="dtype is b and f"):
-        evaluate.check_comparable([*same, line("pool8-0", dtype="b")])
+
+def test_runs_that_were_trained_or_measured_otherwise_are_not_compared() -> None:
+    same = [run_line("elastic-0"), run_line("inelastic-0"), run_line("elastic-1")]
+    evaluate.check_comparable([*same, run_line("elastic-2", save_every_steps=7)])
+    for what, line in (
+        ("plan.muon_lr is 0.2 and 0.02", run_line("elastic-2", muon_lr=0.2)),
+        ("plan.dtype is b and f", run_line("inelastic-1", dtype="b")),
+        (
+            "plan.sampling is {'fixed': 'L9'} and {'fixed': ''}",
+            run_line("elastic-2", sampling={"fixed": "L9"}),
+        ),
+        ("stream_sha256 is b and a", run_line("pool8-0") | {"data": {"stream_sha256": "b"}}),
+        ("model.num_layers is 24 and 12", run_line("pool8-0") | {"model": {"num_layers": 24}}),
+        ("dtype is float32 and bfloat16", run_line("pool8-0") | {"dtype": "float32"}),
+        ("backend is reference and cpu", run_line("pool8-0") | {"backend": "reference"}),
+        (
+            "held-out-authors.scored_tokens is 512 and 1024",
+            run_line("pool8-0")
+            | {"texts": {AUTHORS: {"corpus": {"sha256": "c", "scored_tokens": 512}}}},
+        ),
+    ):
+        with pytest.raises(BenchmarkError, match=re.escape(what)):
+            evaluate.check_comparable([*same, line])
+    steps = run_line("pool8-0")
+    steps["training"]["steps"] = 8
+    with pytest.raises(BenchmarkError, match=r"pool8-0 and elastic-0 .* steps is 8 and 9"):
+        evaluate.check_comparable([*same, steps])
+
+
+def test_lines_without_windows_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(run_line() | {"kind": "run"}) + "\n")
+    with pytest.raises(BenchmarkError, match="the line of elastic-0 has no losses by window"):
+        evaluate.read_runs(path)
+    assert evaluate.read_runs(tmp_path / "none.jsonl") == evaluate.read_runs(None) == {}
 
 
 def test_a_half_written_log_and_state_say_how_far_a_run_is(tmp_path: Path, data: Path) -> None:

@@ -4,42 +4,59 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmarks.science.report import science_table, science_words
-from benchmarks.science.summary import POINTS, compare, judge, spread, summarise
-from elastic_moe.lab.quality import Quality, paired_difference
-from elastic_moe.lab.text import Corpus, EvaluationSet, Window
+from benchmarks.science.summary import (
+    POINTS,
+    Losses,
+    compare,
+    judge,
+    losses_of,
+    paired_difference,
+    spread,
+    summarise,
+)
 
 NAMES = ("python-language-reference", "held-out-authors")
+COUNTS = (16, 8, 8, 8)
+FLOPS = {"elastic": 8e14, "inelastic": 1e15, "depth9": 7.5e14, "pool8": 1e15}
 
 
-def text(windows: int = 4, tokens: int = 8) -> EvaluationSet:
-    one = Window((0,) * tokens, (0,) * tokens, 0)
-    return EvaluationSet(Corpus("x", ""), (one,) * windows, windows * tokens, 100, "none")
+def losses(nats: float, noise: int = 0) -> Losses:
+    """Losses of this mean, scattered over windows by a seed of noise."""
+    scatter = np.random.default_rng(noise).normal(size=len(COUNTS))
+    scatter -= np.average(scatter, weights=COUNTS)
+    return Losses(nats, tuple((nats + scatter).tolist()), COUNTS)
 
 
-TEXT = text()
-
-
-def quality(nats: float, noise: int = 0) -> Quality:
-    """Losses of this mean, scattered by a seed of noise."""
-    scatter = np.random.default_rng(noise).normal(size=TEXT.scored_tokens)
-    return Quality((nats + scatter - scatter.mean()).astype(np.float32), 0.0, 1.0, 4.0, {})
-
-
-def runs(nats: dict[str, list[dict[str, float]]]) -> dict[Any, Any]:
-    """Family -> for each seed the nats of its points, the same on both texts."""
+def run_line(family: str, seed: int, nats: dict[str, float]) -> dict[str, Any]:
+    """The line of one run, the same on both texts, without what the summary does not read."""
+    points = {
+        point: {"nats_per_token": value, "window_nats": list(losses(value, seed).windows)}
+        for point, value in nats.items()
+    }
+    text = {"window_tokens": list(COUNTS), "points": points}
+    training = {"flops": FLOPS[family] * (1 + seed / 100)}
     return {
-        (family, seed): {
-            name: {point: quality(value, seed) for point, value in points.items()} for name in NAMES
-        }
+        "family": family,
+        "seed": seed,
+        "training": training,
+        "texts": dict.fromkeys(NAMES, text),
+    }
+
+
+def runs(nats: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
+    """Family -> for each seed the nats of its points."""
+    return [
+        run_line(family, seed, points)
         for family, seeds in nats.items()
         for seed, points in enumerate(seeds)
-    }
+    ]
 
 
 def everywhere(full: float, lost: dict[str, float]) -> dict[str, float]:
@@ -57,8 +74,8 @@ THREE = runs(
 )
 
 
-def summary(found: dict[Any, Any] = THREE) -> dict[str, Any]:
-    return summarise(found, dict.fromkeys(NAMES, TEXT))
+def summary(found: Sequence[dict[str, Any]] = tuple(THREE)) -> dict[str, Any]:
+    return summarise(found)
 
 
 def test_spread_is_mean_and_sample_deviation() -> None:
@@ -68,9 +85,9 @@ def test_spread_is_mean_and_sample_deviation() -> None:
 
 
 def test_a_comparison_pairs_the_seeds_that_both_have() -> None:
-    a = {0: quality(5.0, 1), 1: quality(5.2, 2), 2: quality(5.1, 3), 7: quality(9.0)}
-    b = {0: quality(4.6, 4), 1: quality(4.7, 5), 2: quality(4.5, 6)}
-    found = compare(a, b, TEXT)
+    a = {0: losses(5.0, 1), 1: losses(5.2, 2), 2: losses(5.1, 3), 7: losses(9.0)}
+    b = {0: losses(4.6, 4), 1: losses(4.7, 5), 2: losses(4.5, 6)}
+    found = compare(a, b)
     assert found is not None
     assert found["n"] == 3
     assert found["mean"] == pytest.approx(0.5, abs=1e-4)
@@ -78,7 +95,7 @@ def test_a_comparison_pairs_the_seeds_that_both_have() -> None:
     seed_sd = math.sqrt(statistics.variance([5.0, 5.2, 5.1]) + statistics.variance([4.6, 4.7, 4.5]))
     assert found["seed_sd"] == pytest.approx(seed_sd, abs=1e-4)
     assert found["in_seed_sds"] == pytest.approx(0.5 / seed_sd, abs=1e-2)
-    mean, error = paired_difference(a[1], b[1], TEXT)
+    mean, error = paired_difference(a[1], b[1])
     assert found["pairs"][1] == {
         "seed": 1,
         "nats": pytest.approx(mean, abs=1e-5),
@@ -86,12 +103,44 @@ def test_a_comparison_pairs_the_seeds_that_both_have() -> None:
     }
 
 
+def test_a_pair_differs_by_windows_that_count_by_their_tokens() -> None:
+    a = Losses(0.0, (5.0, 4.0, 6.0), (4, 2, 2))
+    b = Losses(0.0, (4.0, 4.5, 4.5), (4, 2, 2))
+    mean = (4 * 1.0 + 2 * -0.5 + 2 * 1.5) / 8
+    squares = [(c * (d - mean)) ** 2 for c, d in ((4, 1.0), (2, -0.5), (2, 1.5))]
+    error = math.sqrt(3 / 2 * sum(squares)) / 8
+    assert paired_difference(a, b) == pytest.approx((mean, error))
+    one = Losses(5.0, (5.0,), (4,))
+    assert paired_difference(one, one) == (0.0, None)
+
+
+def test_a_point_that_was_not_measured_has_no_losses() -> None:
+    line = run_line("depth9", 0, {"L9": 4.5})
+    assert losses_of(line, NAMES[0], "full") is None
+    found = losses_of(line, NAMES[1], "L9")
+    assert found is not None
+    assert (found.nats_per_token, found.counts) == (4.5, COUNTS)
+
+
+def test_compute_is_the_mean_of_each_family_over_the_inelastic_one() -> None:
+    found = summary()["compute"]
+    assert list(found) == ["elastic", "inelastic", "depth9"]
+    assert found["elastic"] == {"flops": pytest.approx(8.08e14), "of_inelastic": 0.8}
+    assert found["depth9"]["of_inelastic"] == pytest.approx(0.75 / 1.01, abs=1e-4)
+    alone = [line for line in THREE if line["family"] == "elastic"]
+    assert summary(alone)["compute"]["elastic"]["of_inelastic"] is None
+
+
+def test_the_order_of_the_lines_changes_nothing() -> None:
+    assert summary(THREE[::-1]) == summary()
+
+
 def test_one_pair_has_no_deviation_and_no_pair_no_comparison() -> None:
-    found = compare({0: quality(5.0)}, {0: quality(4.5), 1: quality(4.6)}, TEXT)
+    found = compare({0: losses(5.0)}, {0: losses(4.5), 1: losses(4.6)})
     assert found is not None
     assert (found["n"], found["mean"]) == (1, pytest.approx(0.5, abs=1e-4))
     assert (found["sd"], found["seed_sd"], found["in_seed_sds"]) == (None, None, None)
-    assert compare({0: quality(5.0)}, {1: quality(4.5)}, TEXT) is None
+    assert compare({0: losses(5.0)}, {1: losses(4.5)}) is None
 
 
 def test_a_point_says_what_both_lose_and_how_the_specialist_does() -> None:
@@ -141,7 +190,7 @@ def test_each_bar_is_missed_by_little() -> None:
 def test_fewer_than_three_seeds_decide_nothing() -> None:
     assert bars({"w4": {"n": 2, "mean": 5.0, "in_seed_sds": 99.0}})["w4"] is None
     assert bars({"w4": None})["w4"] is None
-    two = {run: found for run, found in THREE.items() if run != ("inelastic", 2)}
+    two = [line for line in THREE if (line["family"], line["seed"]) != ("inelastic", 2)]
     assert [bar["met"] for bar in summary(two)["bars"]] == [None] * 10
     assert summary(two)["seeds"] == {
         "elastic": [0, 1, 2],
@@ -152,7 +201,7 @@ def test_fewer_than_three_seeds_decide_nothing() -> None:
 
 
 def test_without_its_control_a_network_stands_alone() -> None:
-    alone = {run: found for run, found in THREE.items() if run[0] == "elastic"}
+    alone = [line for line in THREE if line["family"] == "elastic"]
     for p in summary(alone)["texts"][NAMES[1]]["points"].values():
         assert p["elastic"]["n"] == 3
         assert p["inelastic"] is p["lost"]["inelastic"] is p["elastic_gain"] is None
@@ -166,28 +215,25 @@ def test_the_tables_show_the_summary() -> None:
     assert rows[2].startswith("| `full` | 4.530 ± 0.010 | 4.510 ± 0.010 | -0.020 (-1.4 seed SDs) |")
     nine = next(row for row in rows if "`L9`" in row)
     assert nine == (
-        "| `L9` (depth 75%) | 4.630 ± 0.010 | 5.010 ± 0.010 | +0.380 (26.9 seed SDs) | +0.070 | "
-        "+0.100 ± 0.000 | +0.196 (depth 16 -> 12 layers) |"
+        "| `L9` (depth 75%) | 4.630 ± 0.010 | 5.010 ± 0.010 | +0.380 (26.9 seed SDs) | "
+        "+0.070 ± 0.000† | +0.100 ± 0.000 | +0.196 (depth 16 -> 12 layers) |"
     )
     assert all(row.count("|") == rows[0].count("|") for row in rows)
     words = list(science_words(told))
     assert words[0] == (
         "Trained on 9,998,336 tokens each; seeds: elastic 3, inelastic 3, depth9 1."
     )
-    assert "costs the full network +0.020 ± 0.010 nats per token" in words[1]
-    assert len(words) == 3  # no bar is missed
+    assert "costs the full network +0.020 ± 0.014 nats per token" in words[1]
+    assert len(words) == 5  # no bar is missed
 
 
 def test_the_words_name_what_is_missed_or_undecided() -> None:
-    worse = {
-        run: {n: {p: quality(9.0 + run[1] / 100) for p in points} for n, points in of.items()}
-        for run, of in THREE.items()
-        if run[0] == "elastic"
-    }
-    told = summary(THREE | worse) | {"tokens": 1}
+    worse = [run_line("elastic", n, everywhere(9.0 + n / 100, {})) for n in range(3)]
+    others = [line for line in THREE if line["family"] != "elastic"]
+    told = summary([*others, *worse]) | {"tokens": 1}
     missed = [line for line in science_words(told) if line.startswith("Missed")]
     assert len(missed) == 10
-    two = {run: found for run, found in THREE.items() if run[1] < 2}
+    two = [line for line in THREE if line["seed"] < 2]
     told = summary(two) | {"tokens": 1}
     undecided = [line for line in science_words(told) if line.startswith("Undecided with 2 seeds")]
     assert len(undecided) == 10

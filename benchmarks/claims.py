@@ -3,8 +3,9 @@
 python -m benchmarks.claims            writes benchmarks/CLAIMS.md
 python -m benchmarks.claims --check    exits 1 if the page is not up to date
 
-The published side is data of this file, each with its source. The measured side is read from
-benchmarks/results and from the bundled checkpoint's manifest; nothing of it stands here.
+The published side is data of this file and of the science's summary, each with its source. The
+measured side is read from benchmarks/results and from the bundled checkpoint's manifest; nothing of
+it stands here, and what was not measured on the bundled weights is refused.
 """
 
 from __future__ import annotations
@@ -18,15 +19,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.science.summary import PUBLISHED, PUBLISHED_COST_AT_FULL
+from elastic_moe.errors import BenchmarkError, ElasticMoEError
 from elastic_moe.files import write_text
 from elastic_moe.lab.budget import make_budget
 from elastic_moe.lab.frontier import format_percent, format_si
 from elastic_moe.lab.trained import read_training
+from elastic_moe.model.folder import BUNDLED
+from elastic_moe.model.weights import TensorFiles
 from elastic_moe.routing import parse_name
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 PAGE = HERE / "CLAIMS.md"
+MODEL = "elastic-mini"
+SWEEP = "sweep-elastic-mini.json"
 TEXT = "python-language-reference"
 NOT_YET = "not measured yet"
 
@@ -42,20 +49,48 @@ class Results:
     """The committed measurements.
 
     Args:
-        folder: of the result files; science.jsonl may be missing.
+        folder: of the result files; coherence.jsonl and science.jsonl may be missing. None: those
+            of the repository.
+
+    Raises:
+        BenchmarkError: something in it was measured on other weights than the bundled ones, or the
+            sweep on another text than the other losses.
     """
 
-    def __init__(self, folder: Path = RESULTS) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
+        folder = RESULTS if folder is None else folder
+
         def lines(name: str) -> list[dict[str, Any]]:
             path = folder / name
             text = path.read_text(encoding="utf-8") if path.exists() else ""
             return [json.loads(line) for line in text.splitlines()]
 
+        sweep = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
         quality = [line for line in lines("elastic-mini.jsonl") if line["corpus"]["name"] == TEXT]
+        coherence = [line for line in lines("coherence.jsonl") if line["case"] == MODEL]
         self.mini: dict[str, Any] = quality[-1]
+        bundled = TensorFiles(BUNDLED / MODEL).sha256()
+        for name, weights in (
+            ("elastic-mini.jsonl", self.mini["weights_sha256"]),
+            (SWEEP, sweep["settings"].get("weights_sha256")),
+            *(("coherence.jsonl", line["weights_sha256"]) for line in coherence[-1:]),
+        ):
+            if weights != bundled:
+                raise BenchmarkError(
+                    f"{folder / name} was measured on weights {_short(weights)}, but those of the "
+                    f"bundled {MODEL} are {_short(bundled)}. Measure it again."
+                )
+        for key in ("name", "sha256"):
+            if sweep["corpus"][key] != self.mini["corpus"][key]:
+                raise BenchmarkError(
+                    f"{folder / SWEEP} scored the text {sweep['corpus']['name']} "
+                    f"{_short(sweep['corpus']['sha256'])}, elastic-mini.jsonl beside it {TEXT} "
+                    f"{_short(self.mini['corpus']['sha256'])}. Measure both on one text."
+                )
         self.peers = {line["case"]: line for line in lines("peers.jsonl")}
-        sweep = json.loads((folder / "sweep-elastic-mini.json").read_text(encoding="utf-8"))
         self.sweep = {point["name"]: point for point in sweep["points"]}
+        self.swept_tokens: int = sweep["corpus"]["scored_tokens"]
+        self.scored_tokens: int = self.mini["corpus"]["scored_tokens"]
         found = [line for line in lines("science.jsonl") if line["kind"] == "summary"]
         self.science: dict[str, Any] | None = found[-1] if found else None
 
@@ -63,6 +98,11 @@ class Results:
         """Nats per token that a sub-network of elastic-mini loses, with the standard error."""
         p = self.mini["points"][point]
         return f"elastic-mini `{point}`: {p['nats_lost']:+.3f} ± {p['standard_error']:.3f}"
+
+    def swept(self) -> str:
+        """What must be said of a figure of the sweep, where it scored less than the others."""
+        alike = self.swept_tokens == self.scored_tokens
+        return "" if alike else f" in the sweep, {self.swept_tokens:,} tokens scored"
 
     def science_point(self, point: str) -> Mapping[str, Any]:
         return {} if self.science is None else self.science["texts"][TEXT]["points"][point]
@@ -82,6 +122,10 @@ class Results:
     def specialist_gap(self, point: str) -> str:
         """Nats per token, elastic minus a network trained as this one alone."""
         return _mean(self.science_point(point).get("specialist_gain"))
+
+
+def _short(sha256: str | None) -> str:
+    return "that it does not name" if sha256 is None else f"{sha256[:12]}..."
 
 
 def _mean(found: Mapping[str, Any] | None, *, sign: int = 1) -> str:
@@ -114,22 +158,22 @@ def quarter_of_k(results: Results) -> str:
 
 
 def iteration(_: Results) -> str:
-    training = read_training("elastic-mini")
+    training = read_training(MODEL)
     chosen = parse_name(training.shape, "L24-k2")
-    # So many tokens that the refinement is 6 % of the super-network: the claim, set into a ledger.
-    per_token = make_budget(training, [(chosen, 1)])["networks"][0]["refinement_of_super_network"]
-    tokens = round(0.06 / per_token)
-    budget = make_budget(training, [(chosen, tokens)], networks=8)
-    row, uncounted = budget["networks"][0], budget["super_network"]["uncounted"]
+    budget = make_budget(training, [(chosen, 1)])
+    row, uncounted = budget["networks"][-1], budget["super_network"]["uncounted"]
+    of_super, of_scratch = (
+        format_si(round(ITERATION / row[f"refinement_of_{base}"]))
+        for base in ("super_network", "scratch")
+    )
     but = f" Not counted: what {uncounted['parent']} had cost" if uncounted else ""
-    costs = {one["networks"]: one for one in row["shared"]}
     return (
-        f"`elastic-moe budget`, not a result but a ledger: 6 % of elastic-mini's training is "
-        f"{format_si(tokens)} tokens of refining its `L24-k2`. With the super-network's own cost, "
-        f"that network costs {format_percent(costs[1]['of_super_network'])} of it alone, "
-        f"{format_percent(costs[8]['of_super_network'])} when 8 share it, and "
-        f"{format_percent(row['scratch_of_super_network'])} from scratch on as many tokens as the "
-        f"super-network.{but}"
+        f"`elastic-moe budget`, arithmetic and no result. A network such as elastic-mini's "
+        f"`{chosen.name}` from scratch, on as many tokens as the super-network: S, "
+        f"{format_si(row['scratch_flops'], 'FLOP')}; the super-network: F, "
+        f"{format_si(budget['super_network']['flops'], 'FLOP')}. {format_percent(ITERATION)} of S "
+        f"is {of_scratch} tokens of refining that network, {format_percent(ITERATION)} of F is "
+        f"{of_super}; either comes on top of F.{but}"
     )
 
 
@@ -151,8 +195,9 @@ def slimmable_experts(results: Results) -> str:
 def skipping(results: Results) -> str:
     full, t = results.sweep["full"], results.sweep["t0.5"]
     return (
-        f"elastic-mini `t0.5`: {t['mean_experts']:.2f} of {full['mean_experts']:.0f} experts run, "
-        f"{format_percent(t['flops_per_token'] / full['flops_per_token'])} of the FLOPs, "
+        f"{results.lost('p8')}, half of the experts. `t0.5`{results.swept()}: "
+        f"{t['mean_experts']:.2f} of {full['mean_experts']:.0f} experts run, "
+        f"{format_percent(t['flops_per_token'] / full['flops_per_token'], 1)} of the FLOPs, "
         f"{t['delta_nats']:+.3f} ± {t['standard_error']:.3f}"
     )
 
@@ -162,6 +207,14 @@ def nothing(_: Results) -> str:
 
 
 # --- what is published
+
+ITERATION = 0.06  # of the pre-training cost of comparable models: ERNIE 5.1
+_DEPTH, _POOL, _TOP_K = (f"{cost:+.3f}" for cost in PUBLISHED_COST_AT_FULL)
+
+
+def ablation(point: str) -> str:
+    """What one axis cost in the ablation of ERNIE 5.0: the counterpart of a point measured here."""
+    return f"{PUBLISHED[point]['what']} costs {PUBLISHED[point]['lost']:+.3f}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,13 +235,13 @@ class Claim:
 CLAIMS = (
     Claim(
         ERNIE,
-        "k 8 -> 4 of 64 experts costs +0.002 nats",
+        ablation("k2"),
         axis("k2", "k2"),
         "half of k on both sides; the scale is not reproducible here",
     ),
     Claim(
         ERNIE,
-        "k 8 -> 2 costs +0.034",
+        ablation("k1"),
         axis("k1", "k1"),
         "a quarter of k on both sides; here that is one expert, there two",
     ),
@@ -200,20 +253,20 @@ CLAIMS = (
     ),
     Claim(
         ERNIE,
-        "depth 16 -> 12 layers costs +0.196",
+        ablation("L9"),
         axis("L36", "L9"),
         "three quarters of the depth on both sides",
     ),
     Claim(
         ERNIE,
-        "pool 64 -> 32 experts costs +0.254",
+        ablation("p8"),
         axis("p8", "p8"),
         "half of the pool on both sides; there training draws a pool's experts, here pools are "
         "nested",
     ),
     Claim(
         ERNIE,
-        "at full budget, elastic training costs -0.004 (depth), +0.007 (pool), +0.024 (k)",
+        f"at full budget, elastic training costs {_DEPTH} (depth), {_POOL} (pool), {_TOP_K} (k)",
         full_budget,
         "there one axis per training, here all of them at once",
     ),
@@ -234,11 +287,13 @@ CLAIMS = (
     ),
     Claim(
         ERNIE_51,
-        "about 6 % of the pre-training cost of comparable models; a third of the total and half of "
-        "the active parameters of ERNIE 5.0, from which it was extracted",
+        f"about {format_percent(ITERATION)} of the pre-training cost of comparable models; a "
+        "third of the total and half of the active parameters of ERNIE 5.0, from which it was "
+        "extracted",
         iteration,
-        "not reproducible here: neither the compute nor the models compared with are published, "
-        "nor whether ERNIE 5.0's own training is in the 6 %. Read it as the cost of one more "
+        "not reproducible here: neither the compute nor the base of the share is published. "
+        "'Comparable models' is nearest to S, a share of an existing super-network would be of F. "
+        "Nor is it said whether ERNIE 5.0's own training is in it. Read it as the cost of one more "
         "network, given a super-network that is paid for",
     ),
     Claim(
@@ -259,11 +314,14 @@ CLAIMS = (
     ),
     Claim(
         NAEE,
-        "Mixtral 8x7B, without training: skipping experts of small weight and removing some runs "
-        "1.2 to 1.3 times as fast; without 2 of 8 experts, 2.9 points less",
+        "Mixtral 8x7B, without training: without 2 of 8 experts 1.20 times as fast and 2.9 points "
+        "less, without 4 of 8 1.27 times and 7.1 points; 1.3 times needs skipping of experts of "
+        "small weight as well",
         skipping,
-        "our threshold is this rule for any k, and is trained for. Not reproducible here: Mixtral "
-        "has 46.7 B parameters, and points need a model that answers",
+        "there k is 2, each layer skips by a ratio of its own, the median of a calibration, and "
+        "what to remove is searched for; here one fixed t holds for all layers and any k, "
+        "pools are nested, and both are trained for. Not reproducible here: Mixtral has "
+        "46.7 B parameters, and points need a model that answers",
     ),
     Claim(
         SLIMMABLE,
@@ -278,15 +336,16 @@ CLAIMS = (
 
 def page(results: Results) -> str:
     """The whole of CLAIMS.md."""
-    training = read_training("elastic-mini")
+    training = read_training(MODEL)
     shape = training.shape
     science = results.science
     runs = NOT_YET if science is None else f"{format_si(science['tokens'])} tokens each"
     sizes = (
         f"{format_si(shape.total_params)} parameters, {shape.num_layers} layers, k "
         f"{shape.max_top_k} of {shape.num_experts} experts, "
-        f"{format_si(training.tokens_before + training.tokens)} tokens"
+        f"{format_si(training.tokens_before + training.tokens)} tokens of training"
     )
+    unless = ", unless a row gives another number" if results.swept() else ""
     head = f"""# Published claims, and what was measured here
 
 `python -m benchmarks.claims` writes this page from [results](results); a test keeps it up to date.
@@ -294,7 +353,8 @@ def page(results: Results) -> str:
 - Figures with a sign are nats per token of held-out text, here the Python language reference: what
   a sub-network loses against the whole of the same network, unless said otherwise. ± is a standard
   error, or over seeds a standard deviation.
-- *elastic-mini* is the bundled checkpoint: {sizes}.
+- *elastic-mini* is the bundled checkpoint: {sizes}; its figures are over
+  {results.scored_tokens:,} scored tokens{unless}.
 - *12 layers* are trainings of one recipe, elastic, inelastic and of single sub-networks: {runs}.
 - The ablation of ERNIE 5.0 has 3.2 B parameters, 64 experts, k 8, 250 B tokens. Across such scales
   the order and shape of the losses can be compared, their size cannot.
@@ -315,7 +375,11 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
-    text = page(Results())
+    try:
+        text = page(Results())
+    except (ElasticMoEError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
     if not args.check:
         write_text(PAGE, text)
         return 0

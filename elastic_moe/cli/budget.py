@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from elastic_moe.cli.arguments import add_download, positive_integer
+from elastic_moe.cli.arguments import add_download
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,12 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="RUN_OR_CHECKPOINT",
-        help="an earlier training that this one went on from, which counts too; may be repeated, "
-        "the first training first",
+        help="an earlier training that this one went on from, which counts too, as those do that "
+        "either of them tells of, each once; may be repeated, the first training first",
     )
     parser.add_argument(
         "--networks",
-        type=positive_integer,
+        type=_networks,
         default=8,
         metavar="N",
         help="share the super-network's cost among 1, 2, 4, ... N networks (default: %(default)s)",
@@ -116,12 +116,11 @@ def _about_training(budget: dict[str, Any]) -> Iterator[str]:
     """Lines about the super-network: its trainings, and an inelastic one beside them."""
     from elastic_moe.lab.frontier import format_si
 
-    trained, parts = budget["super_network"], budget["trainings"]
+    trained = budget["super_network"]
+    parts = [one for one in budget["trainings"] if one["part"] == "super-network"]
+    done = [one for one in budget["trainings"] if one["part"] == "refinement"]
     for one in parts:
-        yield (
-            f"{one['name']} ({one['kind']}): {one['steps']:,} of {one['planned_steps']:,} steps, "
-            f"{format_si(one['tokens'])} tokens, {format_si(one['flops'], 'FLOP')}"
-        )
+        yield _about_one(one)
     if len(parts) > 1:
         total = format_si(trained["flops"], "FLOP")
         yield f"together: {format_si(trained['tokens'])} tokens, {total}"
@@ -130,6 +129,11 @@ def _about_training(budget: dict[str, Any]) -> Iterator[str]:
         yield (
             f"NOT COUNTED: the training of {before['parent']} ({format_si(before['tokens'])} "
             f"tokens), with which it began. Name it with --began-with."
+        )
+    if trained["alone"] is not None:
+        yield (
+            f"Every step trained {trained['alone']} alone: what is called a super-network here is "
+            f"this training."
         )
     ratio, extra = trained["of_inelastic"], trained["distillation_flops"]
     change = _percent(abs(1 - ratio))
@@ -140,9 +144,20 @@ def _about_training(budget: dict[str, Any]) -> Iterator[str]:
         f"tokens ({format_si(trained['inelastic_flops'], 'FLOP')}).{distilled} "
         f"{_measured(trained['measured'])}"
     )
+    for one in done:
+        yield f"{_about_one(one)}: refining {budget['networks'][0]['name']} alone"
     yield (
         f"One network's cost in % of the super-network's, when n share it; from scratch: "
         f"{format_si(budget['scratch_tokens'])} tokens"
+    )
+
+
+def _about_one(one: dict[str, Any]) -> str:
+    from elastic_moe.lab.frontier import format_si
+
+    return (
+        f"{one['name']} ({one['kind']}): {one['steps']:,} of {one['planned_steps']:,} steps, "
+        f"{format_si(one['tokens'])} tokens, {format_si(one['flops'], 'FLOP')}"
     )
 
 
@@ -184,7 +199,7 @@ def _table(budget: dict[str, Any]) -> Table:
             row["scratch_of_super_network"],
         )
         table.add_row(
-            row["name"],
+            f"{row['name']} (done)" if row.get("refinement_done") else row["name"],
             format_si(tokens) if tokens else "",
             *(f"{100 * share:,.1f}" for share in shares),
             "never" if least is None else f"n={least:,}",
@@ -198,12 +213,13 @@ def _about_networks(budget: dict[str, Any]) -> Iterator[str]:
 
     refined = [row for row in budget["networks"] if row["refinement_tokens"]]
     for row in refined:
-        last = row["shared"][-1]
+        last, took = row["shared"][-1], row["refinement_measured"]
+        done = f" It was done. {_measured(took)}" if row["refinement_done"] else ""
         yield (
             f"Refining {row['name']} costs {_percent(row['refinement_of_super_network'])} of an "
-            f"existing super-network. When {last['networks']:,} networks bear the super-network's "
-            f"cost, {row['name']} costs {_percent(last['of_super_network'])} of it in all, of "
-            f"which refinement is {_percent(last['refinement_of_total'])}."
+            f"existing super-network.{done} When {last['networks']:,} networks bear the "
+            f"super-network's cost, {row['name']} costs {_percent(last['of_super_network'])} of it "
+            f"in all, of which refinement is {_percent(last['refinement_of_total'])}."
         )
     if not refined:
         last = budget["mean"]["shared"][-1]
@@ -229,6 +245,19 @@ def _about_networks(budget: dict[str, Any]) -> Iterator[str]:
 
 def _percent(ratio: float) -> str:
     return f"{100 * ratio:,.1f} %"
+
+
+def _networks(text: str) -> int:
+    from elastic_moe.lab.budget import MOST_NETWORKS  # deferred: loads torch
+
+    short = len(text) <= 20  # Python reads no integer of more than 4300 digits
+    number = int(text) if short and text.isdecimal() else 0
+    if not 1 <= number <= MOST_NETWORKS:
+        told = repr(text) if short else f"{len(text):,} characters"
+        raise argparse.ArgumentTypeError(
+            f"must be an integer in [1, {MOST_NETWORKS:,}], got {told}"
+        )
+    return number
 
 
 def _tokens(text: str) -> int:

@@ -14,12 +14,16 @@ and a threshold that counts as if it dropped nothing, the figures are:
                     trains, and f of one that it only runs, to distil from
     inelastic       I = sum over steps of 3 f(all layers of that step, c) tokens_step; F / I - 1 is
                     what elastic training costs, or saves where it is negative
-    refinement      R = 3 f(s, c of the last stage) tokens: s trained on, alone
+    refinement      R = 3 f(s, c of the last stage) tokens: s trained on, alone; of one that was
+                    really done, what it took
     from scratch    S = tokens x the mean over the run's tokens of 3 f(s, c), where s grows as the
                     super-network grew: a stage runs those layers of s that it has. Of the full
                     network on the same tokens this is I
     per network     F / n + R when n networks share the super-network
     break-even      the smallest n with F + n R < n S; none where R >= S
+
+The trainings that led to the weights are the super-network's, each counted once, up to those at the
+end whose every step trained one proper sub-network alone: they are the refinement of it.
 
 Shares are of F ("of an existing super-network"), of F / n + R ("of the total") or of S. All of this
 is compute: equal tokens do not make equal quality.
@@ -35,12 +39,13 @@ from typing import Any
 
 from elastic_moe.errors import OptionError
 from elastic_moe.lab.trained import Training, stages_done
-from elastic_moe.routing import ModelShape, Subnet, resolve
+from elastic_moe.routing import ModelShape, Subnet, resolve, shorten
 from elastic_moe.routing.subnet import INACTIVE
 from elastic_moe.train.ledger import replay
 from elastic_moe.train.plan import Stage, TrainingPlan
 
 FORWARD_AND_BACKWARD = 3  # in units of a forward pass
+MOST_NETWORKS, MOST_TOKENS = 10**9, 10**27  # far beyond anybody's, and floats hold what they cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,7 @@ class Network:
         tokens: it is refined on, alone; 0 for one that is used as it was extracted.
         refinement_flops: R.
         scratch_flops: S.
+        done: by these trainings, where the refinement is no plan; () where it is.
     """
 
     name: str
@@ -58,6 +64,7 @@ class Network:
     flops_per_token: float
     refinement_flops: float
     scratch_flops: float
+    done: tuple[Training, ...] = ()
 
 
 def training_flops_per_token(subnet: Subnet, length: int) -> float:
@@ -112,6 +119,60 @@ def break_even(super_flops: float, refinement: float, scratch: float) -> int | N
     return math.floor(Fraction(super_flops) / gain) + 1 if gain > 0 else None
 
 
+# --- which trainings count, and as what
+
+
+def join_trainings(training: Training, earlier: Sequence[Training]) -> list[Training]:
+    """Every training that led to the weights of `training`, the first one first, each once.
+
+    One that tells of itself has its name and time from there; its FLOPs are those of a manifest,
+    where one tells of them.
+
+    Raises:
+        OptionError: an earlier one was of another model, is `training` itself or went on from it,
+            or is told of at two different steps.
+    """
+    found: list[Training] = []
+    for count, told in enumerate((*earlier, training)):
+        known, end = list(found), len(found)  # no chain tells of one of its own twice
+        for part in reversed((*told.before, replace(told, before=()))):
+            if part.shape != training.shape:
+                raise OptionError(
+                    f"{part.path} has {part.shape}, but {training.path} has {training.shape}. Name "
+                    f"a training that this one went on from."
+                )
+            if count < len(earlier) and part.is_same(training):
+                raise OptionError(
+                    f"{told.path} is the training of {training.path} itself, or went on from it. "
+                    f"Name a training that this one went on from."
+                )
+            other = next((one for one in known if one.is_same(part)), None)
+            if other is None:
+                found.insert(end, part)
+                continue
+            if other.steps != part.steps:
+                raise OptionError(
+                    f"{other.path} and {part.path} tell of one training, at step {other.steps:,} "
+                    f"and at step {part.steps:,}. Leave out the one that {training.path} did not "
+                    f"go on from."
+                )
+            at = found.index(other)
+            best = max(other, part, key=lambda one: (one.timed_steps, bool(one.name)))
+            # A manifest has what was counted then; a run is counted as this version draws.
+            then = [one.flops for one in (other, part) if one.kind != "run"]
+            found[at] = replace(best, flops=then[0]) if then else best
+            end = min(end, at)
+    return found
+
+
+def split_trainings(parts: Sequence[Training]) -> tuple[list[Training], list[Training]]:
+    """Those of the super-network, and those after it that refined a sub-network alone."""
+    count = len(parts)
+    while count > 1 and parts[count - 1].alone is not None:
+        count -= 1
+    return list(parts[:count]), list(parts[count:])
+
+
 # --- the ledger
 
 
@@ -147,9 +208,9 @@ def make_budget(
 
     Args:
         refinements: sub-networks and the tokens that each is refined on; none: the usual ones,
-            used as they are extracted.
+            used as they are extracted. One that was really done comes first, whatever is asked.
         earlier: trainings that this one went on from, the first one first; they count too, as
-            those do that it tells of itself.
+            those do that it tells of itself, each once.
         networks: the largest number of networks that share the super-network.
         scratch_tokens: of a training from scratch; None for those of the super-network.
 
@@ -157,38 +218,39 @@ def make_budget(
         FLOPs as numbers, shares as ratios (1 is 100 %).
 
     Raises:
-        OptionError: a number is not positive, tokens to refine on are negative, or an earlier
-            training was of another model.
+        OptionError: a number is out of its range, or as `join_trainings`.
     """
-    for field, value, least in (
-        ("networks", networks, 1),
-        ("scratch_tokens", scratch_tokens, 1),
-        *((f"tokens to refine {subnet.name} on", tokens, 0) for subnet, tokens in refinements),
+    for field, value, least, most in (
+        ("networks", networks, 1, MOST_NETWORKS),
+        ("scratch_tokens", scratch_tokens, 1, MOST_TOKENS),
+        *((f"tokens to refine {s.name} on", tokens, 0, MOST_TOKENS) for s, tokens in refinements),
     ):
-        if value is not None and value < least:
-            raise OptionError(f"{field} must be at least {least}, got {value}.")
-    shape, parts = training.shape, [*earlier, *training.before, training]
-    for part in earlier:
-        if part.shape != shape:
-            raise OptionError(
-                f"{part.path} has {part.shape}, but {training.path} has {shape}. Name a training "
-                f"that this one went on from."
-            )
-    length = stages_done(training.plan, training.steps)[-1][0].length
-    tokens_done = sum(part.tokens for part in parts)
-    super_network = _describe_super_network(parts)
+        if value is not None and not least <= value <= most:
+            raise OptionError(f"{field} must be in [{least}, {most:,}], got {shorten(value)}.")
+    shape, parts = training.shape, join_trainings(training, earlier)
+    supers, done = split_trainings(parts)
+    length = stages_done(supers[-1].plan, supers[-1].steps)[-1][0].length
+    tokens_done = sum(part.tokens for part in supers)
+    super_network = _describe_super_network(supers)
     flops = super_network["flops"]
     share = 1.0 if scratch_tokens is None else scratch_tokens / tokens_done
-    rows = [
-        Network(
+
+    def network(subnet: Subnet, tokens: int, done: Sequence[Training] = ()) -> Network:
+        planned = training_flops_per_token(subnet, length) * tokens
+        return Network(
             name=subnet.name,
             tokens=tokens,
             flops_per_token=subnet.flops_per_token(length // 2),
-            refinement_flops=training_flops_per_token(subnet, length) * tokens,
-            scratch_flops=share * sum(scratch_flops(p.plan, p.steps, subnet) for p in parts),
+            refinement_flops=sum(part.flops for part in done) if done else planned,
+            scratch_flops=share * sum(scratch_flops(p.plan, p.steps, subnet) for p in supers),
+            done=tuple(done),
         )
-        for subnet, tokens in refinements or [(subnet, 0) for subnet in usual_subnets(shape)]
-    ]
+
+    own = done[-1].alone if done else None
+    asked = refinements or [(subnet, 0) for subnet in usual_subnets(shape) if subnet != own]
+    rows = [network(subnet, tokens) for subnet, tokens in asked]
+    if own is not None:
+        rows.insert(0, network(own, sum(part.tokens for part in done), done))
     counts = networks_up_to(networks)
     of_full = resolve(shape).flops_per_token(length // 2)
     refined = sum(row.refinement_flops for row in rows)
@@ -196,15 +258,16 @@ def make_budget(
     return {
         "trainings": [
             {
-                "name": part.name,
+                "name": part.name or f"training {i} of {len(parts)}",
                 "path": str(part.path),
                 "kind": part.kind,
+                "part": "super-network" if i <= len(supers) else "refinement",
                 "steps": part.steps,
                 "planned_steps": part.plan.total_steps,
                 "tokens": part.tokens,
                 "flops": part.flops,
             }
-            for part in parts
+            for i, part in enumerate(parts, start=1)
         ],
         "super_network": super_network,
         "context_tokens": length // 2,
@@ -215,6 +278,8 @@ def make_budget(
                 "flops_per_token": row.flops_per_token,
                 "of_full_per_token": row.flops_per_token / of_full,
                 "refinement_tokens": row.tokens,
+                "refinement_done": bool(row.done),
+                "refinement_measured": _measured(row.done),
                 **_costs(flops, row.refinement_flops, row.scratch_flops, counts),
             }
             for row in rows
@@ -234,17 +299,9 @@ def _describe_super_network(parts: Sequence[Training]) -> dict[str, Any]:
     first = parts[0]
     flops = sum(part.flops for part in parts)
     inelastic = sum(inelastic_flops(part.plan, part.shape, part.steps) for part in parts)
-    seconds = [part.seconds for part in parts if part.seconds is not None]
-    timed, steps = sum(part.timed_steps for part in parts), sum(part.steps for part in parts)
-    total = math.fsum(seconds)
-    measured = {
-        "seconds": total,
-        "timed_steps": timed,
-        "flops_per_second": flops / total if timed == steps and total > 0 else None,
-    }
     uncounted = {"parent": first.parent, "tokens": first.tokens_before}
     return {
-        "steps": steps,
+        "steps": sum(part.steps for part in parts),
         "tokens": sum(part.tokens for part in parts),
         "flops": flops,
         "inelastic_flops": inelastic,
@@ -252,8 +309,23 @@ def _describe_super_network(parts: Sequence[Training]) -> dict[str, Any]:
         "distillation_flops": sum(
             distillation_flops(part.plan, part.shape, part.steps) for part in parts
         ),
-        "measured": measured if seconds else None,
+        "measured": _measured(parts),
         "uncounted": None if first.parent is None else uncounted,
+        "alone": None if parts[-1].alone is None else parts[-1].alone.name,
+    }
+
+
+def _measured(parts: Sequence[Training]) -> dict[str, Any] | None:
+    """The time of trainings; None where no step's is known, and no rate without that of each."""
+    seconds = [part.seconds for part in parts if part.seconds is not None]
+    if not seconds:
+        return None
+    timed, total = sum(part.timed_steps for part in parts), math.fsum(seconds)
+    every = timed == sum(part.steps for part in parts) and total > 0
+    return {
+        "seconds": total,
+        "timed_steps": timed,
+        "flops_per_second": sum(part.flops for part in parts) / total if every else None,
     }
 
 

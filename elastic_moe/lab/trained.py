@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from elastic_moe.errors import CheckpointError, OptionError, TrainingError
+from elastic_moe.errors import CheckpointError, ElasticMoEError, OptionError, TrainingError
 from elastic_moe.model.folder import CONFIG, checkpoint_name, find_checkpoint, read_json
-from elastic_moe.routing import ModelShape
+from elastic_moe.routing import ModelShape, Subnet, parse_name, shorten
 from elastic_moe.train.ledger import replay
 from elastic_moe.train.log import read_log
 from elastic_moe.train.models import config_from_json
-from elastic_moe.train.parents import read_parent, tokens_before
+from elastic_moe.train.parents import PARENT, read_parent
 from elastic_moe.train.plan import Stage, TrainingPlan
+from elastic_moe.train.sampling import fixed_subnet
 
 STATE, PLAN, MANIFEST = "state.safetensors", "plan.json", "manifest.json"
+MOST_TOKENS = 10**18  # of one training; more is no count that anything wrote
+
+# What reading JSON of unknown origin as a plan can end in.
+_FOREIGN = (ElasticMoEError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +33,9 @@ class Training:
     """A training that was done, as far as it got.
 
     Attributes:
-        kind: "run" (counted from its plan) or "checkpoint" (as its manifest says).
+        name: "" where only the manifest of a later one tells of it.
+        kind: "run" (counted from its plan), "checkpoint" (as its manifest says) or "parent" (as the
+            manifest of one that went on from it says).
         steps: optimiser steps that were done; those of a run that a kill undid are not among them.
         flops: F.
         seconds: measured, summed over `timed_steps` of the steps; None without a log.
@@ -52,6 +60,22 @@ class Training:
     @property
     def tokens(self) -> int:
         return sum(tokens for _, tokens in stages_done(self.plan, self.steps))
+
+    @property
+    def alone(self) -> Subnet | None:
+        """The proper sub-network that every step trained; None of any other training."""
+        fixed = self.plan.sampling.fixed
+        subnet = parse_name(self.shape, fixed) if fixed else None
+        return None if subnet is None or subnet.name == "full" else subnet
+
+    def is_same(self, other: Training) -> bool:
+        """Whether both tell of one training, perhaps at different steps.
+
+        Of all that led to one set of weights, no two began with the same ones.
+        """
+        # How often a run saves may change when it is resumed.
+        mine, others = (replace(one.plan, save_every_steps=1) for one in (self, other))
+        return mine == others and self.parent == other.parent
 
 
 def stages_done(plan: TrainingPlan, steps: int) -> list[tuple[Stage, int]]:
@@ -103,14 +127,18 @@ def _read_run(folder: Path) -> Training:
         plan, steps = TrainingPlan.from_json(state["plan"]), int(state["step"])
         config = config_from_json(state["model"])
         shape, parent = config.shape, state["parent"]
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, *_FOREIGN) as error:
         raise TrainingError(
             f"{path} is no training state that this version reads ({error!r:.200}). Use the "
             f"version that wrote it."
         ) from error
     if steps == 0:
         raise TrainingError(f"{path} is at step 0 of {plan.total_steps}. Train a step at least.")
-    told = read_parent(folder)
+    before = _read_chain(read_parent(folder), shape, folder / PARENT)
+    if before:
+        tokens_before = before[0].tokens_before + sum(part.tokens for part in before)
+    else:
+        tokens_before = (config.elastic.tokens or 0) if config.elastic else 0
     # The log may be ahead of the state, by steps that a kill undid.
     times = [r["seconds"] for r in read_log(folder) if r["step"] <= steps and "seconds" in r]
     return Training(
@@ -124,9 +152,8 @@ def _read_run(folder: Path) -> Training:
         seconds=math.fsum(times) if times else None,
         timed_steps=len(times),
         parent=parent,
-        tokens_before=tokens_before(told)
-        or ((config.elastic.tokens or 0) if config.elastic else 0),
-        before=_chain(told, shape, folder),
+        tokens_before=tokens_before,
+        before=before,
     )
 
 
@@ -142,43 +169,77 @@ def _read_checkpoint(folder: Path) -> Training:
             f"with 'training', as those of `elastic-moe train` have. Name "
             f"{f'its parent, {parent!r}, ' if parent else 'one of those '}or the folder of a run."
         )
-    return _read_manifest(manifest, config.shape, name, folder)
+    *before, own = _read_chain(manifest, config.shape, folder / MANIFEST)
+    return replace(own, name=name, kind="checkpoint", before=tuple(before))
 
 
-def _chain(
-    manifest: dict[str, Any] | None, shape: ModelShape, folder: Path
+def _read_chain(
+    manifest: dict[str, Any] | None, shape: ModelShape, path: Path
 ) -> tuple[Training, ...]:
-    """The trainings that a parent's manifest tells of, the first one first."""
-    if manifest is None:
-        return ()
-    last = _read_manifest(manifest, shape, folder.name, folder)
-    return (*last.before, replace(last, before=()))
+    """The training of a manifest and all before it that it tells of, the first one first."""
+    found: list[Training] = []
+    place = ""
+    while manifest is not None:
+        found.insert(0, _read_manifest(manifest, shape, path, f"{place}training"))
+        manifest, place = manifest.get("before"), f"{place}before."
+    return tuple(found)
 
 
 def _read_manifest(
-    manifest: dict[str, Any], shape: ModelShape, name: str, folder: Path
+    manifest: Mapping[str, Any], shape: ModelShape, path: Path, place: str
 ) -> Training:
+    """One training; `place` is where in the manifest of `path` it stands.
+
+    Raises:
+        CheckpointError: it is not as an export writes it, or of another model.
+    """
     try:
         training = manifest["training"]
         plan, steps = TrainingPlan.from_json(training["plan"]), training["steps"]
         # As counted then: a later version may draw other sub-networks from the same plan.
         flops = float(training["flops"])
-        if not (0 < steps <= plan.total_steps and 0 < flops < math.inf):
-            raise ValueError(f"{steps} of {plan.total_steps} steps, {flops} FLOP")
-        return Training(
-            name=name,
-            path=folder,
-            kind="checkpoint",
-            shape=shape,
-            plan=plan,
-            steps=steps,
-            flops=flops,
-            parent=training.get("parent"),
-            tokens_before=training.get("tokens_before", 0),
-            before=_chain(manifest.get("before"), shape, folder),
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        parent, tokens_before = training.get("parent"), training.get("tokens_before", 0)
+        _check_plan(plan, shape)
+        for what, fits in (
+            ("steps", type(steps) is int and 0 < steps <= plan.total_steps),
+            ("flops", 0 < flops < math.inf),
+            ("parent", parent is None or isinstance(parent, str)),
+            ("tokens_before", type(tokens_before) is int and 0 <= tokens_before <= MOST_TOKENS),
+        ):
+            if not fits:
+                raise ValueError(f"{what} = {shorten(training.get(what))}")
+    except _FOREIGN as error:
         raise CheckpointError(
-            f"{folder / MANIFEST}: 'training' cannot be read ({error!r:.200}). It must hold plan, "
-            f"steps and flops, as the export of a run writes them."
+            f"{path}: {place!r} cannot be read ({error!r:.200}). It must hold plan, steps and "
+            f"flops, as the export of a run writes them."
         ) from error
+    return Training(
+        name="",
+        path=path.parent,
+        kind="parent",
+        shape=shape,
+        plan=plan,
+        steps=steps,
+        flops=flops,
+        parent=parent,
+        tokens_before=tokens_before,
+    )
+
+
+def _check_plan(plan: TrainingPlan, shape: ModelShape) -> None:
+    """Refuse a plan that no run of this model had; JSON may hold numbers of any kind and size.
+
+    Raises:
+        TrainingError: the model is too small for it, or lacks its fixed sub-network.
+        ValueError: it counts in fractions, or more than anything could have read.
+    """
+    for stage in plan.stages:
+        numbers = (stage.steps, stage.layers, stage.pieces, stage.length)
+        if not all(type(number) is int for number in numbers):
+            raise ValueError(f"numbers of {stage} must be integers")
+    if sum(stage.steps * stage.step_tokens for stage in plan.stages) > MOST_TOKENS:
+        raise ValueError(f"plan: more than {MOST_TOKENS:,} tokens")
+    plan.check(shape.num_layers)
+    for stage in plan.stages:
+        if plan.sampling.fixed:
+            fixed_subnet(shape, plan.sampling.fixed, stage.grown(shape.num_layers))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from elastic_moe.cli import main
 from elastic_moe.cli.budget import EXAMPLES
 from elastic_moe.lab.frontier import format_percent, format_si
+from elastic_moe.lab.trained import read_training
 from elastic_moe.train.sampling import SamplingPlan
 from tests.train.small import PLAN, trainer
 
@@ -173,6 +175,70 @@ def test_a_run_that_went_on_from_another_says_what_is_not_counted(
     assert main(["budget", second, "--began-with", "elastic-mini"]) == 2
 
 
+@pytest.fixture
+def refined(run_folder: Path) -> Path:
+    """Three steps of L3 alone that went on from the run, whose manifest was kept."""
+    plan = replace(PLAN, sampling=SamplingPlan(fixed="L3"))
+    later = trainer(plan)
+    later.adopt(dict(trainer(plan).model.named_parameters()), "first sha256:ab")
+    for _ in range(3):
+        later.train_step()
+    folder = run_folder / "later"
+    later.save(folder / "state.safetensors")
+    (folder / "log.jsonl").write_text(
+        "".join(f'{{"step": {step}, "seconds": 0.25}}\n' for step in (1, 2, 3))
+    )
+    began = read_training(run_folder)
+    told = {"plan": began.plan.to_json(), "steps": began.steps, "flops": began.flops}
+    manifest = {"corpus": {}, "training": told | {"tokens": began.tokens, "parent": None}}
+    (folder / "parent-manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_a_refinement_that_was_done_is_marked_and_timed(
+    refined: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, alone = ledger(capsys, str(refined)), ledger(capsys, str(run_folder))
+    assert found["super_network"] == alone["super_network"] | {"measured": None}
+    row = found["networks"][0]
+    assert main(["budget", str(refined)]) == 0
+    out = capsys.readouterr().out
+    told = " ".join(out.split())
+    assert "training 1 of 2 (parent): 2 of 14 steps, 1.02 k tokens, " in told
+    flops = format_si(row["refinement_flops"], "FLOP")
+    assert f"later (run): 3 of 14 steps, 1.54 k tokens, {flops}: refining L3 alone" in told
+    assert "NOT COUNTED" not in told
+    share = format_percent(row["refinement_of_super_network"], 1)
+    assert (
+        f"Refining L3 costs {share} of an existing super-network. It was done. Measured: 0.8 s, "
+        in told
+    )
+    rows = [re.split(r"\s\s+", line.strip()) for line in out.splitlines()]
+    (cells,) = [cells for cells in rows if cells[0].startswith("L3 ") or cells[0] == "L3"]
+    assert cells[:3] == ["L3 (done)", "1.54 k", f"{100 * row['refinement_of_super_network']:.1f}"]
+
+
+def test_a_training_counts_once_however_often_it_is_named(
+    refined: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    once = ledger(capsys, str(refined))
+    twice = ledger(capsys, str(refined), "--began-with", str(run_folder))
+    assert twice["networks"] == once["networks"]
+    assert [one["name"] for one in twice["trainings"]] == [run_folder.name, "later"]
+    assert twice["super_network"]["measured"]["seconds"] == 1.0
+    assert main(["budget", str(run_folder), "--began-with", str(refined)]) == 2
+    assert "itself, or went on from it" in capsys.readouterr().err
+
+
+def test_a_sub_network_trained_alone_says_that_it_is_no_super_network(
+    refined: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (refined / "parent-manifest.json").unlink()
+    told = words(capsys, str(refined))
+    assert "NOT COUNTED: the training of first sha256:ab" in told
+    assert "Every step trained L3 alone: what is called a super-network here is this" in told
+
+
 def test_what_costs_more_than_an_inelastic_run_says_so(
     run_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,7 +284,12 @@ def test_what_does_not_fit_is_a_bad_argument(
         (["--refine", "L24:many"], "tokens must be a number such as 200000, 200k or 1.5M"),
         (["--refine", "L24:-5"], "got '-5'"),
         (["--scratch-tokens", "0"], "tokens must be at least 1, got '0'"),
-        (["--networks", "0"], "must be an integer of at least 1, got '0'"),
+        (["--networks", "0"], "must be an integer in [1, 1,000,000,000], got '0'"),
+        (["--networks", "-3"], "must be an integer in [1, 1,000,000,000], got '-3'"),
+        (["--networks", "²"], "must be an integer in [1, 1,000,000,000], got '²'"),
+        (["--networks", "1000000001"], "[1, 1,000,000,000], got '1000000001'"),
+        (["--networks", f"1{320 * '0'}"], "[1, 1,000,000,000], got 321 characters"),
+        (["--networks", 5000 * "9"], "[1, 1,000,000,000], got 5,000 characters"),
     ],
 )
 def test_a_number_that_is_none_is_a_bad_argument(
@@ -238,6 +309,12 @@ def test_folders_of_other_kinds_are_bad_arguments_and_damaged_ones_failures(
     (tmp_path / "state.safetensors").write_bytes(b"half")
     assert main(["budget", str(tmp_path)]) == 1
     assert "is no training state" in capsys.readouterr().err
+    (tmp_path / "state.safetensors").unlink()
+    shutil.copy(tiny_folder / "config.json", tmp_path)
+    for torn in ('{"training": {"plan": ', '{"training": {"plan": {"sampling": {}, "epochs": 3}}}'):
+        (tmp_path / "manifest.json").write_text(torn)
+        assert main(["budget", str(tmp_path)]) == 1
+        assert "manifest.json" in capsys.readouterr().err
 
 
 def test_the_examples_are_understood(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from elastic_moe.errors import OptionError
 from elastic_moe.lab.budget import (
+    MOST_NETWORKS,
+    MOST_TOKENS,
     break_even,
     inelastic_flops,
     make_budget,
@@ -21,17 +23,13 @@ from elastic_moe.lab.budget import (
     scratch_flops,
     usual_subnets,
 )
-from elastic_moe.lab.trained import Training, stages_done
+from elastic_moe.lab.trained import stages_done
 from elastic_moe.routing import ModelShape, Subnet, parse_name, resolve
 from elastic_moe.train.ledger import replay
-from elastic_moe.train.plan import TrainingPlan, parse_stages
 from elastic_moe.train.sampling import SamplingPlan
+from tests.lab.trainings import FULL_ONLY, SHAPE, SMALL_PLAN, STAGES, training
 from tests.train.small import CONFIG
 
-SHAPE = CONFIG.shape
-STAGES = parse_stages("2x3x1x128,6x5x2x256")
-FULL_ONLY = TrainingPlan(stages=STAGES, sampling=SamplingPlan(fixed="full"))
-SMALL_PLAN = TrainingPlan(stages=STAGES, sampling=SamplingPlan(full=0.3))
 COSTS = st.integers(min_value=1, max_value=10**6)
 
 
@@ -49,11 +47,6 @@ def forward_by_hand(shape: ModelShape, subnet: Subnet, context: int) -> int:
         channels = shape.expert_hidden * layer.width // shape.width_granules
         total += 2 * D * len(layer.pool) + layer.top_k * 3 * 2 * D * channels
     return total
-
-
-def training(plan: TrainingPlan = SMALL_PLAN, steps: int = 8, **changes: Any) -> Training:
-    flops = replay(plan, SHAPE, steps).flops
-    return replace(Training("tiny", Path("tiny"), "run", SHAPE, plan, steps, flops), **changes)
 
 
 # --- counting
@@ -268,11 +261,22 @@ def test_numbers_of_networks_double_up_to_the_last() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"networks": 0}, "networks must be at least 1, got 0"),
-        ({"scratch_tokens": 0}, "scratch_tokens must be at least 1, got 0"),
-        ({"refinements": [(resolve(SHAPE, depth=4), -1)]}, "L4 on must be at least 0, got -1"),
+        ({"networks": 0}, r"^networks must be in \[1, 1,000,000,000\], got 0\.$"),
+        ({"networks": 10**320}, r"^networks must be in .*, got 10{76}\.\.\.\.$"),
+        ({"networks": 10**5000}, r"^networks must be in .*, got <int of too many digits>\.$"),
+        ({"scratch_tokens": 0}, r"^scratch_tokens must be in \[1, 1(,000){9}\], got 0\.$"),
+        ({"scratch_tokens": 10**28}, "^scratch_tokens must be in "),
+        ({"refinements": [(resolve(SHAPE, depth=4), -1)]}, r"L4 on must be in \[0, .*, got -1\.$"),
+        ({"refinements": [(resolve(SHAPE), 10**400)]}, "full on must be in "),
     ],
 )
 def test_numbers_out_of_range_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         make_budget(training(), **changes)
+
+
+def test_the_largest_numbers_have_a_ledger() -> None:
+    most = [(resolve(SHAPE), MOST_TOKENS)]
+    budget = make_budget(training(), most, networks=MOST_NETWORKS, scratch_tokens=MOST_TOKENS)
+    json.dumps(budget, allow_nan=False)
+    assert budget["mean"]["shared"][-1]["networks"] == MOST_NETWORKS

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,23 @@ import pytest
 
 from elastic_moe.errors import CheckpointError, OptionError, TrainingError
 from elastic_moe.lab.budget import make_budget
-from elastic_moe.lab.trained import read_training
+from elastic_moe.lab.trained import Training, read_training
 from elastic_moe.model.checkpoint import load_config
 from elastic_moe.model.extract import extract
 from elastic_moe.model.folder import BUNDLED
+from elastic_moe.train.checkpoint import load_state, save_state
 from elastic_moe.train.ledger import replay
 from elastic_moe.train.loop import run
+from elastic_moe.train.plan import TrainingPlan
+from elastic_moe.train.sampling import SamplingPlan
 from tests.train.small import CONFIG, PLAN, trainer
+
+
+def manifest(
+    steps: int, flops: float, before: dict[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
+    training = {"plan": PLAN.to_json(), "steps": steps, "flops": flops} | more
+    return {"corpus": {}, "training": training} | ({} if before is None else {"before": before})
 
 
 @pytest.fixture(scope="module")
@@ -101,17 +113,43 @@ def test_the_trainings_before_are_those_that_the_manifest_holds(
 ) -> None:
     shutil.copy(tiny_folder / "config.json", tmp_path)
 
-    def told(steps: int, flops: float, **more: Any) -> dict[str, Any]:
-        return {
-            "corpus": {},
-            "training": {"plan": PLAN.to_json(), "steps": steps, "flops": flops},
-        } | more
-
-    manifest = told(3, 100.0, before=told(2, 10.0, before=told(1, 1.0)))
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    told = manifest(3, 100.0, before=manifest(2, 10.0, before=manifest(1, 1.0)))
+    (tmp_path / "manifest.json").write_text(json.dumps(told))
     found = read_training(tmp_path)
     assert [(part.steps, part.flops) for part in found.before] == [(1, 1.0), (2, 10.0)]
     assert make_budget(found)["super_network"]["flops"] == 111.0
+
+
+def test_a_run_knows_the_trainings_before_by_the_manifest_that_it_kept(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    for name in ("plan.json", "state.safetensors"):
+        (tmp_path / name).symlink_to(run_folder / name)
+    assert read_training(tmp_path).before == ()
+    (tmp_path / "parent-manifest.json").write_text(
+        json.dumps(manifest(3, 100.0, before=manifest(2, 10.0, tokens_before=77)))
+    )
+    found = read_training(tmp_path)
+    assert [(part.kind, part.name, part.steps) for part in found.before] == [
+        ("parent", "", 2),
+        ("parent", "", 3),
+    ]
+    assert (found.kind, found.steps) == ("run", 4)
+    assert found.tokens_before == 77 + (2 + 3) * 512
+
+
+def test_a_long_chain_is_read_without_recursion(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_folder / "config.json", tmp_path)
+    told = manifest(1, 1.0)
+    for _ in range(400):
+        told = manifest(1, 1.0, before=told)
+    (tmp_path / "manifest.json").write_text(json.dumps(told))
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 600)
+    try:
+        assert len(read_training(tmp_path).before) == 400
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -149,14 +187,132 @@ def test_a_run_without_a_saved_step_is_refused(tmp_path: Path) -> None:
         read_training(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "change", [{"plan": None}, {"plan": {}}, {"steps": 0}, {"steps": 99}, {"flops": "many"}]
-)
-def test_a_damaged_manifest_is_refused(
-    change: dict[str, Any], tiny_folder: Path, tmp_path: Path
+def changed_plan(**changes: Any) -> dict[str, Any]:
+    return {"plan": PLAN.to_json() | changes}
+
+
+def changed_stage(**changes: Any) -> dict[str, Any]:
+    first, *others = PLAN.to_json()["stages"]
+    return changed_plan(stages=[first | changes, *others])
+
+
+FOREIGN = {
+    "no plan": {"plan": None},
+    "an empty plan": {"plan": {}},
+    "a plan of words": {"plan": "48 layers"},
+    "sampling of words": changed_plan(sampling="all"),
+    "an unknown field": changed_plan(epochs=3),
+    "a rate out of its range": changed_plan(muon_lr=-1),
+    "no stages": changed_plan(stages=[]),
+    "a stage of numbers": changed_plan(stages=[3]),
+    "a stage of fractions": changed_stage(layers=2.0),
+    "a stage of other layers": changed_stage(layers=7),
+    "a stage without end": changed_stage(steps=10**400),
+    "an unknown network": changed_plan(sampling={"fixed": "L99"}),
+    "no step": {"steps": 0},
+    "steps past the plan": {"steps": 99},
+    "half a step": {"steps": 2.5},
+    "flops of words": {"flops": "many"},
+    "flops without end": {"flops": 10**400},
+    "no flops": {"flops": 0},
+    "a parent that is no text": {"parent": ["first"]},
+    "tokens of words": {"tokens_before": "77"},
+    "tokens below none": {"tokens_before": -1},
+}
+
+
+@pytest.mark.parametrize("change", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_foreign_manifest_is_refused_by_its_place(
+    change: dict[str, Any], nested: bool, tiny_folder: Path, tmp_path: Path
 ) -> None:
     shutil.copy(tiny_folder / "config.json", tmp_path)
-    told = {"plan": PLAN.to_json(), "steps": 3, "flops": 1.0} | change
-    (tmp_path / "manifest.json").write_text(json.dumps({"training": told}))
-    with pytest.raises(CheckpointError, match="'training' cannot be read"):
+    told = manifest(3, 1.0)
+    told["training"] |= change
+    if nested:
+        told = manifest(3, 1.0, before=told)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(told))
+    place = "before.training" if nested else "training"
+    with pytest.raises(CheckpointError, match=rf"{path}: '{place}' cannot be read \(\w*Error\("):
         read_training(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"training": {"plan": ', r"manifest\.json cannot be read: Expecting value"),
+        ("[]", r"manifest\.json must hold a JSON object, got list"),
+        ('{"training": 3}', "'training' cannot be read"),
+        ('{"training": {}}', "'training' cannot be read"),
+    ],
+)
+def test_a_torn_manifest_is_refused(
+    text: str, message: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copy(tiny_folder / "config.json", tmp_path)
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        read_training(tmp_path)
+
+
+@pytest.mark.parametrize("before", [3, "first", [], {}, {"corpus": {}}])
+def test_a_manifest_before_that_is_none_is_refused(
+    before: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copy(tiny_folder / "config.json", tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest(3, 1.0, before=before)))
+    with pytest.raises(CheckpointError, match=r"'before\.training' cannot be read"):
+        read_training(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"corpus": {}, "training": {"tok', "is no manifest of a checkpoint"),
+        ('{"corpus": {}, "training": {}}', r"parent-manifest\.json: 'training' cannot be read"),
+    ],
+)
+def test_a_run_that_kept_no_manifest_of_its_parent_is_refused(
+    text: str, message: str, run_folder: Path, tmp_path: Path
+) -> None:
+    for name in ("plan.json", "state.safetensors"):
+        (tmp_path / name).symlink_to(run_folder / name)
+    (tmp_path / "parent-manifest.json").write_text(text)
+    with pytest.raises((CheckpointError, TrainingError), match=message):
+        read_training(tmp_path)
+
+
+def test_a_state_with_a_foreign_plan_is_refused_by_its_file(tmp_path: Path) -> None:
+    trainer().save(tmp_path / "state.safetensors")
+    tensors, progress = load_state(tmp_path / "state.safetensors")
+    progress["plan"]["epochs"] = 3
+    save_state(tmp_path / "state.safetensors", tensors, progress)
+    with pytest.raises(TrainingError, match=r"state\.safetensors is no training state .*epochs"):
+        read_training(tmp_path)
+
+
+# --- what a training is
+
+
+def told(plan: TrainingPlan, **more: Any) -> Training:
+    return Training("", Path("tiny"), "parent", CONFIG.shape, plan, 3, 1.0, **more)
+
+
+def test_one_training_is_known_by_its_plan_and_its_first_weights() -> None:
+    one = told(PLAN, parent="first")
+    assert one.is_same(told(replace(PLAN, save_every_steps=99), parent="first", seconds=2.0))
+    assert one.is_same(replace(one, steps=4, path=Path("elsewhere")))
+    assert not one.is_same(told(PLAN, parent="another"))
+    assert not one.is_same(told(PLAN))
+    assert not one.is_same(told(replace(PLAN, seed=1), parent="first"))
+
+
+@pytest.mark.parametrize(
+    ("fixed", "name"), [("", None), ("full", None), ("L6", None), ("L4", "L4"), ("k1-w2", "k1-w2")]
+)
+def test_a_training_is_of_a_sub_network_alone_where_that_is_a_proper_one(
+    fixed: str, name: str | None
+) -> None:
+    alone = told(replace(PLAN, sampling=SamplingPlan(fixed=fixed))).alone
+    assert (None if alone is None else alone.name) == name

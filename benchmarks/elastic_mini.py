@@ -5,9 +5,11 @@
 
 Compares sub-networks pairwise on the same tokens (paired standard errors over windows), and the
 full network with what came before it: the first version's figures on the same texts
-(results/elastic-mini-first.jsonl), and n-grams over the same training tokens, where the run's
-folder is given. Orders and k of the n-grams are chosen on the evaluation text, in their favour.
---out replaces the whole file. Exits 1 if a bar is missed or could not be held against anything.
+(results/elastic-mini-first.jsonl), and n-grams over the same training tokens, where --run gives
+the folder of the training. Of a checkpoint that several trainings led to, it is the one that read
+the most different tokens. Orders and k of the n-grams are chosen on the evaluation text, in their
+favour. --out replaces the whole file, and is refused where a text or the n-grams would be lost.
+Exits 1 if a bar is missed or could not be held against anything.
 """
 
 from __future__ import annotations
@@ -15,14 +17,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from benchmarks.mini_opponents import NO_OPPONENTS, choose_training, opponents, read_trainings
 from benchmarks.science.measuring import (
+    AUTHORS,
+    REFERENCE,
     TOKENS,
     describe_loss,
     describe_quality,
@@ -30,15 +33,11 @@ from benchmarks.science.measuring import (
     measure,
 )
 from elastic_moe.engine import Engine
+from elastic_moe.errors import BenchmarkError, ElasticMoEError
 from elastic_moe.files import write_text
 from elastic_moe.lab.quality import Quality, paired_difference
 from elastic_moe.lab.record import describe_commit, describe_machine, describe_versions
 from elastic_moe.lab.text import EvaluationSet
-from elastic_moe.train.bigram import fit_bigram
-from elastic_moe.train.checkpoint import load_state
-from elastic_moe.train.data import open_stream
-from elastic_moe.train.ngram import MAX_ORDER, fit_kneser_ney
-from elastic_moe.train.plan import TrainingPlan
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FIRST = RESULTS / "elastic-mini-first.jsonl"  # what the weights of the first version were measured
@@ -64,45 +63,6 @@ OVER_FIRST, OVER_NGRAM = 0.97, 0.93  # of their bits per byte
 Line = Mapping[str, Any]
 
 
-def opponents(run: Path, data: Path, text: EvaluationSet, vocab_size: int) -> dict[str, Any]:
-    """What counting alone makes of the run's training tokens: nats per token on the scored ones.
-
-    Returns:
-        The best add-k bigram, and the best interpolated n-gram of order 1 to 5.
-    """
-    _, progress = load_state(run / "state.safetensors")
-    plan = TrainingPlan.from_json(progress["plan"])
-    stream = open_stream(data, plan.seed)
-    steps = progress["step"]  # those that were done, which may be fewer than planned
-    bigram = fit_bigram(stream, plan, steps, vocab_size)
-    last = np.concatenate([w.inputs[w.first_scored :] for w in text.windows])
-    following = np.concatenate([w.targets[w.first_scored :] for w in text.windows])
-    nats, k = min(
-        (float(bigram.losses(last, following, k).mean()), k) for k in np.geomspace(1e-3, 1, 13)
-    )
-    ngram = fit_kneser_ney(stream, plan, steps, vocab_size)
-    inputs = np.array([window.inputs for window in text.windows])
-    targets = np.array([window.targets for window in text.windows])
-    firsts = np.array([window.first_scored for window in text.windows])
-    scored = np.arange(targets.shape[1]) >= firsts[:, None]
-    orders = {
-        order: float(ngram.losses(inputs, targets, order)[scored].mean())
-        for order in range(1, MAX_ORDER + 1)
-    }
-    best = min(orders, key=lambda order: orders[order])
-    return {
-        "bigram_nats_per_token": nats,
-        "bigram_k": float(k),
-        "ngram_nats_per_token": orders[best],
-        "ngram_order": best,
-    }
-
-
-NO_OPPONENTS = dict.fromkeys(
-    ("bigram_nats_per_token", "bigram_k", "ngram_nats_per_token", "ngram_order")
-)
-
-
 def record(engine: Engine, text: EvaluationSet, found: dict[str, Quality]) -> dict[str, Any]:
     """The line of one text, without its opponents and bars."""
     points = {
@@ -118,6 +78,7 @@ def record(engine: Engine, text: EvaluationSet, found: dict[str, Quality]) -> di
         "benchmark": "elastic_mini",
         "model": engine.name,
         "weights_sha256": engine.weights_sha256,
+        "trainings": [training.describe() for training in read_trainings(engine.folder)],
         "corpus": text.describe(),
         "dtype": engine.dtype,
         "backend": engine.backend,
@@ -163,7 +124,8 @@ def judge_any(line: Line) -> Bars:
         gain = line["bigram_nats_per_token"] - full["nats_per_token"]
         bars.hold("nats better than the bigram", gain, ">=", LEAST_GAIN_OVER_BIGRAM)
     for step in line["steps"]:
-        value = step["nats"] / step["standard_error"]
+        error = step["standard_error"]
+        value = step["nats"] / error if error else None  # one window has no error
         bars.hold(f"{step['better']} > {step['worse']}, in standard errors", value, ">", 3)
     for name, limit in LIMITS.items():
         bars.hold(f"nats lost by {name}", points[name]["nats_lost"], "<=", limit)
@@ -192,34 +154,87 @@ def judge_later(line: Line, first: Line | None) -> Bars:
 
 
 def read_lines(path: Path) -> dict[str, dict[str, Any]]:
-    """Lines of a file of results by the name of their text; the last one counts."""
+    """Lines of a file of results by the name of their text; the last one counts.
+
+    Raises:
+        BenchmarkError: it holds something else.
+    """
     if not path.exists():
         return {}
-    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return {line["corpus"]["name"]: line for line in lines}
+    try:
+        lines = list(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
+        return {line["corpus"]["name"]: line for line in lines}
+    except (ValueError, KeyError, TypeError) as error:
+        raise BenchmarkError(
+            f"{path} holds no results of this benchmark ({error!r:.200}). Name another file."
+        ) from None
 
 
-def main() -> int:
+def check_out(out: Path, texts: Collection[str], *, with_ngrams: bool) -> None:
+    """Refuse to replace a file by lines that say less, before minutes of measuring.
+
+    Raises:
+        BenchmarkError: a text would be lost, or what n-grams make of one; or there is no folder.
+    """
+    if not out.parent.is_dir():
+        raise BenchmarkError(f"--out: {out.parent} is no folder. Make it first.")
+    for name, line in read_lines(out).items():
+        if name not in texts:
+            what, option = f"the line of {name}", "--novels"
+        elif not with_ngrams and any(line.get(key) is not None for key in NO_OPPONENTS):
+            what, option = f"n-grams on {name}", "--run"
+        else:
+            continue
+        raise BenchmarkError(
+            f"--out: {out} has {what}, which would be lost. Give {option}, or name another file."
+        )
+
+
+def evaluate(
+    model: str, novels: Path | None, data: Path | None, tokens: int, out: Path | None
+) -> list[dict[str, Any]]:
+    """The line of every text, with its bars.
+
+    Args:
+        novels: folder with the novels of the held-out authors.
+        data: the prepared text that the n-grams count.
+        out: where the lines are to go; nothing is written here.
+    """
+    if out:
+        names = [REFERENCE, *([AUTHORS] if novels else [])]
+        check_out(out, names, with_ngrams=data is not None)
+    first = read_lines(FIRST)
+    lines = []
+    with Engine.from_pretrained(model) as engine:
+        training = choose_training(read_trainings(engine.folder), data) if data else None
+        for name, text in evaluation_texts(engine.tokenizer, novels, tokens).items():
+            line = record(engine, text, measure(engine, text, BUNDLES)) | NO_OPPONENTS
+            if data and training:
+                line |= opponents(data, training, text, engine.config.vocab_size)
+            line["bars"] = judge(line, first.get(name))
+            lines.append(line)
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", nargs="?", default="elastic-mini", help="default: %(default)s")
     parser.add_argument("--novels", type=Path, help="folder with novels of the held-out authors")
-    parser.add_argument("--run", type=Path, help="folder of the training run, for the n-grams")
-    parser.add_argument("--data", type=Path, help="its prepared text (default: RUN/data)")
+    parser.add_argument("--run", type=Path, help="folder of the training that the n-grams count")
+    parser.add_argument("--data", type=Path, help="its prepared text alone, in place of --run")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="scored (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write the results to this .jsonl file")
-    args = parser.parse_args()
-    engine = Engine.from_pretrained(args.model)
-    first = read_lines(FIRST)
-    lines = []
-    for name, text in evaluation_texts(engine.tokenizer, args.novels, args.tokens).items():
-        line = record(engine, text, measure(engine, text, BUNDLES)) | NO_OPPONENTS
-        if args.run:
-            data = args.data or args.run / "data"
-            line |= opponents(args.run, data, text, engine.config.vocab_size)
-        line["bars"] = judge(line, first.get(name))
-        lines.append(line)
+    args = parser.parse_args(argv)
+    if args.run and args.data:
+        parser.error("--data is the text of a training without its --run: give one of them")
+    data = args.run / "data" if args.run else args.data
+    try:
+        lines = evaluate(args.model, args.novels, data, args.tokens, args.out)
+    except (ElasticMoEError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
     for line in lines:
         print(f"\n{line['corpus']['name']}")
         for bar in line["bars"]:

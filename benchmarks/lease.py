@@ -4,7 +4,7 @@
     PYTHONPATH=.:kernels python -m benchmarks.lease train --packed lease \
         --state /tmp/state --out $OUT --minutes 9 --device cuda --plan runs/mini/plan.json
     PYTHONPATH=.:kernels python -m benchmarks.lease train --packed lease \
-        --state /tmp/state --out $OUT --minutes 9 --device cuda --science
+        --state /tmp/state --out $OUT --minutes 9 --device cuda --science --only elastic-1
     python -m benchmarks.lease take FOLDER --into runs/leased                here
 
 `pack` puts tokens, manifest and tokenizer, compressed, into a folder that git ignores, with
@@ -12,7 +12,8 @@
 The whole state stays in --state, so that the next call of the same lease goes on to the bit; what
 comes back in --out is the log and, in bf16 and files below 16 MiB, the weights. A later lease has
 no state: it begins with those weights (--weights), fresh optimisers and a warm-up of its own, and
-its checkpoint names them as its parent.
+its checkpoint names them as its parent. Of the science's runs a later lease knows nothing: --only
+names those that are still to be trained.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
-from benchmarks.science.runs import RUNS, SITTINGS, is_finished
+from benchmarks.science.runs import SITTINGS, choose, is_finished
+from benchmarks.science.runs import TOKENS as RUN_TOKENS
 from benchmarks.science.train import train as train_science
-from elastic_moe.errors import ElasticMoEError, TrainingError
-from elastic_moe.files import replacing
+from elastic_moe.errors import CorpusError, ElasticMoEError, TrainingError
+from elastic_moe.files import exchanging_folder, replacing
 from elastic_moe.model.checkpoint import Checkpoint
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.train.checkpoint import load_state
@@ -44,7 +45,7 @@ from elastic_moe.train.export import STATE, export
 from elastic_moe.train.loop import Trainer, run
 from elastic_moe.train.mini import ELASTIC_MINI
 from elastic_moe.train.parents import keep_parent
-from elastic_moe.train.plan import TrainingPlan
+from elastic_moe.train.plan import DTYPES, TrainingPlan
 
 PACKED_TOKENS, WEIGHTS = "tokens.xz", "weights"
 MOST_PACKED_BYTES = 60 << 20  # what travels with the checkout
@@ -82,16 +83,40 @@ def unpack(packed: Path, data: Path) -> None:
     """Lay the text out as training reads it; nothing is done where it lies already.
 
     Raises:
-        CorpusError: the tokens are not those that the manifest names.
+        CorpusError: the tokens cannot be unpacked, or are not those that the manifest names.
     """
     if (data / MANIFEST).is_file():
         return
+    remedy = "It was damaged on the way: pack the text again."
+    path = packed / PACKED_TOKENS
+    try:
+        tokens = np.frombuffer(lzma.decompress(path.read_bytes()), dtype="<u2")
+    except (lzma.LZMAError, ValueError) as error:  # ValueError: half a token
+        raise CorpusError(f"{path} cannot be unpacked: {error}. {remedy}") from None
     data.mkdir(parents=True, exist_ok=True)
-    tokens = np.frombuffer(lzma.decompress((packed / PACKED_TOKENS).read_bytes()), dtype="<u2")
     np.save(data / TOKENS, tokens.astype(np.uint16))
     shutil.copyfile(packed / TOKENIZER, data / TOKENIZER)
     shutil.copyfile(packed / MANIFEST, data / MANIFEST)  # last: with it the folder is whole
-    open_stream(data, 0)  # compares the sums
+    try:
+        open_stream(data, 0)  # compares the sums
+    except CorpusError as error:
+        (data / MANIFEST).unlink()  # or the next call would take it for whole
+        raise CorpusError(f"{packed}: {error} {remedy}") from None
+
+
+def read_plan(path: Path) -> TrainingPlan:
+    """The plan of a run, from its plan.json.
+
+    Raises:
+        TrainingError: it is none.
+    """
+    try:
+        return TrainingPlan.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TrainingError(
+            f"{path} is no plan of a training run ({error!r:.200}). Name the plan.json that is in "
+            f"the folder of one."
+        ) from None
 
 
 def train_mini(
@@ -149,36 +174,79 @@ def check_shards(checkpoint: Path) -> None:
         )
 
 
-def train_runs(packed: Path, state: Path, out: Path, *, seconds: float, device: str) -> None:
-    """The science's runs, in their order; finished ones come back."""
+def train_runs(
+    packed: Path,
+    state: Path,
+    out: Path,
+    *,
+    seconds: float,
+    device: str,
+    only: str | None = None,
+    dtype: str | None = None,
+    tokens: int = RUN_TOKENS,
+) -> None:
+    """The science's runs, in their order; those that are finished come back.
+
+    Args:
+        only: their names, with commas between; None for all. What an earlier lease finished is not
+            here, and would be trained again.
+        dtype: of matrix products; None is bfloat16 on CUDA, float32 elsewhere. Runs are compared
+            with those of one dtype only.
+        tokens: of each run.
+
+    Raises:
+        TrainingError: there is no such run, or `state` holds one with another plan or other text.
+    """
+    runs = choose(only)
+    if dtype is None:
+        dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     unpack(packed, state / "data")
-    dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     train_science(
-        RUNS, state / "data", state / "science", seconds=seconds, device=device, dtype=dtype
+        runs,
+        state / "data",
+        state / "science",
+        tokens=tokens,
+        seconds=seconds,
+        device=device,
+        dtype=dtype,
     )
-    for one in RUNS:
+    for one in runs:
         folder = state / "science" / one.name
-        if is_finished(folder, one.plan(dtype=dtype)):
+        if is_finished(folder, one.plan(tokens, dtype)):
             bring_back(folder, out / "science" / one.name)
 
 
 def take(folder: Path, into: Path) -> list[Path]:
-    """Copy what a lease brought back, once it has been looked at; returns the checkpoints.
+    """Copy what a lease brought back, once all of it has been looked at; returns the checkpoints.
+
+    A checkpoint that is there already is replaced as a whole.
 
     Raises:
-        TrainingError: there is none, or one is not whole.
+        TrainingError: there is none, or its weights are in too many or too large files.
+        CheckpointError: one is not whole.
     """
     found = sorted(path.parent for path in folder.rglob("config.json"))
     if not found:
         raise TrainingError(f"{folder} has no checkpoint. Name the folder that came back.")
-    taken = []
+    if folder in found:
+        raise TrainingError(
+            f"{folder} is a checkpoint itself. Name the folder that came back, which it lies in."
+        )
     for checkpoint in found:
         check_shards(checkpoint)
-        for path in checkpoint.glob("*.safetensors"):
-            load_file(path)
-        to = into / checkpoint.parent.relative_to(folder)
-        shutil.copytree(checkpoint.parent, to, dirs_exist_ok=True)
-        taken.append(to / checkpoint.name)
+        stored = Checkpoint(checkpoint)
+        for name in stored.shapes:
+            stored.read(name)
+    taken = []
+    for checkpoint in found:
+        to = into / checkpoint.relative_to(folder)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        for path in checkpoint.parent.iterdir():  # the logs
+            if path.is_file():
+                shutil.copyfile(path, to.parent / path.name)
+        with exchanging_folder(to) as beside:
+            shutil.copytree(checkpoint, beside, dirs_exist_ok=True)
+        taken.append(to)
     return taken
 
 
@@ -205,10 +273,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     what = training.add_mutually_exclusive_group(required=True)
     what.add_argument("--plan", type=Path, help="plan.json of the bundled model's run")
     what.add_argument("--science", action="store_true", help="the runs of the experiment")
+    training.add_argument("--only", metavar="NAME,...", help="with --science: these runs alone")
+    training.add_argument(
+        "--dtype", choices=DTYPES, help="with --science (default: bfloat16 on CUDA, else float32)"
+    )
+    training.add_argument(
+        "--tokens", type=int, help=f"with --science: of each run (default: {RUN_TOKENS})"
+    )
     taking = commands.add_parser("take", help="take over what came back")
     taking.add_argument("folder", type=Path)
     taking.add_argument("--into", type=Path, required=True)
     args = parser.parse_args(argv)
+    if args.command == "train":
+        for option in ("only", "dtype", "tokens"):
+            if args.plan and getattr(args, option) is not None:
+                parser.error(f"--{option} is for --science; with --plan, the plan decides it")
+        if not args.minutes >= 0:
+            parser.error(f"--minutes must be at least 0, got {args.minutes}")
     began = time.monotonic()
     try:
         if args.command == "pack":
@@ -219,9 +300,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             seconds = args.minutes * 60
             if args.science:
-                train_runs(args.packed, args.state, args.out, seconds=seconds, device=args.device)
+                train_runs(
+                    args.packed,
+                    args.state,
+                    args.out,
+                    seconds=seconds,
+                    device=args.device,
+                    only=args.only,
+                    dtype=args.dtype,
+                    tokens=RUN_TOKENS if args.tokens is None else args.tokens,
+                )
             else:
-                plan = TrainingPlan.from_json(json.loads(args.plan.read_text(encoding="utf-8")))
+                plan = read_plan(args.plan)
                 train_mini(
                     args.packed, args.state, args.out, plan, seconds=seconds, device=args.device
                 )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import elastic_mini, model_card
+from benchmarks import elastic_mini, mini_opponents, model_card
 from benchmarks.science.measuring import AUTHORS, REFERENCE, measure
 from elastic_moe.engine import Engine
 from elastic_moe.lab.record import describe_commit
@@ -102,7 +102,7 @@ def test_the_ngrams_read_the_steps_that_were_done_not_the_plan(
     trainer = Trainer(config, PLAN, open_stream(tmp_path / "data", PLAN.seed))
     for _ in range(3):
         trainer.train_step()
-    trainer.save(tmp_path / "state.safetensors")
+    training = mini_opponents.Training(PLAN, trainer.step, trainer.tokens, 0, "0" * 64, 10**6)
     text = evaluation_set(language_reference(), mini.tokenizer, 1024)
     fitted: dict[str, Any] = {}
 
@@ -114,10 +114,10 @@ def test_the_ngrams_read_the_steps_that_were_done_not_the_plan(
         fitted["ngram"], fitted["steps"] = fit_kneser_ney(*args), args[2]
         return fitted["ngram"]
 
-    monkeypatch.setattr(elastic_mini, "fit_bigram", fit)
-    monkeypatch.setattr(elastic_mini, "fit_kneser_ney", fit_longer)
+    monkeypatch.setattr(mini_opponents, "fit_bigram", fit)
+    monkeypatch.setattr(mini_opponents, "fit_kneser_ney", fit_longer)
     size = mini.config.vocab_size
-    found = elastic_mini.opponents(tmp_path, tmp_path / "data", text, size)
+    found = elastic_mini.opponents(tmp_path / "data", training, text, size)
     assert int(fitted["bigram"].counts.sum()) == trainer.tokens == 3 * 512
     assert fitted["steps"] == 3
 

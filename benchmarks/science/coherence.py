@@ -69,6 +69,7 @@ TRAINED, STRIDE = PIECE_TOKENS, PIECE_TOKENS // 2  # no sequence of training is 
 WINDOWS = 8  # of each text
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 32, 128  # prompts of each text
 SEEN_EDGES = (0, 16, 32, 64, 128)  # positions of a written text
+TEMPERATURE = 0.8  # of sampled text
 
 Tokens = Mapping[str, Sequence[Sequence[int]]]  # text -> pieces of ids, each of one source
 
@@ -202,7 +203,7 @@ def write_texts(
     bos = list(engine.tokenizer.prefix[:1])
     asked = [[*bos, *ids] for ids in prompts]
     found: dict[str, dict[str, list[list[int]]]] = {"greedy": {}, "sampled": {}}
-    for kind, temperature in (("greedy", 0.0), ("sampled", 0.8)):
+    for kind, temperature in (("greedy", 0.0), ("sampled", TEMPERATURE)):
         how = [
             SamplingParams(NEW_TOKENS, temperature=temperature, seed=i, ignore_eos=True)
             for i in range(len(asked))
@@ -276,6 +277,7 @@ def measure(engine: Engine, novels: Path | None) -> dict[str, Any]:
         "position_edges": list(range(0, LENGTH + 1, BIN)),
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": NEW_TOKENS,
+        "temperature": TEMPERATURE,
         "written_edges": list(SEEN_EDGES),
         "positions": positions,
         "writing": measure_writing(engine, prompts, human),

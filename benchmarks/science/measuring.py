@@ -26,7 +26,7 @@ def excerpts(folder: Path) -> dict[str, str]:
     """The same stretch of every novel of a held-out author: file name -> text.
 
     Raises:
-        CorpusError: an author is missing from the folder, or a novel is too short.
+        CorpusError: an author is missing from the folder, or a novel is too short or not UTF-8.
     """
     found: dict[str, str] = {}
     for author in HELD_OUT_AUTHORS:
@@ -37,7 +37,13 @@ def excerpts(folder: Path) -> dict[str, str]:
                 f"authors ({', '.join(HELD_OUT_AUTHORS)}) are in."
             )
         for path in novels:
-            text = path.read_bytes().decode("utf-8")
+            try:
+                text = path.read_bytes().decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise CorpusError(
+                    f"{path} is not UTF-8: {error.reason} at byte {error.start:,}. Convert it, or "
+                    f"fetch it again."
+                ) from None
             end = EXCERPT_START + EXCERPT_CHARACTERS
             if len(text) < end:
                 raise CorpusError(

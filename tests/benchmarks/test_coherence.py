@@ -200,6 +200,48 @@ def test_what_is_written_is_compared_with_the_full_network(tiny: Engine) -> None
 
 
 @pytest.mark.usefixtures("small")
+def test_texts_are_sampled_as_the_engine_samples_each_by_its_own_seed(tiny: Engine) -> None:
+    prompts = some_windows(3, 8)
+    found = coherence.write_texts(tiny, ["full", "k1"], prompts)
+    assert coherence.TEMPERATURE == 0.8
+    for name, texts in found["sampled"].items():
+        for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            how = coherence.SamplingParams(64, temperature=0.8, seed=i, ignore_eos=True)
+            assert text == list(tiny.generate([0, *prompt], name, how).token_ids)
+    assert found["sampled"]["k1"] != found["greedy"]["k1"]
+    # Only its seed and not the prompt makes the last text what it is.
+    again = coherence.write_texts(tiny, ["full"], [prompts[2]] * 3)["sampled"]["full"]
+    assert again[2] == found["sampled"]["full"][2]
+    assert again[0] != again[1] != again[2]
+
+
+@pytest.mark.usefixtures("small")
+def test_human_text_is_what_follows_its_prompt(
+    tiny: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, list[list[int]]] = {}
+
+    def keep(_engine: Engine, prompts: list[list[int]], human: list[list[int]]) -> None:
+        given.update(prompts=prompts, human=human)
+
+    monkeypatch.setattr(coherence, "measure_writing", keep)
+    monkeypatch.setattr(coherence, "measure_positions", lambda *_: {})
+    line = coherence.measure(tiny, None)
+    _, tokens = coherence.read_texts(tiny, None)
+    (pieces,) = tokens.values()
+    whole = [[*p, *h] for p, h in zip(given["prompts"], given["human"], strict=True)]
+    assert whole == coherence.stretches(pieces, 3, 8 + 64)
+    assert {len(prompt) for prompt in given["prompts"]} == {8}
+    assert line["temperature"] == 0.8
+
+
+def test_a_novel_that_is_not_utf8_is_refused_by_name(tmp_path: Path, tiny: Engine) -> None:
+    (tmp_path / "Chesterton_Cafe_1900.txt").write_bytes(b"x" * 40_000 + b"caf\xe9")
+    with pytest.raises(CorpusError, match=r"Chesterton_Cafe_1900.txt is not UTF-8: .* byte 40,003"):
+        coherence.read_texts(tiny, tmp_path)
+
+
+@pytest.mark.usefixtures("small")
 def test_the_whole_line_is_drawn_and_told(tiny: Engine, tmp_path: Path) -> None:
     line = coherence.measure(tiny, None)
     assert line["texts"]["python-language-reference"]["windows"] == 3

@@ -1,15 +1,24 @@
-"""The bars of elastic-mini turn red when they should; nothing is measured here."""
+"""The bars of elastic-mini turn red when they should, and n-grams count what it has read."""
 
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.elastic_mini import FIRST, judge, read_lines
-from benchmarks.science.measuring import REFERENCE
+from benchmarks import elastic_mini
+from benchmarks.elastic_mini import FIRST, Bars, check_out, judge, read_lines
+from benchmarks.mini_opponents import choose_training, read_trainings
+from benchmarks.science.measuring import AUTHORS, REFERENCE
+from elastic_moe.errors import BenchmarkError
+from elastic_moe.train.data import Mixture, prepare
+from elastic_moe.train.plan import TrainingPlan, parse_stages
+from tests.train.small import library
 
 Line = dict[str, Any]
 
@@ -97,7 +106,151 @@ def test_what_was_not_measured_is_not_met(first: Line, later: Line) -> None:
     assert missed(later, None)[0] == "bits per byte over the first version's <= 0.97"
 
 
+def test_one_window_of_text_decides_no_step(first: Line, later: Line) -> None:
+    one = later["steps"][0]
+    one["standard_error"] = None
+    what = f"{one['better']} > {one['worse']}, in standard errors > 3"
+    assert missed(later, first) == [what]
+
+
 def test_another_text_is_no_comparison_with_the_first_version(first: Line, later: Line) -> None:
     later["corpus"]["sha256"] = "1" * 64
     bar = next(b for b in judge(later, first) if "first version" in b["what"])
     assert (bar["value"], bar["met"]) == (None, None)
+
+
+# --- what it has read, and what n-grams count of it
+
+
+def manifest(
+    sha256: str, steps: int, stream_tokens: int, before: Line | None = None, untold: int = 0
+) -> Line:
+    """As the export of a training writes it: steps of one piece, planned for two more."""
+    plan = TrainingPlan(stages=parse_stages(f"6x{steps + 2}x1x512"))
+    training = {"plan": plan.to_json(), "steps": steps, "tokens": 512 * steps}
+    training["tokens_before"] = untold + (before["training"]["tokens"] if before else 0)
+    told = {"corpus": {"stream_sha256": sha256, "stream_tokens": stream_tokens}}
+    return told | {"training": training} | ({"before": before} if before else {})
+
+
+def write(path: Path, value: Line) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+    return path.parent
+
+
+def prepared(folder: Path, sha256: str) -> Path:
+    keys = ("seed", "files", "stream_tokens", "tokenizer_sha256", "tokenizer_given")
+    return write(folder / "manifest.json", dict.fromkeys(keys, 0) | {"stream_sha256": sha256})
+
+
+# Read twice over: 10,000 tokens hold 19 pieces. The later text is longer, and less of it was read.
+CHAIN = manifest("b", 12, 90_000, before=manifest("b", 7, 90_000, before=manifest("a", 40, 10_000)))
+
+
+def test_a_chain_of_trainings_is_read_from_the_first_one(tmp_path: Path) -> None:
+    assert read_trainings(tmp_path) == []
+    found = read_trainings(write(tmp_path / "manifest.json", CHAIN))
+    assert [(one.stream_sha256, one.steps, one.tokens) for one in found] == [
+        *(("a", 40, 40 * 512), ("b", 7, 7 * 512), ("b", 12, 12 * 512))
+    ]
+    assert found[0].plan.total_steps == 42
+    assert [one.different_tokens for one in found] == [19 * 512, 7 * 512, 12 * 512]
+
+
+@pytest.mark.parametrize("spoilt", [{"training": 1}, {"corpus": {}}, {"before": {"training": {}}}])
+def test_a_manifest_of_something_else_is_refused(tmp_path: Path, spoilt: Line) -> None:
+    write(tmp_path / "manifest.json", CHAIN | spoilt)
+    with pytest.raises(BenchmarkError, match=r"must hold 'corpus' and 'training'"):
+        read_trainings(tmp_path)
+
+
+def test_the_ngrams_are_of_the_training_that_read_the_most(tmp_path: Path) -> None:
+    trainings = read_trainings(write(tmp_path / "manifest.json", CHAIN))
+    assert choose_training(trainings, prepared(tmp_path / "first", "a")) is trainings[0]
+    told = r"the run of 40 steps that read the most, 9,728: .* stream_sha256 is a\."
+    with pytest.raises(BenchmarkError, match=rf"\(stream_sha256 b\) .* read 6,144 .* {told}"):
+        choose_training(trainings, prepared(tmp_path / "later", "b"))
+    with pytest.raises(BenchmarkError, match=rf"\(stream_sha256 c\) .* read 0 .* {told}"):
+        choose_training(trainings, prepared(tmp_path / "other", "c"))
+
+
+def test_what_was_read_and_is_not_told_cannot_be_counted(tmp_path: Path) -> None:
+    data = prepared(tmp_path / "data", "a")
+    with pytest.raises(BenchmarkError, match=r"tells of the tokens that it has read"):
+        choose_training([], data)
+    write(tmp_path / "manifest.json", manifest("a", 40, 10_000, untold=5_000))
+    with pytest.raises(BenchmarkError, match="tells of 5,000 of the tokens"):
+        choose_training(read_trainings(tmp_path), data)
+    older = manifest("a", 40, 10_000)
+    del older["corpus"]["stream_sha256"]
+    write(tmp_path / "manifest.json", older)
+    found = read_trainings(tmp_path)
+    assert found[0].stream_sha256 is None
+    with pytest.raises(BenchmarkError, match=r"tells of the tokens that it has read"):
+        choose_training(found, data)
+
+
+# --- the file of results
+
+
+def test_a_file_is_not_replaced_by_lines_that_say_less(tmp_path: Path, first: Line) -> None:
+    out = tmp_path / "x.jsonl"
+    check_out(out, [REFERENCE], with_ngrams=False)
+    with pytest.raises(BenchmarkError, match="is no folder"):
+        check_out(tmp_path / "nowhere" / "x.jsonl", [REFERENCE], with_ngrams=False)
+    lines = [first, copy.deepcopy(first)]
+    lines[1]["corpus"]["name"] = AUTHORS
+    lines[0] |= dict.fromkeys(("bigram_nats_per_token", "bigram_k"))
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines[:1]))
+    check_out(out, [REFERENCE], with_ngrams=False)
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(BenchmarkError, match=f"has the line of {AUTHORS}, .* Give --novels"):
+        check_out(out, [REFERENCE], with_ngrams=True)
+    with pytest.raises(BenchmarkError, match=f"has n-grams on {AUTHORS}, .* Give --run"):
+        check_out(out, [REFERENCE, AUTHORS], with_ngrams=False)
+    check_out(out, [REFERENCE, AUTHORS], with_ngrams=True)
+    out.write_text('{"case": "another benchmark"}\n')
+    with pytest.raises(BenchmarkError, match="holds no results of this benchmark"):
+        check_out(out, [REFERENCE, AUTHORS], with_ngrams=True)
+
+
+def test_a_line_says_what_was_trained_on_and_what_was_counted(
+    tmp_path: Path,
+    tiny_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(elastic_mini, "BUNDLES", {"full": (6, 4)})
+    monkeypatch.setattr(elastic_mini, "LADDERS", {"depth": ("full", "L4")})
+    monkeypatch.setattr(elastic_mini, "judge", lambda *_: Bars())
+    model, data, out = tmp_path / "model", tmp_path / "run" / "data", tmp_path / "x.jsonl"
+    shutil.copytree(tiny_folder, model)
+    data.parent.mkdir()
+    stream = prepare(data, library(tmp_path), [], Mixture(), vocab_size=300)
+    sha256, size = stream["stream_sha256"], stream["stream_tokens"]
+    chain = manifest("later", 1, 90_000, before=manifest(sha256, 3, size))
+    write(model / "manifest.json", chain)
+
+    command = [str(model), "--tokens", "512", "--out", str(out)]
+    assert elastic_mini.main([*command, "--run", str(data.parent)]) == 0
+    (line,) = map(json.loads, out.read_text().splitlines())
+    counted = {"steps": 3, "tokens": 1536, "different_tokens": 1536, "stream_sha256": sha256}
+    later = {"steps": 1, "tokens": 512, "different_tokens": 512, "stream_sha256": "later"}
+    assert (line["trainings"], line["ngrams_counted"]) == ([counted, later], counted)
+    assert min(line["bigram_nats_per_token"], line["ngram_nats_per_token"]) > 0
+
+    before = out.read_text()
+    assert elastic_mini.main(command) == 1
+    assert "which would be lost. Give --run" in capsys.readouterr().err
+    assert out.read_text() == before
+
+
+def test_what_cannot_be_measured_is_an_error_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert elastic_mini.main(["nosuch"]) == 1
+    assert "error: no checkpoint at 'nosuch'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as error:
+        elastic_mini.main(["--run", str(tmp_path), "--data", str(tmp_path)])
+    assert error.value.code == 2

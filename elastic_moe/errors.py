@@ -12,6 +12,7 @@
     ├── ServerError         a server cannot be set up as was asked
     ├── CorpusError         text for training or evaluation is missing or unusable
     └── TrainingError       a run cannot start, resume or go on
+        ├── NotGrownError       its network has not run with all layers yet
         └── OptionError         options that do not go together, or not with the run that is there
 
     CheckpointWarning       a checkpoint has something that is left aside
@@ -90,6 +91,10 @@ class CorpusError(ElasticMoEError):
 
 class TrainingError(ElasticMoEError):
     """A training run cannot start, resume or continue."""
+
+
+class NotGrownError(TrainingError):
+    """A run's network has not grown to all layers yet, so there is no checkpoint of it."""
 
 
 class OptionError(TrainingError):

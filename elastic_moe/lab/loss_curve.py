@@ -38,10 +38,10 @@ _LEAST_STEPS = 200  # of a run that has more than its first fall
 def loss_figure(
     full: Sequence[Record], reduced: Sequence[Record], total_tokens: int, title: str, note: str = ""
 ) -> Figure:
-    """Loss against tokens: a dot per step, a line for their running mean; learning rate below.
+    """Loss against tokens: a dot per pass, a line for their running mean; learning rate below.
 
     Args:
-        full, reduced: records of the log whose step ran the whole network, or less of it.
+        full, reduced: records of passes that ran the whole network, or less of it.
         total_tokens: of the whole plan, so that a run that is not done shows what is to come.
         title, note: what was trained, and how.
     """
@@ -157,6 +157,8 @@ def figure_of_run(run: Path) -> Figure:
     steps = progress["step"]
     state_of_run = "" if steps == plan.total_steps else f" of {plan.total_steps:,}"
     share = f", {len(reduced) / max(1, steps):.0%} of them reduced" if reduced else ""
+    if plan.sandwich:
+        share = ", each of the full network and two reduced ones"
     note = (
         f"{config.num_layers} layers, {config.num_experts} experts, {config.max_top_k} per token, "
         f"{format_si(config.shape.total_params)} parameters; {steps:,}{state_of_run} steps{share}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,31 +23,57 @@ FREE = {"save_every_steps"}  # of a plan: what may change from one resume to the
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
-    """Write tensors and progress to `path`, atomically and durably."""
-    with replacing(path) as beside:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            beside,
-            metadata={"elastic_moe_training": json.dumps({"format": FORMAT, **progress})},
-        )
+    """Write tensors and progress to `path`, atomically and durably.
+
+    Raises:
+        TrainingError: it cannot be written; what was there before still is.
+    """
+    try:
+        with replacing(path) as beside:
+            save_file(
+                {name: tensor.contiguous() for name, tensor in tensors.items()},
+                beside,
+                metadata={"elastic_moe_training": json.dumps({"format": FORMAT, **progress})},
+            )
+    except (SafetensorError, OSError) as error:
+        kept = "The state before it is kept" if path.exists() else "There is no state yet"
+        raise TrainingError(
+            f"{path} cannot be written: {error}. {kept}. Make room and see that the folder can be "
+            f"written to, then repeat the command."
+        ) from None
 
 
 def load_state(
     path: Path, formats: Container[int] = (FORMAT,)
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_state` wrote, in one of `formats`."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if "elastic_moe_training" not in metadata:
-            raise TrainingError(f"{path} is no training state of elastic-moe.")
-        progress = json.loads(metadata["elastic_moe_training"])
-        if progress.get("format") not in formats:
-            raise TrainingError(
-                f"{path} has training state format {progress.get('format')}, this version reads "
-                f"{FORMAT}. Resume with the version that wrote it."
-            )
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    """Read what `save_state` wrote, in one of `formats`.
+
+    Raises:
+        TrainingError: it cannot be read, is torn, or is something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            progress = _progress(path, metadata, formats)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise TrainingError(
+            f"{path} cannot be read: {error}. Put a whole copy in its place. Without it, the same "
+            f"command begins at step 0."
+        ) from None
     return {name: torch.as_tensor(t) for name, t in tensors.items()}, progress
+
+
+def _progress(path: Path, metadata: Mapping[str, str], formats: Container[int]) -> dict[str, Any]:
+    if "elastic_moe_training" not in metadata:
+        raise TrainingError(f"{path} is no training state of elastic-moe.")
+    progress: dict[str, Any] = json.loads(metadata["elastic_moe_training"])
+    if progress.get("format") not in formats:
+        raise TrainingError(
+            f"{path} has training state format {progress.get('format')}, this version reads "
+            f"{FORMAT}. Resume with the version that wrote it."
+        )
+    return progress
 
 
 def model_to_json(config: ModelConfig) -> dict[str, Any]:

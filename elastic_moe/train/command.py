@@ -14,27 +14,33 @@ from typing import Any
 
 import torch
 
-from elastic_moe.errors import TrainingError
+from elastic_moe.errors import NotGrownError
 from elastic_moe.files import write_text
 from elastic_moe.model.checkpoint import Checkpoint
 from elastic_moe.model.folder import CONFIG, checkpoint_name, find_checkpoint
-from elastic_moe.train.begun import record
+from elastic_moe.train.begun import has_begun, record
 from elastic_moe.train.checkpoint import load_state
 from elastic_moe.train.corpus import SourceFile, library_files
 from elastic_moe.train.data import MANIFEST, open_stream, prepare
 from elastic_moe.train.export import STATE, export
 from elastic_moe.train.ledger import replay
+from elastic_moe.train.lock import holding
 from elastic_moe.train.log import LOG, last_loss, read_log, split_records, write_table
 from elastic_moe.train.loop import Trainer, run
 from elastic_moe.train.parents import keep_parent
 from elastic_moe.train.plan import TrainingPlan
-from elastic_moe.train.progress import StepReport, clock
-from elastic_moe.train.settings import PLAN, Settings, describe_texts, read_settings
+from elastic_moe.train.progress import Note, StepReport, clock
+from elastic_moe.train.settings import (
+    CHECKPOINT,
+    PLAN,
+    Settings,
+    describe_texts,
+    read_settings,
+)
 from elastic_moe.train.stopping import StoppableTrainer, Stopped, stopping
 from elastic_moe.train.timebox import Pace, fit_steps, measure_pace
 from elastic_moe.train.tokens import TokenStream
 
-CHECKPOINT = "checkpoint"
 Report = Callable[[str], None]
 
 
@@ -78,11 +84,19 @@ def train(
     minutes = math.inf if options.minutes is None else options.minutes
     timer = Clock(time.monotonic() if began is None else began, 60 * minutes)
     settings = read_settings(options)
+    with holding(settings.out):
+        return _train(settings, timer, report, report_seconds)
+
+
+def _train(
+    settings: Settings, timer: Clock, report: Report, report_seconds: float
+) -> dict[str, Any]:
+    """All of it, in a folder that no other training can enter meanwhile."""
     out = settings.out
     if not (settings.data / MANIFEST).exists():
         _prepare(settings, report)
     stream = open_stream(settings.data, settings.args.seed)
-    if settings.model.raw is not None and not (out / CONFIG).exists():
+    if settings.model.raw is not None and not has_begun(out):
         write_text(out / CONFIG, json.dumps(settings.model.raw, indent=1) + "\n")
     record(out, settings.record)
     with stopping() as stop:
@@ -186,14 +200,15 @@ def _run(
     state = settings.out / STATE
     if pace is None:  # nothing was timed: saving takes as long as the state is big
         pace = Pace(0.0, state.stat().st_size / 200e6 if state.is_file() else 0.0)
-    end_seconds = pace.end_seconds + pace.step_seconds
     try:
         run(
             trainer,
             settings.out,
-            max_seconds=max(0.0, timer.left() - end_seconds),
-            report=lambda line: report(line) if isinstance(line, StepReport) else None,
+            max_seconds=max(0.0, timer.left() - pace.end_seconds),
+            step_seconds=pace.step_seconds,
+            report=lambda line: report(line) if isinstance(line, StepReport | Note) else None,
             report_seconds=report_seconds,
+            held=True,
         )
     except Stopped:
         trainer.save(state)
@@ -208,13 +223,13 @@ def _finish(
     out, args, plan, config = settings.out, settings.args, trainer.plan, trainer.config
     for half in out.glob(f".{CHECKPOINT}.*.part"):  # what a kill left of a checkpoint
         shutil.rmtree(half, ignore_errors=True)
+    table = write_table(out)
     checkpoint: Path | None = out / CHECKPOINT
     try:
         ledger = export(out, out / CHECKPOINT, max_shard_bytes=args.max_shard_size)
-    except TrainingError as error:
+    except NotGrownError as error:
         report(f"no checkpoint yet: {error}")
         checkpoint, ledger = None, replay(plan, config.shape, trainer.step)
-    table = write_table(out)
     records = read_log(out)
     full, reduced = split_records(records, plan, config.shape)
     seconds = sum(r["seconds"] for r in records)
@@ -232,6 +247,7 @@ def _finish(
         "full_steps": ledger.full_steps,
         "first_loss": last_loss(full[:1]),
         "loss": last_loss(full),
+        "first_reduced_loss": last_loss(reduced[:1]),
         "reduced_loss": last_loss(reduced),
         "training_seconds": round(seconds, 1),
         "tokens_per_second": round(ledger.tokens / seconds, 1) if seconds else None,
@@ -247,6 +263,9 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     done += f" in {clock(s['training_seconds'])}"
     if s["loss"] is not None:
         done += f": loss {s['first_loss']:.3f} at first, {s['loss']:.3f} at last"
+    elif s["reduced_loss"] is not None:  # as of a fixed network, or where none happened to be full
+        done += f": loss of reduced networks {s['first_reduced_loss']:.3f} at first, "
+        done += f"{s['reduced_loss']:.3f} at last"
     files = [key for key in ("checkpoint", "loss_curve", "table") if s.get(key)]
     told = [done, *(f"{key.replace('_', ' ')}: {s[key]}" for key in files)]
     if not s["complete"]:

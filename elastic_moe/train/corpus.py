@@ -1,8 +1,8 @@
 """The training text: the Python library that runs this program, and any folder of texts.
 
 Held out from everything, the tokenizer included: the authors in `HELD_OUT_AUTHORS`, every file
-below `pydoc_data`, whose language reference is the evaluation text, and copies of it by its name or
-its content.
+below `pydoc_data`, whose language reference is the evaluation text, and copies of it, or of a part
+of it, by name or by content.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import hashlib
 import inspect
 import os
 import random
+import re
+import stat
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +30,14 @@ HELD_OUT_AUTHORS = ("Chesterton", "Forster", "Gissing", "Schreiner")
 HELD_OUT_FOLDER = "pydoc_data"
 LEFT_OUT_OF_LIBRARY = ("idlelib", "site-packages", "dist-packages", "encodings")
 _HEAD_BYTES = 8192
+# Content is compared by windows: 50 letters and digits from each 'th' on, so that case, line ends,
+# wrapping, quoting and markup make no difference.
+_WINDOWS = re.compile(rb"th(?=(.{48}))", re.DOTALL)
+_LOWER = bytes(range(256)).lower()
+_NO_LETTERS = bytes(c for c in range(256) if not (c < 128 and chr(c).isalnum()))
+_CHUNK = 1 << 20
+# That many windows are some 3 kB of the evaluation text; modules that quote it share at most 16.
+_SHARED_WINDOWS, _LEAST_SHARED = 40, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +116,9 @@ def library_files(root: Path | None = None) -> Listing:
 def text_files(root: Path, include: Sequence[str] = ()) -> Listing:
     """Every UTF-8 text below `root`, whatever its suffix, without what is held out.
 
-    Hidden files and folders are not looked at, nor are files without text: empty ones, and those
-    with a NUL byte. The name of `root` itself counts for the hold-out.
+    Hidden files and folders are not looked at, nor are linked folders, and files without text:
+    empty ones, those with a NUL byte, and what is no regular file. Every folder on the way to
+    `root` counts for the hold-out.
 
     Args:
         include: patterns such as '*.md', of paths within `root`; () for all files.
@@ -129,11 +140,17 @@ def text_files(root: Path, include: Sequence[str] = ()) -> Listing:
 
 
 def _visible(root: Path, skipped: Counter[str]) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
+    def unreadable(_error: OSError) -> None:
+        skipped["unreadable"] += 1
+
+    for folder, folders, names in os.walk(root, onerror=unreadable):
         hidden = [name for name in (*folders, *names) if name.startswith(".")]
         if hidden:
             skipped["hidden"] += len(hidden)
         folders[:] = [name for name in folders if not name.startswith(".")]
+        linked = [name for name in folders if Path(folder, name).is_symlink()]  # may be a loop
+        if linked:
+            skipped["linked folders"] += len(linked)
         yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
@@ -141,11 +158,13 @@ def _list_files(corpus: str, root: Path, paths: Iterable[Path], skipped: Counter
     found = []
     for path in sorted(paths):
         name = path.relative_to(root).as_posix()
-        # A folder `Forster/` that is named itself must not pass either.
-        if is_held_out(corpus, name if corpus == LIBRARY else f"{root.resolve().name}/{name}"):
+        if _is_held_out_at(corpus, name, path):
             skipped["left out" if corpus == LIBRARY else "held out"] += 1
             continue
         try:
+            if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
+                skipped["no file"] += 1
+                continue
             data = _read(path)
         except OSError:  # no permission, a link to nothing
             skipped["unreadable"] += 1
@@ -159,6 +178,13 @@ def _list_files(corpus: str, root: Path, paths: Iterable[Path], skipped: Counter
     if not found:
         raise CorpusError(f"nothing to train on below {root}: {listing.describe()}.")
     return listing
+
+
+def _is_held_out_at(corpus: str, name: str, path: Path) -> bool:
+    """`is_held_out`, where texts are judged by the whole way to them, with links and without."""
+    if corpus == LIBRARY:
+        return is_held_out(corpus, name)
+    return any(is_held_out(corpus, str(p)) for p in (path.absolute(), path.resolve()))
 
 
 def _read(path: Path) -> bytes:
@@ -180,7 +206,45 @@ def _why_not(data: bytes, corpus: str, sha256: str) -> str | None:
         return None
     if not data.strip():
         return "empty"
-    return "held out" if sha256 in _held_out_sums(_library()) else None
+    held_out = sha256 in _held_out_sums(_library()) or _has_held_out_content(data)
+    return "held out" if held_out else None
+
+
+def _has_held_out_content(data: bytes) -> bool:
+    """Whether a text holds a part of the evaluation text, or is hardly anything else."""
+    held_out, shared, windows = _held_out_windows(_library()), set[bytes](), 0
+    for of_chunk in _windows(data):
+        shared |= held_out.intersection(of_chunk)
+        windows += len(of_chunk)
+    return len(shared) > _SHARED_WINDOWS or (
+        len(shared) >= _LEAST_SHARED and 2 * len(shared) > windows
+    )
+
+
+def _windows(data: bytes) -> Iterator[list[bytes]]:
+    """The windows of a text, chunk by chunk."""
+    letters = data.translate(_LOWER, _NO_LETTERS)
+    for start in range(0, len(letters), _CHUNK):
+        yield _WINDOWS.findall(letters, start, start + _CHUNK + 50)
+
+
+@cache
+def _held_out_windows(library: Path) -> frozenset[bytes]:
+    """Of the evaluation text, as its file has it and as it reads; less what modules say as well.
+
+    What they say is trained on: pdb's documentation is in both.
+    """
+    found: set[bytes] = set()
+    for path in (library / HELD_OUT_FOLDER).rglob("*.py"):
+        source = path.read_bytes()
+        nodes = ast.walk(ast.parse(source))
+        strings = [n.value for n in nodes if isinstance(n, ast.Constant)]
+        texts = [source, *(s.encode() for s in strings if isinstance(s, str))]
+        found.update(window for text in texts for part in _windows(text) for window in part)
+    if found:
+        for file in library_files(library):
+            found.difference_update(*_windows(file.path.read_bytes()))
+    return frozenset(found)
 
 
 @cache

@@ -10,6 +10,7 @@ import json
 import random
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,9 +29,11 @@ from elastic_moe.train.corpus import (
     chat_turn,
     docstrings,
 )
+from elastic_moe.train.plan import PIECE_TOKENS
 from elastic_moe.train.tokens import (
     BOS,
     END,
+    SPECIAL_TOKENS,
     TokenStream,
     chat_text,
     check_tokenizer,
@@ -108,16 +111,23 @@ def documents(
 def chats(known: Sequence[Docstring], seed: int) -> Iterator[str]:
     """Chat turns without end: pass after pass over the docstrings, each with its own questions.
 
+    Docstrings with a special token in them are left out: it would be read as one.
+
     Raises:
         CorpusError: no docstring makes one.
     """
     rng = random.Random(f"{seed}/chat")
     while True:
-        turns = [turn for docstring in known if (turn := chat_turn(docstring, rng)) is not None]
+        made = (chat_turn(docstring, rng) for docstring in known)
+        turns = [turn for turn in made if turn is not None and not _has_special_token(turn)]
         if not turns:
             raise CorpusError("no docstring is fit for a chat turn. Set chat_fraction to 0.")
         rng.shuffle(turns)
         yield from (chat_text(*turn) for turn in turns)
+
+
+def _has_special_token(parts: Iterable[str]) -> bool:
+    return any(token in part for part in parts for token in SPECIAL_TOKENS)
 
 
 def prepare(
@@ -139,7 +149,8 @@ def prepare(
         tokenizer: None trains one on the text.
 
     Raises:
-        CorpusError: there is no text, or the tokenizer does not suit the model.
+        CorpusError: there is no text, or too little of it, or the tokenizer does not suit the
+            model.
     """
     given = tokenizer is not None
     texts, known = documents(library, files, mixture, seed)
@@ -150,9 +161,10 @@ def prepare(
         tokenizer = train_tokenizer(_sample(texts, known, mixture, seed), size)
     check_tokenizer(tokenizer, vocab_size)
     encoded: list[tuple[str, np.ndarray]] = []
-    for kind in (LIBRARY, "docstrings", TEXTS):
-        of_kind = (text for one, text in texts if one == kind)
-        encoded += [(kind, ids) for ids in _encode(tokenizer, of_kind)]
+    with _as_text(tokenizer):
+        for kind in (LIBRARY, "docstrings", TEXTS):
+            of_kind = (text for one, text in texts if one == kind)
+            encoded += [(kind, ids) for ids in _encode(tokenizer, of_kind)]
     total = sum(len(ids) for _, ids in encoded)
     missing = round(total * mixture.chat_fraction / (1 - mixture.chat_fraction))
     if missing:
@@ -166,6 +178,11 @@ def prepare(
     for kind, ids in encoded:
         counts[kind] = counts.get(kind, 0) + len(ids)
     stream = np.concatenate([ids for _, ids in encoded])
+    if len(stream) < PIECE_TOKENS:
+        raise CorpusError(
+            f"the text has {len(stream)} tokens, {PIECE_TOKENS} are the least. Add text, and "
+            f"repeat the command."
+        )
     manifest: dict[str, Any] = {
         "seed": seed,
         "mixture": asdict(mixture),
@@ -198,6 +215,20 @@ def _sample(
             yield text
     if mixture.chat_fraction:
         yield from islice(chats(known, seed), len(known) // 4)
+
+
+@contextmanager
+def _as_text(tokenizer: Tokenizer) -> Iterator[None]:
+    """Within it the tokenizer reads '<|im_start|>' and its like as the letters that they are.
+
+    A text may speak of them; as tokens they would end its document or begin a turn of a chat.
+    """
+    before = tokenizer.encode_special_tokens
+    tokenizer.encode_special_tokens = True
+    try:
+        yield
+    finally:
+        tokenizer.encode_special_tokens = before
 
 
 def _encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:

@@ -24,7 +24,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from elastic_moe.errors import ElasticMoEError, TrainingError
+from elastic_moe.errors import ElasticMoEError, NotGrownError, TrainingError
 from elastic_moe.files import exchanging_folder, write_text
 from elastic_moe.model.config import ElasticBlock, ModelConfig
 from elastic_moe.model.families import read_config, write_config
@@ -81,9 +81,10 @@ def export(run: Path, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -
         max_shard_bytes: weights beyond it are written as several files.
 
     Raises:
-        TrainingError: there is no state, it is of other data, or its network has not grown to all
-            layers yet: those that never ran would pass for trained ones. Or `folder` has files and
-            is no such checkpoint.
+        NotGrownError: its network has not run with all layers yet: those that never ran would pass
+            for trained ones.
+        TrainingError: there is no state, or it is of other data. Or `folder` has files and is no
+            such checkpoint.
     """
     state = run / STATE
     if not state.is_file():
@@ -100,7 +101,7 @@ def export(run: Path, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -
     plan = TrainingPlan.from_json(progress["plan"])
     ledger = replay(plan, config.shape, progress["step"])
     if not ledger.trained:
-        raise TrainingError(
+        raise NotGrownError(
             f"{state} is at step {progress['step']} of {plan.total_steps}, and no step has run "
             f"with all {config.num_layers} layers. Train on, with a last stage of "
             f"{config.num_layers} layers."
@@ -191,16 +192,26 @@ def _config_json(
     return raw
 
 
+def check_target(folder: Path) -> list[Path]:
+    """What lies in a folder that a checkpoint is to be written to.
+
+    Raises:
+        TrainingError: it is a file, or has files and is no checkpoint of a training run.
+    """
+    old = sorted(folder.iterdir()) if folder.is_dir() else []
+    if (old and folder / "manifest.json" not in old) or (folder.exists() and not folder.is_dir()):
+        raise TrainingError(
+            f"{folder} exists and is no checkpoint of a training run. Name a new folder, "
+            f"or move it away."
+        )
+    return old
+
+
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
     """As `exchanging_folder`, for a checkpoint: what a user put beside it comes along."""
     folder = folder.resolve()
-    old = sorted(folder.iterdir()) if folder.is_dir() else []
-    strange = (old and folder / "manifest.json" not in old) or folder.is_file()
-    if strange:
-        raise TrainingError(
-            f"{folder} exists and is no checkpoint of a training run. Name a new folder."
-        )
+    old = check_target(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with exchanging_folder(folder) as beside:
         yield beside

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from elastic_moe.routing import ModelShape, Subnet
 from elastic_moe.train.plan import TrainingPlan
 
+_ROUTED = ("top_k", "width", "pool", "threshold")  # axes that dense layers do not have
+
 
 @dataclass(slots=True)
 class Ledger:
@@ -21,7 +23,8 @@ class Ledger:
             forward of a teacher that it does not train; attention at half a sequence.
         full_steps: steps that trained the whole network, as far as it had grown.
         draws: {axis: {value: networks trained}} in words, such as {'depth': {'24 of 48 (prefix)':
-            3}}: one network in each step, or the three of a sandwich.
+            3}}: one network in each step, or the three of a sandwich. Of a network whose layers are
+            all dense, the axes of routers say 'none routes'.
         trained: {axis: values} drawn once all layers were there; what the checkpoint may claim.
     """
 
@@ -66,13 +69,15 @@ def replay(plan: TrainingPlan, shape: ModelShape, steps: int) -> Ledger:
 def _values(subnet: Subnet, grown: list[int]) -> dict[str, tuple[float | None, str]]:
     """(value, words) of each axis; the value is None where a name could not ask for it."""
     kind = "prefix" if list(subnet.active_layers) == grown[: subnet.depth] else "subset"
+    depth = subnet.depth if subnet.is_prefix else None
+    values: dict[str, tuple[float | None, str]] = {
+        "depth": (depth, f"{subnet.depth} of {len(grown)} ({kind})")
+    }
+    if not subnet.shape.moe_layers.intersection(subnet.active_layers):
+        return values | dict.fromkeys(_ROUTED, (None, "none routes"))
     top_k, pool = subnet.uniform("top_k"), subnet.uniform("pool")
     width, threshold = subnet.uniform("width"), subnet.uniform("threshold")
-    return {
-        "depth": (
-            subnet.depth if subnet.is_prefix else None,
-            f"{subnet.depth} of {len(grown)} ({kind})",
-        ),
+    return values | {
         "top_k": (top_k, "per layer" if top_k is None else str(top_k)),
         "width": (width, str(width)),
         "pool": (len(pool), str(len(pool))),

@@ -50,7 +50,10 @@ def write_table(folder: Path) -> Path:
 def split_records(
     records: Sequence[dict[str, Any]], plan: TrainingPlan, shape: ModelShape
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The records of steps that ran the full network, as far as it had grown, and the others."""
+    """The records of passes that ran the full network, as far as it had grown, and of the others.
+
+    A step is one pass, or the three of a sandwich, of which each gets a record of its own here.
+    """
     whole = {
         stage.layers: resolve(shape, active_layers=stage.grown(shape.num_layers)).name
         for stage in plan.stages
@@ -58,7 +61,10 @@ def split_records(
     full: list[dict[str, Any]] = []
     reduced: list[dict[str, Any]] = []
     for record in records:
-        (full if record["subnet"] == whole[record["layers"]] else reduced).append(record)
+        passes = zip(record.get("sandwich", ()), record.get("sandwich_loss", ()), strict=False)
+        others = ({**record, "subnet": name, "loss": loss} for name, loss in passes)
+        for one in (record, *others):
+            (full if one["subnet"] == whole[one["layers"]] else reduced).append(one)
     return full, reduced
 
 

@@ -1,7 +1,8 @@
 """The training loop: one sub-network a step, a schedule of stages, exact resume.
 
-Everything random in a step depends on (seed, step) alone, so a run that is killed and resumed
-goes through the same states as one that was not.
+Everything random in a step depends on (seed, step) alone, so a run that is killed and resumed on a
+CPU goes through the same states as one that was not, given as many threads: what else it takes to
+do without those is `Trainer.any_threads`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,33 +35,17 @@ from elastic_moe.train.checkpoint import (
 )
 from elastic_moe.train.gpu import use_gpu
 from elastic_moe.train.grouped import use_grouped
+from elastic_moe.train.initial import initialize
+from elastic_moe.train.lock import holding
 from elastic_moe.train.loss import HeadLoss, balance_loss, head_loss
 from elastic_moe.train.mixed import use_bfloat16
 from elastic_moe.train.optim import Muon
 from elastic_moe.train.plan import TrainingPlan
-from elastic_moe.train.progress import Progress
+from elastic_moe.train.progress import Note, Progress
+from elastic_moe.train.sitting import StepPace, forget_steps_after
 from elastic_moe.train.tokens import TokenStream
 
-
-def initialize(model: ElasticTransformer, seed: int) -> None:
-    """Random weights; every output projection is zero, so a layer starts as the identity. So is
-    every correction bias: no expert is preferred.
-
-    The embeddings are large enough to be heard in the residual stream; the small gain of the final
-    norm makes up for it where they serve as the head.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight", "correction_bias")):
-            nn.init.zeros_(p)
-        elif p.ndim == 1:
-            nn.init.constant_(p, 0.2 if name == "norm.weight" else 1.0)
-        elif name.endswith("mlp.gate.weight"):
-            nn.init.normal_(p, std=0.02, generator=generator)
-        elif name.endswith("embed_tokens.weight"):
-            nn.init.normal_(p, std=0.1, generator=generator)
-        else:
-            nn.init.normal_(p, std=p.shape[-1] ** -0.5, generator=generator)
+_LOWER = "Lower the rates: begin again in another folder with a smaller --lr-scale."
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,7 +84,7 @@ class Trainer:
         plan.check_model(config)
         self.config, self.plan, self.stream = config, plan, stream
         self.device = torch.device(device)
-        self.backend = choose_backend(backend, config, plan, self.device)
+        self.backend = native.choose_backend(backend, config, plan, self.device)
         self.model = ElasticTransformer(config)
         initialize(self.model, plan.seed)
         self.model.to(self.device)
@@ -185,7 +171,9 @@ class Trainer:
         arrays = self.stream.batch(self.piece, stage.pieces, stage.length)
         inputs, targets = (torch.from_numpy(array).to(self.device) for array in arrays)
         passes = self._gradients(inputs, targets.flatten())
-        norm = nn.utils.clip_grad_norm_(self.adam.param_groups[0]["params"], plan.clip)
+        norm = float(nn.utils.clip_grad_norm_(self.adam.param_groups[0]["params"], plan.clip))
+        if not math.isfinite(norm):
+            raise TrainingError(f"step {self.step}: the norm of the gradient is {norm}. {_LOWER}")
         self.muon.param_groups[0]["lr"] = plan.muon_lr * scale
         self.adam.param_groups[0]["lr"] = plan.adam_lr * scale
         for optimizer in (self.muon, self.adam):
@@ -193,7 +181,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         if plan.bias_rate:
             for one in passes:
-                move_biases(self.model, one.loads, one.subnet, plan.bias_rate)
+                move_biases(self.model, one.loads, one.subnet, plan.bias_rate / len(passes))
         self.step += 1
         self.piece += stage.pieces
         self.tokens += targets.numel()
@@ -203,7 +191,7 @@ class Trainer:
             "tokens": self.tokens,
             "loss": round(first.loss.cross_entropy.item(), 4),
             "balance": round(first.balance.item() / max(1, len(first.loads.layers)), 3),
-            "grad_norm": round(float(norm), 3),
+            "grad_norm": round(norm, 3),
             "lr_scale": round(scale, 4),
             "layers": stage.layers,
             "subnet": first.subnet.name,
@@ -214,6 +202,8 @@ class Trainer:
             record["distilled"] = round(sum(distances) / len(distances), 4)
         if others:
             record["sandwich"] = [one.subnet.name for one in others]
+            losses = [one.loss.cross_entropy.item() for one in others]
+            record["sandwich_loss"] = [round(loss, 4) for loss in losses]
         if self.parent is not None and self.step == 1:
             record["parent"] = self.parent  # the optimisers started anew here
         return record
@@ -240,10 +230,7 @@ class Trainer:
                 native=self.backend == "cpu",
             )
             if not torch.isfinite(loss.total):
-                raise TrainingError(
-                    f"step {self.step}: the loss is {loss.total.item()}. Lower the rates: begin "
-                    f"again in another folder with a smaller --lr-scale."
-                )
+                raise TrainingError(f"step {self.step}: the loss is {loss.total.item()}. {_LOWER}")
             torch.autograd.backward((loss.total + plan.balance * balance) / len(subnets))
             distilled = teacher is not None and subnet != whole
             passes.append(Pass(subnet, loss, balance.detach(), loads, distilled))
@@ -252,13 +239,30 @@ class Trainer:
         return passes
 
     def save(self, path: Path) -> None:
-        """Write the whole state; a kill at any moment leaves the old file or the new one."""
+        """Write the whole state; a kill at any moment leaves the old file or the new one.
+
+        Raises:
+            TrainingError: a weight is not finite, or the file cannot be written; the old one stays.
+        """
+        self._check_finite(path)
         tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
         for name, p in self.model.named_parameters():
             for key, value in self._optimizer(p).state.get(p, {}).items():
                 tensors[f"optim.{key}.{name}"] = value
         counts = {"step": self.step, "piece": self.piece, "tokens": self.tokens}
-        save_state(path, tensors, {**counts, "parent": self.parent, **self.identity()})
+        sitting = {"threads": torch.get_num_threads(), "parent": self.parent}
+        save_state(path, tensors, {**counts, **sitting, **self.identity()})
+
+    def _check_finite(self, path: Path) -> None:
+        named = list(self.model.named_parameters())
+        largest = torch._foreach_norm([p.detach() for _, p in named], math.inf)
+        if bool(torch.stack(largest).isfinite().all()):
+            return
+        first = next(n for (n, _), x in zip(named, largest, strict=True) if not x.isfinite())
+        raise TrainingError(
+            f"step {self.step}: {first} has numbers that are not finite, so {path} is left as it "
+            f"was. {_LOWER}"
+        )
 
     def identity(self) -> dict[str, Any]:
         """What decides the states that a run goes through, as JSON gives it back."""
@@ -267,8 +271,20 @@ class Trainer:
         plan = json.loads(json.dumps(self.plan.to_json()))
         return {"plan": plan, "model": model_to_json(self.config), "data": data}
 
-    def load(self, path: Path) -> None:
-        """Continue from a state that `save` wrote with the same plan, model, data and parent."""
+    @property
+    def any_threads(self) -> bool:
+        """Whether steps have the same bits on any number of threads.
+
+        Those of the C++ kernels do; a teacher's head and the modules of PyTorch do not.
+        """
+        return self.backend == "cpu" and not self.plan.distilled_share
+
+    def load(self, path: Path) -> Note | None:
+        """Continue from a state that `save` wrote with the same plan, model, data and parent.
+
+        Returns:
+            What is not as it was, if that may change the last bits of steps.
+        """
         tensors, progress = load_state(path)
         check_same_run(path, progress, self.identity())
         check_parent(path, progress, self.parent)
@@ -285,26 +301,17 @@ class Trainer:
                 self._optimizer(p).state[p] = states[name]
         self.step, self.piece = progress["step"], progress["piece"]
         self.tokens = progress["tokens"]
+        before, now = progress.get("threads"), torch.get_num_threads()
+        if before in (None, now) or self.any_threads or self.device.type != "cpu":
+            return None
+        return Note(
+            f"goes on with {now} threads, where it had {before}: steps in PyTorch or with a "
+            f"teacher then differ in their last bits from those of a run that never stopped"
+        )
 
     def _optimizer(self, p: nn.Parameter) -> torch.optim.Optimizer:
         """The one that a parameter belongs to, if any does."""
         return self.muon if id(p) in self._by_muon else self.adam
-
-
-def choose_backend(
-    wanted: str, config: ModelConfig, plan: TrainingPlan, device: torch.device
-) -> str:
-    """What "auto" comes to, and whether "cpu" can be had.
-
-    Raises:
-        TrainingError: it cannot, or there is no such backend.
-    """
-    if wanted not in ("auto", "reference", "cpu"):
-        raise TrainingError(f"backend must be auto, reference or cpu, got {wanted!r}.")
-    why = native.refusal(config, device, plan.dtype)
-    if wanted == "cpu" and why is not None:
-        raise TrainingError(f"the C++ kernels cannot train this model: {why}. Use backend auto.")
-    return "reference" if wanted == "reference" or why is not None else "cpu"
 
 
 def run(
@@ -312,38 +319,73 @@ def run(
     folder: Path,
     *,
     max_seconds: float = math.inf,
+    step_seconds: float = 0.0,
     report: Callable[[str], None] | None = None,
     report_seconds: float = 10.0,
+    held: bool = False,
 ) -> None:
     """Train to the end of the plan or for `max_seconds`; resumes what is in `folder`.
 
-    `report` gets a line about the progress now and then, and what to do next at the end.
+    A step begins only if one as long as the longest of the last eight still fits.
+
+    Args:
+        max_seconds: from now on, what it takes to read a state included.
+        step_seconds: of the first step, as far as the log does not tell.
+        report: gets a line about the progress now and then, and what to do next at the end.
+        held: the caller holds the folder's lock.
+
+    Raises:
+        TrainingError: another training runs in the folder, which is then left alone; the state
+            there is of another run, or cannot be read or written; numbers are no longer finite,
+            and the last state with finite ones stays.
     """
+    deadline = time.monotonic() + max_seconds
+    with nullcontext() if held else holding(folder):
+        _run(trainer, folder, deadline, step_seconds, report, report_seconds)
+
+
+def _run(
+    trainer: Trainer,
+    folder: Path,
+    deadline: float,
+    step_seconds: float,
+    report: Callable[[str], None] | None,
+    report_seconds: float,
+) -> None:
     plan, state, log_path = trainer.plan, folder / "state.safetensors", folder / "log.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
     for name in (state.name, log_path.name, "plan.json"):
         for half in folder.glob(f".{name}.*.part"):  # what a kill left of a file
             half.unlink()
+    note: str | None = None
     if state.exists():
-        trainer.load(state)
+        note = trainer.load(state)
     else:
         write_text(folder / "plan.json", json.dumps(plan.to_json(), indent=1) + "\n")
-        if trainer.parent is not None and report is not None:
-            report(f"begins with the weights of {trainer.parent}; the optimisers start anew")
-    forget_steps_after(trainer.step, log_path)
-    progress = Progress(plan, trainer.step, report, report_seconds, max_seconds)
+        if trainer.parent is not None:
+            note = f"begins with the weights of {trainer.parent}; the optimisers start anew"
+    if note is not None and report is not None:
+        report(note)
+    before = forget_steps_after(trainer.step, log_path)
+    pace = StepPace(plan, before, step_seconds)
+    left = deadline - time.monotonic()
+    progress = Progress(plan, trainer.step, report, report_seconds, left)
+    first, sitting = trainer.step, {"threads": torch.get_num_threads()}
     with log_path.open("a", encoding="utf-8") as log:
-        while trainer.step < plan.total_steps and progress.seconds() < max_seconds:
+        while trainer.step < plan.total_steps and pace.fits(trainer.step, deadline):
             began = time.monotonic()
             record = trainer.train_step()
             record["seconds"] = round(time.monotonic() - began, 3)
-            log.write(json.dumps(record) + "\n")
+            pace.learn(record)
+            log.write(json.dumps(record | sitting) + "\n")
+            sitting.clear()
             log.flush()
             progress.tell(record)
             if trainer.step % plan.save_every_steps == 0:
                 trainer.save(state)
     trainer.save(state)
     if report is not None:
+        if trainer.step == first < plan.total_steps and time.monotonic() < deadline:
+            report(Note(f"no step fits: one takes {pace.expected(first):.1f} s. Give more time."))
         done = trainer.step == plan.total_steps
         report(f"step {trainer.step} of {plan.total_steps} saved to {state}")
         report(
@@ -351,17 +393,3 @@ def run(
             if done
             else "next: the same command goes on from there"
         )
-
-
-def forget_steps_after(step: int, log: Path) -> None:
-    """Drop the lines of steps that a kill undid: they will be run, and written, again."""
-    if not log.exists():
-        return
-    kept = []
-    for line in log.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:  # the line that the kill cut short
-            break
-    write_text(log, "".join(kept))

@@ -12,11 +12,13 @@ import torch
 from elastic_moe_kernels import cpu, training
 from torch import Tensor, nn
 
+from elastic_moe.errors import TrainingError
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.model.layers import rotary_angles
 from elastic_moe.model.moe import MoE
 from elastic_moe.model.transformer import DecoderLayer, ElasticTransformer, LayerTrace, Trace
 from elastic_moe.routing import LayerSubnet, Subnet
+from elastic_moe.train.plan import TrainingPlan
 
 
 def refusal(config: ModelConfig, device: torch.device, dtype: str) -> str | None:
@@ -35,6 +37,22 @@ def refusal(config: ModelConfig, device: torch.device, dtype: str) -> str | None
         if there:
             return f"they have no {what}, and this architecture has"
     return training.refusal(config.hidden_size, config.head_dim, config.expert_hidden)
+
+
+def choose_backend(
+    wanted: str, config: ModelConfig, plan: TrainingPlan, device: torch.device
+) -> str:
+    """What "auto" comes to, and whether "cpu" can be had.
+
+    Raises:
+        TrainingError: it cannot, or there is no such backend.
+    """
+    if wanted not in ("auto", "reference", "cpu"):
+        raise TrainingError(f"backend must be auto, reference or cpu, got {wanted!r}.")
+    why = refusal(config, device, plan.dtype)
+    if wanted == "cpu" and why is not None:
+        raise TrainingError(f"the C++ kernels cannot train this model: {why}. Use backend auto.")
+    return "reference" if wanted == "reference" or why is not None else "cpu"
 
 
 def last_state(

@@ -30,9 +30,17 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, matrix by matrix.
 
-    Parameters may be matrices or stacks of matrices. One without a gradient in this step (a layer
-    that did not run) keeps its value and its momentum. Matrices of one shape are worked on
-    together, whichever parameters they belong to: one by one, small ones cost mostly calls.
+    Parameters may be matrices or stacks of matrices. Matrices of one shape are worked on together,
+    whichever parameters they belong to: one by one, small ones cost mostly calls.
+
+    A parameter without a gradient in this step (of a layer that did not run) keeps its value and
+    its momentum. Parts of one that has a gradient (experts outside the pool or that no token chose,
+    channels beyond the width) have a gradient of zero and no momentum at first, and do not move.
+    Once a step has run them they have momentum, and steps that leave them out still move them along
+    it: it decays by `momentum` a step, but moves them at full size as long as it lasts, since an
+    update's singular values are made one whatever they were. Weight decay, where there is any,
+    takes its part of them too. (AdamW likewise moves rows of routers and embeddings that a step
+    left out, by a first moment that decays, at a size that does as well.)
 
     native: step on the C++ kernel, which takes float32 matrices with sides of whole vectors.
     """

@@ -13,13 +13,14 @@ from elastic_moe.files import parse_size
 from elastic_moe.model.folder import BUNDLED
 from elastic_moe.train.data import Mixture
 from elastic_moe.train.models import MODELS, SIZES, SMALL
-from elastic_moe.train.plan import DTYPES, PIECE_TOKENS, SAVE_EVERY_STEPS
+from elastic_moe.train.plan import BALANCE, DTYPES, PIECE_TOKENS, SAVE_EVERY_STEPS
 from elastic_moe.train.sampling import SamplingPlan
 
 OUT = Path("train-out")
 TOKENS = 3_000_000  # about one pass over the Python library
 BATCH_TOKENS, LENGTH = 2048, 256
 CHANCES = ("depth", "pool", "top_k", "width", "threshold")
+SHARES = {"full_share": "full", "prefix_share": "prefix", "per_layer_share": "per_layer"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="balance the experts by moving their correction biases so far each step, where the "
         "architecture stores them (ERNIE 4.5)",
+    )
+    group.add_argument(
+        "--balance",
+        type=float,
+        default=BALANCE,
+        metavar="X",
+        help="weight of the loss that evens out the experts' loads (default: %(default)s)",
     )
     group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     group.add_argument(
@@ -204,6 +212,15 @@ def _add_elastic(group: argparse._ActionsContainer) -> None:
             metavar="X",
             help=f"chance that a step reduces it (default: {getattr(usual, axis):g})",
         )
+    for name, what in (
+        (
+            "full",
+            "steps that run the full network; the others reduce something (default: by chance)",
+        ),
+        ("prefix", f"reduced depths that keep the first layers (default: {usual.prefix:g})"),
+        ("per-layer", f"reduced top-k that is drawn layer by layer (default: {usual.per_layer:g})"),
+    ):
+        group.add_argument(f"--{name}-share", type=float, metavar="X", help=f"share of {what}")
     group.add_argument(
         "--fixed",
         metavar="NAME",
@@ -260,12 +277,17 @@ def check(args: argparse.Namespace) -> None:
         ("chat_fraction", 0, 0.99, "in [0, 0.99]"),
         ("lr_scale", math.ulp(0), inf, "positive"),
         ("bias_rate", 0, inf, "at least 0"),
+        ("balance", 0, inf, "at least 0"),
+        ("seed", 0, 2**63 - 1, "in [0, 2^63 - 1]"),
         ("distill", 0, 1, "in [0, 1]"),
+        ("full_share", 0, math.nextafter(1, 0), "in [0, 1); --fixed full runs it in every step"),
+        ("prefix_share", 0, 1, "in [0, 1]"),
+        ("per_layer_share", 0, 1, "in [0, 1]"),
         *((f"reduce_{axis}", 0, 1, "in [0, 1]") for axis in CHANCES),
         *((s.option.replace("-", "_"), 1, s.most, f"in [1, {s.most}]") for s in SIZES),
     ):
         value = getattr(args, name)
-        if value is not None and not (low <= value <= high and math.isfinite(value)):
+        if value is not None and not (low <= value <= high and value < inf):
             raise OptionError(f"{flag(name)} must be {allowed}, got {value}.")
     for name, divides in (("length", PIECE_TOKENS), ("batch_tokens", None)):
         value = getattr(args, name)
@@ -283,11 +305,17 @@ def _check_combinations(args: argparse.Namespace) -> None:
         ("config", (*sizes, "vocab_size", "from"), "the file says what the model is"),
         ("from", (*sizes, "vocab_size", "tokenizer"), "the checkpoint says what the model is"),
         ("stages", ("tokens", "batch_tokens", "length"), "the stages say it"),
-        ("fixed", tuple(f"reduce_{axis}" for axis in CHANCES), "nothing is drawn"),
+        ("fixed", (*(f"reduce_{axis}" for axis in CHANCES), *SHARES), "nothing is drawn"),
+        ("sandwich", ("full_share",), "every step runs the full network"),
     ):
         given = [other for other in others if getattr(args, other) is not None]
-        if getattr(args, name) is not None and given:
+        if getattr(args, name) not in (None, False) and given:
             raise OptionError(f"leave out {flag(given[0])} where {flag(name)} is given: {why}.")
+    for share, axis in (("prefix_share", "depth"), ("per_layer_share", "top_k")):
+        if getattr(args, share) is not None and getattr(args, f"reduce_{axis}") == 0:
+            raise OptionError(
+                f"leave out {flag(share)} where {flag(f'reduce_{axis}')} is 0: no step reduces it."
+            )
     for wrong, name, remedy in (
         (args.corpus is None and args.include, "include", "Name one with --corpus DIR"),
         (
@@ -328,6 +356,7 @@ def filled(args: argparse.Namespace) -> argparse.Namespace:
             usual["tokens"] = TOKENS
     if args.fixed is None:
         usual |= {f"reduce_{axis}": getattr(SamplingPlan(), axis) for axis in CHANCES}
+        usual |= {share: getattr(SamplingPlan(), field) for share, field in SHARES.items()}
     mixture, library = Mixture(), args.corpus is None or args.with_library
     if args.corpus is not None:
         usual["corpus_fraction"] = mixture.text_fraction

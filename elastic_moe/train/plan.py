@@ -16,6 +16,7 @@ from elastic_moe.train.sampling import SamplingPlan, fixed_subnet, sample_subnet
 PIECE_TOKENS = 512
 SAVE_EVERY_STEPS = 100
 DTYPES = ("float32", "bfloat16")
+BALANCE = 0.003
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ class TrainingPlan:
     warmup_steps: int = 100
     decay_fraction: float = 0.25
     final_lr: float = 0.04
-    balance: float = 0.003
+    balance: float = BALANCE
     clip: float = 1.0
     save_every_steps: int = SAVE_EVERY_STEPS
     distill: float = 0.0
@@ -199,10 +200,17 @@ class TrainingPlan:
         """All that `check` does, and what else must fit the model.
 
         Raises:
-            TrainingError: as `check`; the model lacks the fixed sub-network, a head that training
-                can use, or the biases that `bias_rate` is to move.
+            TrainingError: as `check`; the model lacks the fixed sub-network, positions for a
+                sequence, a head that training can use, or the biases that `bias_rate` is to move.
         """
         self.check(config.num_layers)
+        for index, stage in enumerate(self.stages):
+            if stage.length > config.max_positions:
+                raise TrainingError(
+                    f"stage {index}: length must be at most the model's {config.max_positions} "
+                    f"positions, got {stage.length}. Train on shorter sequences, or a model with "
+                    f"more positions."
+                )
         if self.sampling.fixed:
             for stage in self.stages:
                 fixed_subnet(config.shape, self.sampling.fixed, stage.grown(config.num_layers))

@@ -10,6 +10,10 @@ from typing import Any
 from elastic_moe.train.plan import TrainingPlan
 
 
+class Note(str):
+    """A line about a run that everyone should read, however little they show of its steps."""
+
+
 class StepReport(str):
     """The line about a step that is done, with its numbers for who draws a bar.
 

@@ -25,7 +25,7 @@ class SamplingPlan:
         prefix: of the steps with reduced depth, the fraction that keeps the first layers; the
             others keep a random subset.
         per_layer: of the steps with reduced top_k, the fraction that draws k for each layer.
-        depths: reduced depths are multiples of 1/depths of the layers.
+        depths: reduced depths are multiples of 1/depths of the layers, rounded to a layer.
         fixed: the name of the one sub-network that every step runs, cut to the layers that the
             network has grown to ('full' for one that is not elastic); nothing is drawn then.
 
@@ -172,7 +172,8 @@ def _draw_axes(plan: SamplingPlan, rng: random.Random) -> list[str]:
 
 
 def _at_depth(layers: Sequence[int], parts: int, plan: SamplingPlan) -> int:
-    return max(1, round(len(layers) * parts / plan.depths))
+    """A reduced depth, below that of the layers where they are more than one."""
+    return max(1, min(round(len(layers) * parts / plan.depths), len(layers) - 1))
 
 
 def _pool(shape: ModelShape, quarters: int) -> int:

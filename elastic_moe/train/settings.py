@@ -20,12 +20,18 @@ from elastic_moe.errors import (
     RoutingError,
     TrainingError,
 )
-from elastic_moe.model.folder import BUNDLED, CONFIG, find_checkpoint, read_json
+from elastic_moe.model.folder import BUNDLED, find_checkpoint
 from elastic_moe.routing import parse_name
-from elastic_moe.train.begun import OPTIONS, check_recorded, to_record
+from elastic_moe.train.begun import (
+    OPTIONS,
+    check_config,
+    check_folder,
+    check_recorded,
+    to_record,
+)
 from elastic_moe.train.corpus import Listing, SourceFile, text_files
 from elastic_moe.train.data import MANIFEST, TOKENIZER, Mixture, check_options, read_manifest
-from elastic_moe.train.loop import choose_backend
+from elastic_moe.train.export import check_target
 from elastic_moe.train.models import (
     MODELS,
     SIZES,
@@ -35,12 +41,14 @@ from elastic_moe.train.models import (
     model_from_file,
     sized_model,
 )
-from elastic_moe.train.options import CHANCES, check, filled
+from elastic_moe.train.native import choose_backend
+from elastic_moe.train.options import CHANCES, SHARES, check, filled, flag
 from elastic_moe.train.plan import PIECE_TOKENS, Stage, TrainingPlan, parse_stages
 from elastic_moe.train.sampling import SamplingPlan
 from elastic_moe.train.tokens import check_tokenizer
 
 PLAN = "plan.json"
+CHECKPOINT = "checkpoint"  # in the folder of a run
 WARMUP_STEPS, SHORT_WARMUP_STEPS = 100, 20  # of random weights, and of trained ones
 
 
@@ -93,15 +101,20 @@ def read_settings(options: argparse.Namespace) -> Settings:
     check(options)
     args = filled(options)
     out: Path = args.out
+    check_folder(out)
     prepared = out / "data" / MANIFEST
     manifest = read_manifest(prepared.parent)[0] if prepared.exists() else None
     with _as_option_errors():
+        check_target(out / CHECKPOINT)
         tokenizer = _tokenizer(args, out)
         model = _model(args, out, tokenizer)
+        _check_reductions(options, model)
         if tokenizer is not None:
             check_tokenizer(tokenizer, model.config.vocab_size)
-        record = to_record(args, _sizes(model))
+        record = to_record(args, _sizes(model), model.raw)
         check_recorded(out, record)
+        if model.start is None or not (out / OPTIONS).is_file():  # else it was read there
+            check_config(out, model.raw, "--config" if model.start is None else "--from")
         texts = text_files(args.corpus, args.include) if args.corpus is not None else ()
         mixture = _mixture(args)
         if manifest is not None:
@@ -156,15 +169,7 @@ def _model(args: argparse.Namespace, out: Path, tokenizer: Tokenizer | None) -> 
     if start is not None:
         return model_from_checkpoint(start)
     if args.config is not None:
-        model = model_from_file(args.config)
-        begun = read_json(out, CONFIG) if (out / CONFIG).is_file() else model.raw
-        if begun != model.raw:
-            raise OptionError(
-                f"--config: the run in {out} was begun with another configuration ({out / CONFIG}) "
-                f"than {args.config} holds. Repeat the command that began it, or begin another one "
-                f"in another folder with --out."
-            )
-        return model
+        return model_from_file(args.config)
     vocab_size = args.vocab_size
     if vocab_size is None and tokenizer is not None:
         vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -181,6 +186,25 @@ def _sizes(model: Model) -> dict[str, Any]:
     config = model.config
     sizes = {s.option.replace("-", "_"): getattr(config, s.field) for s in SIZES}
     return {"vocab_size": config.vocab_size, **sizes}
+
+
+def _check_reductions(options: argparse.Namespace, model: Model) -> None:
+    """Refuse what was asked to be reduced where the model has but one of it."""
+    config = model.config
+    for axis, most, what in (
+        ("depth", config.num_layers, "layer"),
+        ("pool", config.num_experts, "expert"),
+        ("top_k", config.max_top_k, "expert per token"),
+        ("width", config.width_granules, "granule"),
+        ("threshold", config.max_top_k, "expert per token"),
+    ):
+        name = f"reduce_{axis}"
+        value = getattr(options, name)
+        if most == 1 and value:
+            raise OptionError(
+                f"{flag(name)} must be 0 for a model of one {what}, got {value}: there is nothing "
+                f"to reduce. Leave it out, or train a model that has more."
+            )
 
 
 def _mixture(args: argparse.Namespace) -> Mixture:
@@ -220,7 +244,9 @@ def _plan(args: argparse.Namespace, model: Model, stages: tuple[Stage, ...]) -> 
         parse_name(shape, args.fixed)
         sampling = SamplingPlan(fixed=args.fixed)
     else:
-        sampling = SamplingPlan(**{axis: getattr(args, f"reduce_{axis}") for axis in CHANCES})
+        chances = {axis: getattr(args, f"reduce_{axis}") for axis in CHANCES}
+        shares = {field: getattr(args, share) for share, field in SHARES.items()}
+        sampling = SamplingPlan(**chances, **shares)
     steps = sum(stage.steps for stage in stages)
     most = WARMUP_STEPS if model.start is None else SHORT_WARMUP_STEPS
     plan = TrainingPlan(
@@ -232,6 +258,7 @@ def _plan(args: argparse.Namespace, model: Model, stages: tuple[Stage, ...]) -> 
         distill=args.distill,
         sandwich=args.sandwich,
         bias_rate=args.bias_rate,
+        balance=args.balance,
         dtype=args.dtype,
     )
     plan.check_model(model.config)
@@ -240,7 +267,7 @@ def _plan(args: argparse.Namespace, model: Model, stages: tuple[Stage, ...]) -> 
 
 def _check_device(device: str) -> None:
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # which 'meta' has not
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise OptionError(f"--device {device} cannot be used here: {reason}") from None

@@ -130,6 +130,23 @@ def test_the_full_network_of_every_stage_is_told_from_reduced_ones(tmp_path: Pat
     assert 0 < full < 20
 
 
+def test_every_pass_of_a_sandwich_is_drawn(tmp_path: Path) -> None:
+    it = trainer(replace(PLAN, sampling=SamplingPlan(), sandwich=True))
+    run(it, tmp_path)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    figure = figure_of_run(tmp_path)
+    items = drawn(figure)
+    full = items["steps full network"].get_offsets().tolist()
+    reduced = items["steps reduced networks"].get_offsets().tolist()
+    assert full == [[r["tokens"], r["loss"]] for r in log]
+    assert reduced == [[r["tokens"], loss] for r in log for loss in r["sandwich_loss"]]
+    assert len(reduced) == 2 * len(log) == 28
+    assert "14 steps, each of the full network and two reduced ones" in figure_to_svg(figure)
+    old = [{k: v for k, v in r.items() if k != "sandwich_loss"} for r in log]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    assert "steps reduced networks" not in drawn(figure_of_run(tmp_path))
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="is missing"):
         write_loss_png(tmp_path, tmp_path / "loss.png")

@@ -24,6 +24,23 @@ PLAN = TrainingPlan(
     warmup_steps=2,
     save_every_steps=3,
 )
+# A config.json: a dense layer, then two with routers, correction biases and a shared expert.
+ERNIE = {
+    "model_type": "ernie4_5_moe",
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 16,
+    "moe_num_experts": 4,
+    "moe_k": 2,
+    "moe_num_shared_experts": 1,
+    "moe_layer_start_index": 1,
+    "tie_word_embeddings": True,
+}
 
 
 def stream(source: str = "") -> TokenStream:

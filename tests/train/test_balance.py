@@ -109,6 +109,14 @@ def test_a_step_moves_the_biases_of_what_it_ran_by_the_rate_and_by_nothing_else(
     assert float(biases(still.model).abs().max()) == 0.0
 
 
+def test_a_sandwich_moves_no_bias_further_than_the_rate() -> None:
+    it = biased_trainer(SamplingPlan(), bias_rate=0.03, sandwich=True)
+    it.train_step()
+    moved = biases(it.model).abs()
+    assert 0.0 < float(moved.max()) <= 0.0301
+    assert float(moved.min()) < 0.02  # what the full network alone ran
+
+
 def test_biases_even_the_loads_out_without_a_loss() -> None:
     still = {"balance": 0.0, "muon_lr": 0.0, "adam_lr": 0.0}
     crowding = []

@@ -21,6 +21,7 @@ from elastic_moe.train.sampling import SamplingPlan
 from elastic_moe.train.settings import read_settings
 from elastic_moe.train.tokens import train_tokenizer
 from tests.train.commands import LENGTH, STAGES, TINY, error, state, train
+from tests.train.small import ERNIE
 
 
 def test_a_run_reads_the_texts_stops_and_goes_on_to_a_checkpoint(
@@ -66,12 +67,34 @@ def test_the_table_has_every_step_once(root: Path) -> None:
     log = [json.loads(line) for line in (root / "run" / "log.jsonl").read_text().splitlines()]
     assert lines[0].split(",")[: len(log[0])] == list(log[0])
     assert " ".join(log[-1]["sandwich"]) in lines[-1]
+    assert " ".join(map(str, log[-1]["sandwich_loss"])) in lines[-1]
+
+
+def test_losses_of_reduced_networks_are_told_in_a_sandwich_and_without_the_full_one(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ("--tokens", 3072, "--batch-tokens", 512, "--length", 128)
+    assert train(root, "--sandwich", "--json", length=short) == 0
+    summary = json.loads(capsys.readouterr().out)
+    log = [json.loads(line) for line in (root / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [loss for record in log for loss in record["sandwich_loss"]]
+    assert len(losses) == 2 * len(log) == 12
+    assert summary["reduced_loss"] == pytest.approx(sum(losses[-4:]) / 4, abs=1e-4)
+    assert summary["loss"] == pytest.approx(sum(r["loss"] for r in log[-4:]) / 4, abs=1e-4)
+    (root / "run").rename(root / "sandwich")
+    assert train(root, "--fixed", "L3", length=short) == 0
+    log = [json.loads(line) for line in (root / "run" / "log.jsonl").read_text().splitlines()]
+    told = capsys.readouterr().out.splitlines()[0]
+    last = sum(r["loss"] for r in log[-4:]) / 4
+    assert f"of reduced networks {log[0]['loss']:.3f} at first, {last:.3f} at last" in told
 
 
 def test_options_reach_the_plan(tmp_path: Path) -> None:
     options = ["--lr-scale", "0.5", "--save-every", "7", "--seed", "9", "--distill", "0.25"]
     options += ["--reduce-depth", "0.5", "--reduce-threshold", "0", "--dtype", "bfloat16"]
     options += ["--tokens", "100000", "--batch-tokens", "1024", "--length", "64"]
+    options += ["--full-share", "0.5", "--prefix-share", "0.9", "--per-layer-share", "0.1"]
+    options += ["--balance", "0.01"]
     args = make_parser().parse_args(["--out", str(tmp_path / "none"), *options])
     plan = read_settings(args).plan
     usual = TrainingPlan(stages=(Stage(98, 12, 2, 64),))
@@ -84,7 +107,8 @@ def test_options_reach_the_plan(tmp_path: Path) -> None:
         distill=0.25,
         dtype="bfloat16",
         warmup_steps=9,
-        sampling=SamplingPlan(depth=0.5, threshold=0.0),
+        balance=0.01,
+        sampling=SamplingPlan(full=0.5, depth=0.5, threshold=0.0, prefix=0.9, per_layer=0.1),
     )
     args = make_parser().parse_args(["--out", str(tmp_path / "none"), "--fixed", "L6", *LENGTH])
     plan = read_settings(args).plan
@@ -128,6 +152,34 @@ def test_a_tokenizer_of_ones_own_is_used_and_sets_the_vocabulary(root: Path) -> 
         (["--batch-tokens", "1000"], "--batch-tokens must be a multiple of 512, got 1000"),
         (["--reduce-depth", "1.5"], "--reduce-depth must be in [0, 1], got 1.5"),
         (["--fixed", "L2", "--reduce-pool", "0"], "leave out --reduce-pool where --fixed is given"),
+        (["--fixed", "L2", "--prefix-share", "1"], "leave out --prefix-share where --fixed is"),
+        (["--sandwich", "--full-share", "0.5"], "leave out --full-share where --sandwich is given"),
+        (["--full-share", "1"], "--full-share must be in [0, 1); --fixed full runs it in every"),
+        (["--per-layer-share", "2"], "--per-layer-share must be in [0, 1], got 2.0"),
+        (["--balance", "-1"], "--balance must be at least 0, got -1.0"),
+        (
+            ["--prefix-share", "1", "--reduce-depth", "0"],
+            "leave out --prefix-share where --reduce-depth is 0: no step reduces it",
+        ),
+        (
+            ["--per-layer-share", "1", "--reduce-top-k", "0"],
+            "leave out --per-layer-share where --reduce-top-k is 0",
+        ),
+        (
+            ["--granules", "1", "--reduce-width", "1"],
+            "--reduce-width must be 0 for a model of one granule, got 1.0",
+        ),
+        (["--layers", "1", "--stages", "1x2x1x128", "--reduce-depth", "0.5"], "one layer, got 0.5"),
+        (["--top-k", "1", "--reduce-top-k", "0.5"], "for a model of one expert per token, got 0.5"),
+        (["--top-k", "1", "--reduce-threshold", "0.5"], "--reduce-threshold must be 0 for a model"),
+        (
+            ["--top-k", "1", "--experts", "1", "--reduce-pool", "1"],
+            "for a model of one expert, got",
+        ),
+        (
+            ["--positions", "64"],
+            "stage 0: length must be at most the model's 64 positions, got 256",
+        ),
         (["--fixed", "L9"], "depth must be an integer in [1, 6], got 9"),
         (["--fixed", "L2", "--distill", "1"], "plan: distill = 1.0 needs reduced networks"),
         (["--bias-rate", "0.1"], "plan: bias_rate must be 0 for architecture 'qwen3_moe'"),
@@ -143,6 +195,9 @@ def test_a_tokenizer_of_ones_own_is_used_and_sets_the_vocabulary(root: Path) -> 
         (["--config", "x.json"], "leave out --layers where --config is given"),
         (["--from", "elastic-mini"], "leave out --layers where --from is given"),
         (["--device", "abacus"], "--device abacus cannot be used here: "),
+        (["--device", "meta"], "--device meta cannot be used here: "),
+        (["--seed", "-1"], "--seed must be in [0, 2^63 - 1], got -1"),
+        (["--seed", str(2**70)], f"--seed must be in [0, 2^63 - 1], got {2**70}"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -214,7 +269,9 @@ def test_a_torn_manifest_ends_the_run_at_its_start(
     assert "is torn" in error(capsys)
 
 
-def test_a_checkpoint_is_trained_on_and_named_as_the_parent(root: Path) -> None:
+def test_a_checkpoint_is_trained_on_and_named_as_the_parent(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert train(root, length=("--tokens", 2048, "--batch-tokens", 512)) == 0
     first = root / "first"
     (root / "run").rename(first)
@@ -227,7 +284,9 @@ def test_a_checkpoint_is_trained_on_and_named_as_the_parent(root: Path) -> None:
     for name, p in load_model(first / "checkpoint").named_parameters():
         assert weights[f"model.{name}"].equal(p.float()), name
     (first / "checkpoint").rename(root / "gone")  # what is done no longer needs it
-    first.joinpath("checkpoint").mkdir()
+    first.rename(root / "moved")
+    monkeypatch.chdir(root)
+    begin = ("--from", "first/checkpoint", *begin[2:])  # as it might have been typed
     assert train(root, *begin, length=short, model=()) == 0
     block = load_config(root / "run" / "checkpoint").elastic
     before = load_config(root / "gone").elastic
@@ -249,37 +308,23 @@ def test_a_checkpoint_is_trained_on_and_named_as_the_parent(root: Path) -> None:
 def test_a_config_json_of_another_family_is_trained_and_exported_as_it_is(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    raw = {
-        "model_type": "ernie4_5_moe",
-        "vocab_size": 400,
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "intermediate_size": 64,
-        "moe_intermediate_size": 16,
-        "moe_num_experts": 4,
-        "moe_k": 2,
-        "moe_num_shared_experts": 1,
-        "moe_layer_start_index": 1,
-        "tie_word_embeddings": True,
-    }
     path = root / "config.json"
-    path.write_text(json.dumps(raw))
+    path.write_text(json.dumps(ERNIE))
     options = ("--config", path, "--bias-rate", 0.01)
     assert train(root, *options, length=("--tokens", 1024), model=()) == 0
     written = json.loads((root / "run" / "checkpoint" / "config.json").read_text())
-    assert {key: written[key] for key in raw} == raw
+    assert {key: written[key] for key in ERNIE} == ERNIE
     assert written["eos_token_id"] == [1, 4]
     model = load_model(root / "run" / "checkpoint")
     biases = [p for name, p in model.named_parameters() if name.endswith("correction_bias")]
     assert any(bool(bias.any()) for bias in biases)
-    path.write_text(json.dumps({**raw, "rms_norm_eps": 1e-4}))
+    path.write_text(json.dumps({**ERNIE, "rms_norm_eps": 1e-4}))
     capsys.readouterr()
     assert train(root, *options, length=("--tokens", 1024), model=()) == 2
-    assert error(capsys).startswith(f"--config: the run in {root / 'run'} was begun with another")
-    path.write_text(json.dumps({**raw, "tie_word_embeddings": False}))
+    assert error(capsys).startswith(
+        f"--config: the run in {root / 'run'} was begun with ernie4_5_moe"
+    )
+    path.write_text(json.dumps({**ERNIE, "tie_word_embeddings": False}))
     assert main(["--out", str(root / "other"), "--config", str(path)]) == 2
     assert "tie_word_embeddings must be true, got false" in error(capsys)
 

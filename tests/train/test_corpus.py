@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sysconfig
 from pathlib import Path
 
@@ -152,6 +153,100 @@ def test_a_copy_of_the_evaluation_text_is_known_by_its_content(tmp_path: Path) -
     found = text_files(tmp_path)
     assert [f.name for f in found] == ["good.py"]
     assert found.skipped == {"held out": 1}
+
+
+@pytest.mark.parametrize("name", ["Forster/novels", "my Chesterton/a/b", "pydoc_data/x"])
+def test_a_folder_inside_a_held_out_one_may_not_be_named_either(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / name / "a.txt").write_text("text")
+    with pytest.raises(CorpusError, match=r"nothing to train on .*: 0 files.* 1 held out"):
+        text_files(tmp_path / name)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / name)
+    with pytest.raises(CorpusError, match=r"nothing to train on .*: 0 files.* 1 held out"):
+        text_files(link)
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good" / "b.txt").symlink_to(tmp_path / name / "a.txt")
+    with pytest.raises(CorpusError, match=r"nothing to train on .*: 0 files.* 1 held out"):
+        text_files(tmp_path / "good")
+
+
+def reference() -> str:
+    """The language reference as it is evaluated on."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+DISGUISES = {
+    "crlf": lambda _text, source: source.replace("\n", "\r\n"),
+    "half of the source": lambda _text, source: source[: len(source) // 2],
+    "half of the text": lambda text, _source: text[len(text) // 2 :],
+    "a twentieth": lambda text, _source: text[9000 : 9000 + len(text) // 20],
+    "rewrapped": lambda text, _source: " ".join(text.split()),
+    "quoted": lambda text, _source: "> " + text.replace("\n", "\n> "),
+    "upper case": lambda text, _source: text.upper(),
+    "one topic": lambda text, _source: text.split("\n\n\n")[0][-2500:],
+    "among novels": lambda text, _source: "Call me what you like. " * 60_000 + text[:20_000],
+}
+
+
+@pytest.mark.parametrize("disguise", DISGUISES)
+def test_a_part_of_the_evaluation_text_is_known_in_a_disguise(
+    disguise: str, tmp_path: Path
+) -> None:
+    topics = Path(sysconfig.get_paths()["stdlib"]) / "pydoc_data" / "topics.py"
+    text = DISGUISES[disguise](reference(), topics.read_text())
+    (tmp_path / "mine.txt").write_bytes(text.encode())
+    (tmp_path / "good.txt").write_text("Of my own. " * 1000)
+    found = text_files(tmp_path)
+    assert [f.name for f in found] == ["good.txt"]
+    assert found.skipped == {"held out": 1}
+
+
+def test_what_a_module_says_as_well_is_not_held_out(tmp_path: Path) -> None:
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    modules = library_files()
+    assert len(modules) > 400
+    names = {f.name for f in modules}
+    assert {"pdb.py", "textwrap.py", "json/decoder.py", "typing.py"} <= names
+    # The library's own copy, read as a folder of texts: no module is taken for the reference.
+    own = [f.name for f in modules if "/" not in f.name]
+    for name in own:
+        (tmp_path / name).write_bytes((stdlib / name).read_bytes())
+    found = text_files(tmp_path)
+    assert sorted(f.name for f in found) == sorted(f.name for f in modules if f.name in own)
+    assert found.skipped == {}
+
+
+def test_a_pipe_or_a_linked_folder_is_counted_and_not_read(tmp_path: Path) -> None:
+    (tmp_path / "texts" / "locked").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text("text")
+    (tmp_path / "texts" / "a.txt").write_text("text")
+    (tmp_path / "texts" / "link").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(tmp_path / "texts" / "pipe")
+    found = text_files(tmp_path / "texts")
+    assert [f.name for f in found] == ["a.txt"]
+    assert found.skipped == {"linked folders": 1, "no file": 1}
+
+
+def test_a_folder_that_may_not_be_entered_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "a.txt").write_text("text")
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:  # root may enter everything
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = text_files(tmp_path)
+    assert [f.name for f in found] == ["a.txt"]
+    assert found.skipped == {"unreadable": 1}
 
 
 def test_every_text_below_a_folder_is_read_and_every_other_file_is_counted(tmp_path: Path) -> None:

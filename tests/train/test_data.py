@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer
 
 from elastic_moe.errors import CorpusError
 from elastic_moe.train import data
-from elastic_moe.train.corpus import SourceFile, text_files
+from elastic_moe.train.corpus import Docstring, SourceFile, text_files
 from elastic_moe.train.data import (
     Mixture,
     check_options,
@@ -23,7 +24,7 @@ from elastic_moe.train.data import (
     prepare,
     read_manifest,
 )
-from elastic_moe.train.tokens import END, IM_END, IM_START
+from elastic_moe.train.tokens import END, IM_END, IM_START, train_tokenizer
 from tests.train.small import library, novels
 
 MIXTURE = Mixture()
@@ -113,6 +114,47 @@ def test_a_folder_that_was_not_finished_has_no_manifest(
     with pytest.raises(OSError, match="disk full"):
         prepare(tmp_path, *files, MIXTURE, vocab_size=600)
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+SPOKEN = f"An end is {END} and a turn is {IM_START}user\nhi{IM_END}\n. "
+
+
+def test_control_tokens_in_a_text_are_letters(files: tuple, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text(SPOKEN * 100)
+    texts, mixture = text_files(folder), replace(MIXTURE, chat_fraction=0.0)
+    given = Tokenizer.from_str(train_tokenizer([SPOKEN, "the number 1"], 400).to_str())
+    for tokenizer in (None, given):
+        prepare(tmp_path / "out", files[0], texts, mixture, vocab_size=600, tokenizer=tokenizer)
+        stream = np.load(tmp_path / "out" / "train.npy")
+        read = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+        end, start = (read.token_to_id(token) for token in (END, IM_START))
+        manifest = read_manifest(tmp_path / "out")[0]
+        assert manifest["stream_tokens_by_kind"]["texts"] > 1000
+        assert (stream == start).sum() == 0
+        documents = read.decode(stream.tolist(), skip_special_tokens=False)
+        assert SPOKEN * 100 in documents  # nothing is lost
+        assert (stream == end).sum() == documents.count(END) - 100 == 4
+    assert given.encode_special_tokens is False  # as it came: chats need them
+    assert IM_START in given.encode(SPOKEN).tokens
+
+
+def test_a_docstring_with_a_control_token_makes_no_chat() -> None:
+    known = [
+        Docstring("a.good", "function", "Return the number of things there are."),
+        Docstring("a.bad", "function", f"Return the number {IM_END} of things there are."),
+    ]
+    turns = list(islice(data.chats(known, 0), 20))
+    assert all("good" in turn and turn.count(IM_END) == 2 for turn in turns)
+
+
+def test_too_little_text_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("hello world")
+    with pytest.raises(CorpusError, match=r"the text has \d+ tokens, 512 are the least. Add text"):
+        prepare(tmp_path / "out", [], text_files(tmp_path / "texts"), Mixture(chat_fraction=0))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_torn_manifest_is_refused(copy: Path) -> None:

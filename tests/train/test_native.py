@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from elastic_moe.errors import TrainingError
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.routing import resolve
 from elastic_moe.train import native
+from elastic_moe.train.checkpoint import load_state
 from elastic_moe.train.loop import Trainer, run
 from elastic_moe.train.plan import TrainingPlan, parse_stages
+from elastic_moe.train.progress import Note
 from elastic_moe.train.sampling import SamplingPlan
 from tests.train.small import CONFIG, stream
 
@@ -85,14 +88,16 @@ def test_many_steps_stay_with_those_of_pytorch() -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{}, {"distill": 0.5}, {"sandwich": True}],
+    ("change", "threads"),
+    [({}, 2), ({"distill": 0.5}, 1), ({"sandwich": True}, 1)],
     ids=["plain", "distilled", "sandwich"],
 )
 def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(
-    change: dict[str, Any], tmp_path: Path
+    change: dict[str, Any], threads: int, tmp_path: Path
 ) -> None:
+    """Plain steps on any number of threads, those with a teacher on as many as before."""
     plan = replace(PLAN, **change)
+    torch.set_num_threads(threads)
     straight = Trainer(NATIVE, plan, stream())
     run(straight, tmp_path / "straight")
     stopped = Trainer(NATIVE, plan, stream())
@@ -100,18 +105,40 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(
         stopped.train_step()
     (tmp_path / "stopped").mkdir()
     stopped.save(tmp_path / "stopped" / "state.safetensors")
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        resumed = Trainer(NATIVE, plan, stream())
-        run(resumed, tmp_path / "stopped")
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(1)
+    resumed = Trainer(NATIVE, plan, stream())
+    lines: list[str] = []
+    run(resumed, tmp_path / "stopped", report=lines.append)
     assert resumed.backend == "cpu"
+    assert not any(isinstance(line, Note) for line in lines)
     for (name, p), q in zip(
         straight.model.named_parameters(), resumed.model.parameters(), strict=True
     ):
         assert torch.equal(p, q), name
+    for folder, expected in (("straight", threads), ("stopped", 1)):
+        log = (tmp_path / folder / "log.jsonl").read_text().splitlines()
+        assert [json.loads(line).get("threads") for line in log][:2] == [expected, None]
+        assert load_state(tmp_path / folder / "state.safetensors")[1]["threads"] == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "backend"),
+    [({"distill": 0.5}, "auto"), ({"sandwich": True}, "auto"), ({}, "reference")],
+    ids=["distilled", "sandwich", "reference"],
+)
+def test_steps_whose_bits_depend_on_the_threads_say_when_those_are_others(
+    change: dict[str, Any], backend: str, tmp_path: Path
+) -> None:
+    plan = replace(PLAN, **change)
+    lines: list[str] = []
+    for threads, told in ((1, False), (2, True), (2, False)):
+        torch.set_num_threads(threads)
+        it = Trainer(NATIVE, plan, stream(), backend=backend)
+        lines.clear()
+        run(it, tmp_path, max_seconds=0, report=lines.append)
+        assert isinstance(lines[0], Note) == told
+        if told:
+            assert lines[0].startswith("goes on with 2 threads, where it had 1: steps in PyTorch")
 
 
 @pytest.mark.parametrize(

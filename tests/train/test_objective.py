@@ -10,26 +10,36 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from elastic_moe.model.config import ModelConfig
 from elastic_moe.model.layers import Attention, Linear
 from elastic_moe.model.moe import MoE, run_experts
 from elastic_moe.model.transformer import ElasticTransformer, Trace
 from elastic_moe.routing import Subnet, parse_name
+from elastic_moe.train import loop
 from elastic_moe.train.loop import Trainer
-from elastic_moe.train.loss import balance_loss
+from elastic_moe.train.loss import HeadLoss, balance_loss, head_loss
 from elastic_moe.train.mixed import attend_bfloat16, multiply_bfloat16
 from elastic_moe.train.plan import TrainingPlan, parse_stages
 from elastic_moe.train.sampling import SamplingPlan
 from tests.train.small import CONFIG, PLAN, stream
 
-FULL = Subnet.full(CONFIG.shape)
+NATIVE = replace(CONFIG, head_dim=16)  # of a head size that the C++ kernels take
 REDUCED = SamplingPlan(depth=1.0, top_k=1.0, width=1.0, pool=0.0, threshold=0.0, per_layer=0.0)
 
 
-def awake(**changes: Any) -> Trainer:
+@pytest.fixture(params=[CONFIG, NATIVE], ids=["reference", "cpu"])
+def config(request: pytest.FixtureRequest) -> ModelConfig:
+    """Of a model that is trained in PyTorch, and of one that is trained on the C++ kernels."""
+    config: ModelConfig = request.param
+    assert Trainer(config, PLAN, stream()).backend == ("cpu" if config is NATIVE else "reference")
+    return config
+
+
+def awake(config: ModelConfig = CONFIG, **changes: Any) -> Trainer:
     """A trainer whose every weight matters and which keeps its gradients instead of stepping."""
     stages = parse_stages("6x40x1x128")
     plan: TrainingPlan = replace(PLAN, stages=stages, clip=1e9, sampling=REDUCED)
-    it = Trainer(CONFIG, replace(plan, **changes), stream())
+    it = Trainer(config, replace(plan, **changes), stream())
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in it.model.parameters():
@@ -58,7 +68,7 @@ def plain_loss(
     trace = Trace()
     own = model(inputs, subnet, trace=trace).flatten(0, 1).log_softmax(-1)
     with torch.no_grad():
-        teacher = model(inputs, FULL).flatten(0, 1).log_softmax(-1)
+        teacher = model(inputs, Subnet.full(model.config.shape)).flatten(0, 1).log_softmax(-1)
     kl = (teacher.exp() * (teacher - own)).sum(-1).mean()
     loss = (1 - share) * F.nll_loss(own, targets.flatten()) + share * kl
     return loss + balance * balance_loss(trace, subnet), kl.detach()
@@ -73,11 +83,13 @@ def assert_same_gradients(found: ElasticTransformer, wanted: ElasticTransformer)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_a_reduced_network_learns_from_the_text_and_from_the_full_one(share: float) -> None:
-    it = awake(distill=share)
+def test_a_reduced_network_learns_from_the_text_and_from_the_full_one(
+    share: float, config: ModelConfig
+) -> None:
+    it = awake(config, distill=share)
     plain = readable(it.model)
     record = it.train_step()
-    subnet = it.plan.subnet(CONFIG.shape, 0)
+    subnet = it.plan.subnet(config.shape, 0)
     assert record["subnet"] == subnet.name != "full"
     loss, kl = plain_loss(plain, it.stream.batch(0, 1, 128), subnet, share, it.plan.balance)
     loss.backward()
@@ -89,26 +101,27 @@ def test_a_reduced_network_learns_from_the_text_and_from_the_full_one(share: flo
         assert "distilled" not in record
 
 
-def test_the_full_network_has_no_teacher() -> None:
-    it = awake(distill=0.5, sampling=replace(REDUCED, full=0.99))
-    assert it.plan.subnet(CONFIG.shape, 0) == FULL
+def test_the_full_network_has_no_teacher(config: ModelConfig) -> None:
+    it = awake(config, distill=0.5, sampling=replace(REDUCED, full=0.99))
+    full = Subnet.full(config.shape)
+    assert it.plan.subnet(config.shape, 0) == full
     plain = readable(it.model)
     assert "distilled" not in it.train_step()
     batch = it.stream.batch(0, 1, 128)
-    plain_loss(plain, batch, FULL, 0.0, it.plan.balance)[0].backward()
+    plain_loss(plain, batch, full, 0.0, it.plan.balance)[0].backward()
     assert_same_gradients(it.model, plain)
 
 
 @pytest.mark.parametrize(("distill", "share"), [(0.0, 1.0), (0.25, 0.25)])
 def test_a_sandwich_is_the_mean_of_the_full_the_smallest_and_a_random_network(
-    distill: float, share: float
+    distill: float, share: float, config: ModelConfig
 ) -> None:
-    it = awake(sandwich=True, distill=distill)
+    it = awake(config, sandwich=True, distill=distill)
     plain = readable(it.model)
     record = it.train_step()
-    full, smallest, drawn = it.plan.subnets(CONFIG.shape, 0)
-    assert full == FULL
-    assert smallest == parse_name(CONFIG.shape, "L1-k1-w1")
+    full, smallest, drawn = it.plan.subnets(config.shape, 0)
+    assert full == Subnet.full(config.shape)
+    assert smallest == parse_name(config.shape, "L1-k1-w1")
     assert (record["subnet"], record["sandwich"]) == ("full", [smallest.name, drawn.name])
     distances = []
     for subnet, weight in ((full, 0.0), (smallest, share), (drawn, share)):
@@ -133,8 +146,17 @@ def test_the_record_tells_what_ran() -> None:
     assert list(record) == names.split()
 
 
-def test_bfloat16_rounds_products_and_leaves_the_rest_in_float32() -> None:
+def test_bfloat16_rounds_products_and_leaves_the_rest_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     exact, low = awake(), awake(dtype="bfloat16")
+    heads = []
+
+    def watched(*args: Any, dtype: torch.dtype | None, **options: Any) -> HeadLoss:
+        heads.append(dtype)
+        return head_loss(*args, dtype=dtype, **options)
+
+    monkeypatch.setattr(loop, "head_loss", watched)
     seen = []
     for name, module in low.model.named_modules():
         if name.endswith("norm"):  # of layers, queries and keys, and the final one
@@ -151,6 +173,7 @@ def test_bfloat16_rounds_products_and_leaves_the_rest_in_float32() -> None:
         elif isinstance(module, Linear):
             assert module.multiply is multiply_bfloat16
     records = [it.train_step() for it in (exact, low)]
+    assert heads == [None, torch.bfloat16]
     assert seen
     assert {x.dtype for three in seen for x in three} == {torch.float32}
     assert all(torch.equal(out, unrounded) for _, out, unrounded in seen)

@@ -107,6 +107,9 @@ def test_what_a_model_lacks_is_refused() -> None:
     fixed = TrainingPlan(stages=STAGES, sampling=SamplingPlan(fixed="k5"))
     with pytest.raises(TrainingError, match=r"fixed = 'k5': .*top_k must be .* \[1, 4\], got 5"):
         fixed.check_model(ELASTIC_MINI)
+    short = replace(ELASTIC_MINI, max_positions=511)
+    with pytest.raises(TrainingError, match=r"stage 1: length .* 511 positions, got 512"):
+        TrainingPlan(stages=STAGES).check_model(short)
     with pytest.raises(TrainingError, match="tied_embeddings must be True, got False"):
         plan.check_model(replace(biased, tied_embeddings=False))
 
@@ -187,14 +190,20 @@ def test_a_specialist_claims_its_own_values_alone() -> None:
     assert trained == {"depth": {36}, "top_k": {4}, "width": {8}, "pool": {8}, "threshold": {0.0}}
 
 
-def test_the_bundled_manifest_agrees_with_a_replay_of_its_plan() -> None:
+def test_the_bundled_manifest_agrees_with_a_replay_of_its_plans() -> None:
     folder = BUNDLED / "elastic-mini"
-    training = json.loads((folder / "manifest.json").read_text())["training"]
-    plan = TrainingPlan.from_json(training["plan"])
-    ledger = replay(plan, SHAPE, training["steps"])
-    assert ledger.draws_to_json() == training["draws"]
-    assert ledger.tokens == training["tokens"]
-    assert ledger.flops == pytest.approx(training["flops"])
-    assert ledger.full_steps / ledger.steps == pytest.approx(0.75, abs=0.03)
-    trained = json.loads((folder / "config.json").read_text())["elastic_moe"]["trained"]
-    assert {axis: set(values) for axis, values in trained.items()} == ledger.trained
+    manifest = json.loads((folder / "manifest.json").read_text())
+    elastic = json.loads((folder / "config.json").read_text())["elastic_moe"]
+    tokens, seen = 0, {axis: set[float]() for axis in elastic["trained"]}
+    while manifest is not None:
+        training = manifest["training"]
+        ledger = replay(TrainingPlan.from_json(training["plan"]), SHAPE, training["steps"])
+        assert ledger.draws_to_json() == training["draws"]
+        assert ledger.tokens == training["tokens"]
+        assert ledger.flops == pytest.approx(training["flops"])
+        tokens += ledger.tokens
+        for axis, values in ledger.trained.items():
+            seen[axis] |= values
+        manifest = manifest.get("before")
+    assert tokens == elastic["tokens"]
+    assert {axis: set(values) for axis, values in elastic["trained"].items()} == seen

@@ -14,9 +14,9 @@ import torch
 
 from elastic_moe.errors import TrainingError
 from elastic_moe.model.config import ModelConfig
-from elastic_moe.train import checkpoint
 from elastic_moe.train.checkpoint import load_state, save_state
 from elastic_moe.train.ledger import replay
+from elastic_moe.train.lock import LOCK
 from elastic_moe.train.loop import Trainer, run
 from elastic_moe.train.plan import TrainingPlan, parse_stages
 from elastic_moe.train.sampling import SamplingPlan
@@ -164,24 +164,60 @@ def test_a_state_of_another_kind_is_refused(tmp_path: Path) -> None:
         load_state(path)
 
 
-def test_a_write_that_fails_half_way_leaves_the_old_state(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / STATE
-    save_state(path, {"a": torch.ones(1)}, {"step": 1})
-    path.with_name("other").write_bytes(b"")
-    assert path.stat().st_mode == path.with_name("other").stat().st_mode  # as any new file
+# The disk is full for files beyond 100 kB, of which a state is one.
+_FULL = """
+import resource, sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from elastic_moe.errors import TrainingError
+from elastic_moe.train.loop import run
+from tests.train.small import trainer
 
-    def half(_tensors: object, where: Path, **_: object) -> None:
-        Path(where).write_bytes(b"half")
-        raise OSError("disk full")
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+try:
+    run(trainer(), Path(sys.argv[1]))
+except TrainingError as error:
+    print(error)
+"""
 
-    monkeypatch.setattr(checkpoint, "save_file", half)
-    with pytest.raises(OSError, match="disk full"):
-        save_state(path, {"a": torch.zeros(1)}, {"step": 2})
-    tensors, progress = load_state(path)
-    assert (float(tensors["a"]), progress["step"]) == (1.0, 1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", STATE]
+
+def test_a_full_disk_ends_the_run_in_words_and_leaves_the_old_state(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    stopped(folder)
+    state = folder / STATE
+    (folder / "other").write_bytes(b"")
+    assert state.stat().st_mode == (folder / "other").stat().st_mode  # as any new file
+    before = state.read_bytes()
+    assert len(before) > 100_000
+    command = [sys.executable, "-c", _FULL.format(root=str(ROOT)), str(folder)]
+    done = subprocess.run(command, check=True, timeout=120, stdout=subprocess.PIPE, text=True)
+    assert done.stdout.startswith(f"{state} cannot be written: ")
+    assert "The state before it is kept. Make room" in done.stdout
+    assert state.read_bytes() == before
+    assert sorted(p.name for p in folder.iterdir()) == [LOCK, "log.jsonl", "other", STATE]
+    run(trainer(), folder)
+    assert load_state(state)[1]["step"] == 14
+    assert logged_steps(folder) == list(range(8, 15))
+
+
+@pytest.mark.parametrize("share", [0.5, 0.0], ids=["half", "empty"])
+def test_a_torn_state_is_refused_in_words_and_left_as_it_is(share: float, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    stopped(folder)
+    state = folder / STATE
+    torn = state.read_bytes()[: int(share * state.stat().st_size)]
+    state.write_bytes(torn)
+    with pytest.raises(TrainingError) as caught:
+        run(trainer(), folder)
+    assert str(caught.value).startswith(f"{state} cannot be read: ")
+    assert "Put a whole copy in its place. Without it, the same command begins" in str(caught.value)
+    assert state.read_bytes() == torn
+    state.unlink()
+    run(trainer(), folder, max_seconds=0)
+    assert load_state(state)[1]["step"] == 0
 
 
 # Kills itself, as the kernel would: no `finally` runs, no buffer is written.
@@ -229,7 +265,7 @@ def test_a_killed_run_becomes_bit_for_bit_the_run_that_was_not(tmp_path: Path) -
     run(trainer(), killed)
     assert_same_states(killed / STATE, tmp_path / "straight" / STATE)
     assert logged_steps(killed) == list(range(1, 15))
-    assert sorted(p.name for p in killed.iterdir()) == ["log.jsonl", "plan.json", STATE]
+    assert sorted(p.name for p in killed.iterdir()) == [LOCK, "log.jsonl", "plan.json", STATE]
 
 
 def test_kills_at_random_moments_lose_no_more_than_one_interval(tmp_path: Path) -> None:
@@ -244,5 +280,5 @@ def test_kills_at_random_moments_lose_no_more_than_one_interval(tmp_path: Path) 
     assert_same_states(tmp_path / "killed" / STATE, tmp_path / "straight" / STATE)
     steps = logged_steps(tmp_path / "straight")
     assert logged_steps(tmp_path / "killed") == steps == list(range(1, steps[-1] + 1))
-    names = ["log.jsonl", "plan.json", STATE]
+    names = [LOCK, "log.jsonl", "plan.json", STATE]
     assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == names

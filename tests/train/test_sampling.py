@@ -130,6 +130,16 @@ def test_models_with_few_experts_and_granules_can_be_drawn_from() -> None:
     assert smallest_subnet(small, always, [0]).uniform("pool") == (0,)
 
 
+@pytest.mark.parametrize("layers", range(1, 17))
+def test_a_reduced_depth_is_below_the_full_one(layers: int) -> None:
+    few = replace(SHAPE, num_layers=layers, moe_layers=frozenset(range(layers)))
+    always = SamplingPlan(depth=1.0, top_k=0, width=0, pool=0, threshold=0)
+    rng = random.Random(0)
+    depths = {sample_subnet(few, always, range(layers), rng).depth for _ in range(200)}
+    assert max(depths) == (layers - max(1, round(layers / 8)) if layers > 4 else max(1, layers - 1))
+    assert min(depths) == max(1, round(layers / 8))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

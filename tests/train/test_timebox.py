@@ -68,6 +68,29 @@ def test_a_machine_that_becomes_slower_leaves_a_checkpoint_and_a_run_that_goes_o
     assert (root / "run" / "plan.json").read_bytes() == plan
 
 
+def test_what_the_end_needs_is_kept_from_the_steps(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 60 s: 3 for the checkpoint, and three times what saving a state takes."""
+    given: list[dict] = []
+
+    def watched(*_: object, **options: object) -> None:
+        given.append(options)
+
+    monkeypatch.setattr(command, "run", watched)
+    monkeypatch.setattr(command, "measure_pace", lambda *_: Pace(0.5, 4.0))
+    monkeypatch.setattr(command, "_finish", lambda *_: {"ended_by": "time", "complete": False})
+    monkeypatch.setattr(command, "summary_lines", lambda _: [])
+    box = ("--minutes", 1, "--batch-tokens", 512)
+    assert train(root, length=box) == 0
+    assert given[0]["step_seconds"] == 0.5
+    assert 0 < given[0]["max_seconds"] <= 60 - 3 - 3 * 4.0
+    with (root / "run" / "state.safetensors").open("wb") as file:
+        file.truncate(int(200e6 * 3))  # nothing is written: a state that takes 3 s
+    assert train(root, length=box) == 0
+    assert 0 < given[1]["max_seconds"] <= 60 - 3 - 3 * 3.0
+
+
 def test_a_time_that_is_over_before_ten_steps_trains_nothing_and_says_so(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,69 @@
+"""What the log tells a run that goes on: which lines a kill undid, and how long steps take."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from elastic_moe.files import write_text
+from elastic_moe.train.plan import TrainingPlan
+
+_RECENT = 8  # steps, whose longest tells how long the next may take
+
+
+def forget_steps_after(step: int, log: Path) -> list[dict[str, Any]]:
+    """Drop the lines of steps that a kill undid: they will be run, and written, again.
+
+    Returns:
+        The records that stay.
+    """
+    if not log.exists():
+        return []
+    kept = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # the line that the kill cut short
+            break
+        if record["step"] <= step:
+            kept.append((line, record))
+    write_text(log, "".join(f"{line}\n" for line, _ in kept))
+    return [record for _, record in kept]
+
+
+class StepPace:
+    """How long the next step may take: as the longest of the last ones, by tokens times layers.
+
+    Args:
+        records: of steps that were done before, as the log has them.
+        first_seconds: of a step, where there are none.
+    """
+
+    def __init__(
+        self, plan: TrainingPlan, records: Iterable[Mapping[str, Any]], first_seconds: float = 0.0
+    ) -> None:
+        self.plan, self.first_seconds = plan, first_seconds
+        self.recent: deque[float] = deque(maxlen=_RECENT)  # seconds per token and layer
+        for record in records:
+            self.learn(record)
+
+    def learn(self, record: Mapping[str, Any]) -> None:
+        """Learn from a step that is done; `record` is its line of the log."""
+        self.recent.append(record.get("seconds", 0.0) / self._work(record["step"] - 1))
+
+    def expected(self, step: int) -> float:
+        """Seconds of a step, counted from 0."""
+        return max(self.recent) * self._work(step) if self.recent else self.first_seconds
+
+    def fits(self, step: int, deadline: float) -> bool:
+        """Whether a step may be begun, and done before a time of the monotonic clock."""
+        now = time.monotonic()
+        return now < deadline and now + self.expected(step) <= deadline
+
+    def _work(self, step: int) -> int:
+        stage = self.plan.stage(step)
+        return stage.step_tokens * stage.layers

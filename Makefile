@@ -42,8 +42,9 @@ FORCE:
 sweep: .venv/.installed  ## measure quality against cost on the bundled model, into sweep-out/
 	.venv/bin/elastic-moe sweep $(ARGS)
 
-test: .venv/.installed  ## run the tests
-	.venv/bin/python -m pytest $(ARGS)
+# A file stays in one process, since its tests share what it made; ARGS="-n 0" takes one for all.
+test: .venv/.installed  ## run the tests, in as many processes as there are cores, 4 at most
+	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Built beside the installed extension, which stays as it is.
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer

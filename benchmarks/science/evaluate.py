@@ -27,7 +27,7 @@ from benchmarks.science.measuring import (
     evaluation_texts,
     measure,
 )
-from benchmarks.science.runs import CHECKPOINT, RUNS, SITTINGS, SPECIALISTS, Run
+from benchmarks.science.runs import CHECKPOINT, RECIPE, RUNS, SITTINGS, SPECIALISTS, Run
 from benchmarks.science.summary import POINTS, Line, summarise
 from elastic_moe.engine import Engine
 from elastic_moe.errors import BenchmarkError, ElasticMoEError
@@ -37,6 +37,7 @@ from elastic_moe.lab.record import describe_commit, describe_machine, describe_v
 from elastic_moe.lab.text import EvaluationSet
 from elastic_moe.train.checkpoint import FREE
 from elastic_moe.train.log import read_log
+from elastic_moe.train.plan import completed
 
 # One pass over the deepest of each gives all its depths.
 BUNDLES: Bundles = {"full": (12, 9, 6), "k2": (12,), "k1": (12,), "p8": (12,), "w4": (12,)}
@@ -112,12 +113,13 @@ def describe_run(
 
 def differences(a: Line, b: Line) -> Iterator[tuple[str, Any, Any]]:
     """(what, a's, b's) of everything in which two runs have to be alike, and are not."""
-    plans = [dict(line["training"]["plan"]) for line in (a, b)]
+    plans = [completed(line["training"]["plan"]) for line in (a, b)]
     for plan in plans:
         for field in {"seed", *FREE}:
             plan.pop(field, None)
         if a["family"] != b["family"]:
-            plan.pop("sampling")
+            for field in RECIPE:
+                plan.pop(field)
     ours, theirs = (
         {f"plan.{field}": value for field, value in plan.items()}
         | {f"model.{field}": value for field, value in line["model"].items()}

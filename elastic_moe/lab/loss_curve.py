@@ -159,6 +159,8 @@ def figure_of_run(run: Path) -> Figure:
     share = f", {len(reduced) / max(1, steps):.0%} of them reduced" if reduced else ""
     if plan.sandwich:
         share = ", each of the full network and two reduced ones"
+    elif plan.split:
+        share = ", each of the full network and a reduced one"
     note = (
         f"{config.num_layers} layers, {config.num_experts} experts, {config.max_top_k} per token, "
         f"{format_si(config.shape.total_params)} parameters; {steps:,}{state_of_run} steps{share}"

@@ -25,13 +25,13 @@ _RECORDED = (
     *("tokens", "batch_tokens", "length", "stages", "from"),
     *("with_library", "corpus_fraction", "library_passes", "docstring_passes", "chat_fraction"),
     *(f"reduce_{axis}" for axis in CHANCES),
-    *(*SHARES, "fixed", "distill", "sandwich", "lr_scale", "bias_rate", "balance"),
+    *(*SHARES, "fixed", "distill", "sandwich", "split", "lr_scale", "bias_rate", "balance"),
     *("seed", "dtype"),
 )
 
 
 # What `options.json` of earlier versions lacks; the state and config.json are compared anyway.
-_LATER = ("config", "balance", *SHARES)
+_LATER = ("config", "balance", "split", *SHARES)
 
 
 def has_begun(folder: Path) -> bool:

@@ -23,8 +23,8 @@ class Ledger:
             forward of a teacher that it does not train; attention at half a sequence.
         full_steps: steps that trained the whole network, as far as it had grown.
         draws: {axis: {value: networks trained}} in words, such as {'depth': {'24 of 48 (prefix)':
-            3}}: one network in each step, or the three of a sandwich. Of a network whose layers are
-            all dense, the axes of routers say 'none routes'.
+            3}}: one network in each step, the two of a split or the three of a sandwich. Of a
+            network whose layers are all dense, the axes of routers say 'none routes'.
         trained: {axis: values} drawn once all layers were there; what the checkpoint may claim.
     """
 
@@ -46,20 +46,19 @@ def replay(plan: TrainingPlan, shape: ModelShape, steps: int) -> Ledger:
     """The ledger of the first `steps` steps."""
     ledger = Ledger()
     for step in range(steps):
-        stage, subnets = plan.stage(step), plan.subnets(shape, step)
+        stage, passes = plan.stage(step), plan.passes(shape, step)
         whole = plan.whole(shape, step)
         ledger.steps += 1
         ledger.tokens += stage.step_tokens
-        ledger.full_steps += whole in subnets
-        forwards = [(subnet, 3) for subnet in subnets]
-        if plan.distilled_share and whole not in subnets:
-            forwards.append((whole, 1))
-        for subnet, times in forwards:
+        ledger.full_steps += any(one.subnet == whole for one in passes)
+        forwards = [(one.subnet, one.rows, 3) for one in passes]
+        forwards += [(whole, rows, 1) for rows in plan.untrained_teacher(shape, step)]
+        for subnet, rows, times in forwards:
             per_token = subnet.flops_per_token(stage.length // 2)
-            ledger.flops += times * per_token * stage.step_tokens
+            ledger.flops += times * per_token * (rows.stop - rows.start) * stage.length
         grown = stage.grown(shape.num_layers)
-        for subnet in subnets:
-            for axis, (value, words) in _values(subnet, grown).items():
+        for one in passes:
+            for axis, (value, words) in _values(one.subnet, grown).items():
                 ledger.draws.setdefault(axis, Counter())[words] += 1
                 if stage.layers == shape.num_layers and value is not None:
                     ledger.trained.setdefault(axis, set()).add(value)

@@ -52,7 +52,8 @@ def split_records(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The records of passes that ran the full network, as far as it had grown, and of the others.
 
-    A step is one pass, or the three of a sandwich, of which each gets a record of its own here.
+    A step is one pass, the two of a split or the three of a sandwich, of which each gets a record
+    of its own here.
     """
     whole = {
         stage.layers: resolve(shape, active_layers=stage.grown(shape.num_layers)).name
@@ -61,8 +62,13 @@ def split_records(
     full: list[dict[str, Any]] = []
     reduced: list[dict[str, Any]] = []
     for record in records:
-        passes = zip(record.get("sandwich", ()), record.get("sandwich_loss", ()), strict=False)
-        others = ({**record, "subnet": name, "loss": loss} for name, loss in passes)
+        others = (
+            {**record, "subnet": name, "loss": loss}
+            for kind in ("sandwich", "split")
+            for name, loss in zip(
+                record.get(kind, ()), record.get(f"{kind}_loss", ()), strict=False
+            )
+        )
         for one in (record, *others):
             (full if one["subnet"] == whole[one["layers"]] else reduced).append(one)
     return full, reduced

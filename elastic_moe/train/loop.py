@@ -40,7 +40,7 @@ from elastic_moe.train.lock import holding
 from elastic_moe.train.loss import HeadLoss, balance_loss, head_loss
 from elastic_moe.train.mixed import use_bfloat16
 from elastic_moe.train.optim import Muon
-from elastic_moe.train.plan import TrainingPlan
+from elastic_moe.train.plan import TrainingPlan, completed
 from elastic_moe.train.progress import Note, Progress
 from elastic_moe.train.sitting import StepPace, forget_steps_after
 from elastic_moe.train.tokens import TokenStream
@@ -49,10 +49,11 @@ _LOWER = "Lower the rates: begin again in another folder with a smaller --lr-sca
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pass:
-    """One sub-network's forward and backward pass; `distilled`: it had a teacher."""
+class Result:
+    """Of one sub-network's forward and backward pass; `distilled`: it had a teacher."""
 
     subnet: Subnet
+    weight: float
     loss: HeadLoss
     balance: Tensor
     loads: Loads
@@ -170,7 +171,7 @@ class Trainer:
         plan, stage, scale = self.plan, self.plan.stage(self.step), self.plan.lr_scale(self.step)
         arrays = self.stream.batch(self.piece, stage.pieces, stage.length)
         inputs, targets = (torch.from_numpy(array).to(self.device) for array in arrays)
-        passes = self._gradients(inputs, targets.flatten())
+        results = self._gradients(inputs, targets)
         norm = float(nn.utils.clip_grad_norm_(self.adam.param_groups[0]["params"], plan.clip))
         if not math.isfinite(norm):
             raise TrainingError(f"step {self.step}: the norm of the gradient is {norm}. {_LOWER}")
@@ -180,12 +181,12 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if plan.bias_rate:
-            for one in passes:
-                move_biases(self.model, one.loads, one.subnet, plan.bias_rate / len(passes))
+            for one in results:
+                move_biases(self.model, one.loads, one.subnet, plan.bias_rate * one.weight)
         self.step += 1
         self.piece += stage.pieces
         self.tokens += targets.numel()
-        first, *others = passes
+        first, *others = results
         record: dict[str, Any] = {
             "step": self.step,
             "tokens": self.tokens,
@@ -197,46 +198,46 @@ class Trainer:
             "subnet": first.subnet.name,
             "mean_experts": round(first.loads.mean_experts(), 3),
         }
-        distances = [one.loss.distance.item() for one in passes if one.distilled]
+        distances = [one.loss.distance.item() for one in results if one.distilled]
         if distances:
             record["distilled"] = round(sum(distances) / len(distances), 4)
         if others:
-            record["sandwich"] = [one.subnet.name for one in others]
+            kind = "sandwich" if plan.sandwich else "split"
+            record[kind] = [one.subnet.name for one in others]
             losses = [one.loss.cross_entropy.item() for one in others]
-            record["sandwich_loss"] = [round(loss, 4) for loss in losses]
+            record[f"{kind}_loss"] = [round(loss, 4) for loss in losses]
         if self.parent is not None and self.step == 1:
             record["parent"] = self.parent  # the optimisers started anew here
         return record
 
-    def _gradients(self, inputs: Tensor, targets: Tensor) -> list[Pass]:
-        """Add up the gradients of every sub-network of the step: the mean of their losses."""
+    def _gradients(self, inputs: Tensor, targets: Tensor) -> list[Result]:
+        """Add up the gradients of every sub-network of the step, by the weights of their losses."""
         plan, shape = self.plan, self.config.shape
-        subnets = plan.subnets(shape, self.step)
-        whole = plan.whole(shape, self.step) if plan.distilled_share else None
-        teacher: Tensor | None = None
-        if whole is not None and whole not in subnets:
-            with torch.no_grad():
-                teacher, _, _ = self.forward(inputs, whole)
-        passes = []
-        for subnet in subnets:
-            states, balance, loads = self.forward(inputs, subnet)
+        whole = plan.whole(shape, self.step)
+        taught: tuple[slice, Tensor] | None = None  # the full network's states on these rows
+        results = []
+        for one in plan.passes(shape, self.step):
+            distilled = plan.distilled_share > 0 and one.subnet != whole
+            if distilled and (taught is None or taught[0] != one.rows):
+                with torch.no_grad():
+                    taught = one.rows, self.forward(inputs[one.rows], whole)[0]
+            states, balance, loads = self.forward(inputs[one.rows], one.subnet)
             loss = head_loss(
                 states,
                 self.model.embed_tokens.weight,
-                targets,
-                teacher=None if subnet == whole else teacher,
+                targets[one.rows].flatten(),
+                teacher=taught[1] if distilled and taught is not None else None,
                 share=plan.distilled_share,
                 dtype=self.head_dtype,
                 native=self.backend == "cpu",
             )
             if not torch.isfinite(loss.total):
                 raise TrainingError(f"step {self.step}: the loss is {loss.total.item()}. {_LOWER}")
-            torch.autograd.backward((loss.total + plan.balance * balance) / len(subnets))
-            distilled = teacher is not None and subnet != whole
-            passes.append(Pass(subnet, loss, balance.detach(), loads, distilled))
-            if subnet == whole:
-                teacher = states.detach()
-        return passes
+            torch.autograd.backward((loss.total + plan.balance * balance) * one.weight)
+            if one.subnet == whole:
+                taught = one.rows, states.detach()
+            results.append(Result(one.subnet, one.weight, loss, balance.detach(), loads, distilled))
+        return results
 
     def save(self, path: Path) -> None:
         """Write the whole state; a kill at any moment leaves the old file or the new one.
@@ -286,6 +287,7 @@ class Trainer:
             What is not as it was, if that may change the last bits of steps.
         """
         tensors, progress = load_state(path)
+        progress["plan"] = completed(progress["plan"])
         check_same_run(path, progress, self.identity())
         check_parent(path, progress, self.parent)
         states: dict[str, dict[str, Tensor]] = {}

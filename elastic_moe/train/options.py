@@ -239,6 +239,13 @@ def _add_elastic(group: argparse._ActionsContainer) -> None:
         action="store_true",
         help="every step runs the full network, the smallest and a drawn one",
     )
+    group.add_argument(
+        "--split",
+        type=float,
+        metavar="X",
+        help="every step runs the full network on this share of its sequences, and a drawn reduced "
+        "one on the others (default: one network a step)",
+    )
 
 
 def _size(text: str) -> int:
@@ -275,11 +282,12 @@ def check(args: argparse.Namespace) -> None:
         ("library_passes", 0, inf, "at least 0"),
         ("docstring_passes", 0, inf, "at least 0"),
         ("chat_fraction", 0, 0.99, "in [0, 0.99]"),
-        ("lr_scale", math.ulp(0), inf, "positive"),
+        ("lr_scale", math.ulp(0), 1000, "above 0 and at most 1000"),
         ("bias_rate", 0, inf, "at least 0"),
         ("balance", 0, inf, "at least 0"),
         ("seed", 0, 2**63 - 1, "in [0, 2^63 - 1]"),
         ("distill", 0, 1, "in [0, 1]"),
+        ("split", 0, math.nextafter(1, 0), "in [0, 1); --fixed full leaves nothing to the others"),
         ("full_share", 0, math.nextafter(1, 0), "in [0, 1); --fixed full runs it in every step"),
         ("prefix_share", 0, 1, "in [0, 1]"),
         ("per_layer_share", 0, 1, "in [0, 1]"),
@@ -306,7 +314,8 @@ def _check_combinations(args: argparse.Namespace) -> None:
         ("from", (*sizes, "vocab_size", "tokenizer"), "the checkpoint says what the model is"),
         ("stages", ("tokens", "batch_tokens", "length"), "the stages say it"),
         ("fixed", (*(f"reduce_{axis}" for axis in CHANCES), *SHARES), "nothing is drawn"),
-        ("sandwich", ("full_share",), "every step runs the full network"),
+        ("sandwich", ("full_share", "split"), "every step runs the full network"),
+        ("split", ("full_share",), "every step runs the full network"),
     ):
         given = [other for other in others if getattr(args, other) is not None]
         if getattr(args, name) not in (None, False) and given:
@@ -349,7 +358,7 @@ def filled(args: argparse.Namespace) -> argparse.Namespace:
     Those of the model stay as they are, and so do `tokens` where the time or stages decide.
     """
     now = argparse.Namespace(**vars(args))
-    usual: dict[str, Any] = {}
+    usual: dict[str, Any] = {"split": 0.0}
     if args.stages is None:
         usual |= {"batch_tokens": BATCH_TOKENS, "length": LENGTH}
         if args.minutes is None:

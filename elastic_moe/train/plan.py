@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Mapping
@@ -49,9 +50,22 @@ class Stage:
     def step_tokens(self) -> int:
         return self.pieces * PIECE_TOKENS
 
+    @property
+    def sequences(self) -> int:
+        return self.step_tokens // self.length
+
     def grown(self, num_layers: int) -> list[int]:
         """The layers that the network of this stage has: 12 of 48 are 0, 4, ..., 44."""
         return [i * num_layers // self.layers for i in range(self.layers)]
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One sub-network of a step, the sequences that it runs, and the weight of its mean loss."""
+
+    subnet: Subnet
+    rows: slice
+    weight: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +84,9 @@ class TrainingPlan:
             `sampling` draws and a random reduced one, both on distillation from the full alone,
             unless `distill` weighs it. The step minimises the mean of the three losses
             (universally slimmable networks, arXiv:1903.05134).
+        split: every step runs the full network on this share of its sequences, rounded, and a drawn
+            reduced one on the others; the step minimises the mean over all tokens. 0 runs one
+            network a step.
         bias_rate: how far a step moves the correction bias of every router that ran, for each
             expert of its pool, towards equal loads (balancing without a loss, arXiv:2408.15664).
         dtype: of the inputs of matrix products; everything else stays float32.
@@ -92,6 +109,7 @@ class TrainingPlan:
     save_every_steps: int = SAVE_EVERY_STEPS
     distill: float = 0.0
     sandwich: bool = False
+    split: float = 0.0
     bias_rate: float = 0.0
     dtype: str = "float32"
 
@@ -107,6 +125,7 @@ class TrainingPlan:
             ("clip", 0, math.inf),
             ("save_every_steps", 1, math.inf),
             ("distill", 0, 1),
+            ("split", 0, math.nextafter(1, 0)),
             ("bias_rate", 0, math.inf),
         ):
             value = getattr(self, name)
@@ -120,17 +139,29 @@ class TrainingPlan:
             raise TrainingError(
                 f"plan: dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}."
             )
-        wanting = "sandwich" if self.sandwich else "distill" if self.distill else ""
+        if self.sandwich and self.split:
+            raise TrainingError(
+                f"plan: sandwich and split = {self.split} are two ways to run the full network in "
+                f"every step. Leave one out."
+            )
+        mixed = "sandwich" if self.sandwich else "split" if self.split else ""
+        wanting = mixed or ("distill" if self.distill else "")
         if wanting and not self.sampling.can_reduce:
             raise TrainingError(
                 f"plan: {wanting} = {getattr(self, wanting)} needs reduced networks, but sampling "
                 f"draws none. Give an axis a chance and leave 'fixed' out, or leave {wanting} out."
             )
-        if self.sandwich and self.sampling.full is not None:
+        if mixed and self.sampling.full is not None:
             raise TrainingError(
-                f"plan: sampling.full = {self.sampling.full} has no meaning in a sandwich, every "
-                f"step of which runs the full network and reduced ones. Leave full out."
+                f"plan: sampling.full = {self.sampling.full} has no meaning beside {mixed}: every "
+                f"step runs the full network and reduced ones. Leave full out."
             )
+        for index, stage in enumerate(self.stages):
+            if self.split and stage.sequences < 2:
+                raise TrainingError(
+                    f"stage {index}: a step must have at least 2 sequences to split, got 1. Give "
+                    f"it more pieces, or shorter sequences."
+                )
 
     @property
     def total_steps(self) -> int:
@@ -164,15 +195,39 @@ class TrainingPlan:
         """The sub-network that is drawn for a step: a function of seed and step."""
         rng = random.Random(f"{self.seed}/{step}")
         grown = self.stage(step).grown(shape.num_layers)
-        return sample_subnet(shape, self.sampling, grown, rng, reduced=self.sandwich)
+        reduced = self.sandwich or self.split > 0
+        return sample_subnet(shape, self.sampling, grown, rng, reduced=reduced)
 
-    def subnets(self, shape: ModelShape, step: int) -> tuple[Subnet, ...]:
-        """Every sub-network that a step trains: the drawn one, or the three of a sandwich."""
-        drawn = self.subnet(shape, step)
-        if not self.sandwich:
-            return (drawn,)
-        grown = self.stage(step).grown(shape.num_layers)
-        return self.whole(shape, step), smallest_subnet(shape, self.sampling, grown), drawn
+    def passes(self, shape: ModelShape, step: int) -> tuple[Pass, ...]:
+        """What a step runs: the drawn sub-network, the two of a split or the three of a sandwich.
+
+        The full network comes first where it is not drawn.
+        """
+        drawn, stage = self.subnet(shape, step), self.stage(step)
+        rows = stage.sequences
+        if self.split:
+            of_full = min(max(1, round(self.split * rows)), rows - 1)
+            share = of_full / rows
+            return (
+                Pass(self.whole(shape, step), slice(0, of_full), share),
+                Pass(drawn, slice(of_full, rows), 1 - share),
+            )
+        subnets: tuple[Subnet, ...] = (drawn,)
+        if self.sandwich:
+            smallest = smallest_subnet(shape, self.sampling, stage.grown(shape.num_layers))
+            subnets = (self.whole(shape, step), smallest, drawn)
+        return tuple(Pass(subnet, slice(0, rows), 1 / len(subnets)) for subnet in subnets)
+
+    def untrained_teacher(self, shape: ModelShape, step: int) -> list[slice]:
+        """The sequences on which the full network runs as a teacher alone, without a gradient."""
+        whole, trained, alone = self.whole(shape, step), set(), dict[tuple[int, int], slice]()
+        for one in self.passes(shape, step) if self.distilled_share else ():
+            span = (one.rows.start, one.rows.stop)
+            if one.subnet == whole:
+                trained.add(span)
+            elif span not in trained:
+                alone[span] = one.rows
+        return list(alone.values())
 
     def work(self, step: int) -> int:
         """Tokens times layers of the first `step` steps: what the time of a run goes with."""
@@ -233,8 +288,18 @@ class TrainingPlan:
         """The plan that `to_json` wrote, now or before a field was added.
 
         Raises:
-            TrainingError: a field is unknown or out of its range.
+            TrainingError: it is no plan, or a field is unknown or out of its range.
         """
+        try:
+            return cls._from_json(data)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise TrainingError(
+                f"plan: an object with stages and sampling is needed, and their fields: {error!r}. "
+                f"Repeat the command that began the run, or begin another one."
+            ) from None
+
+    @classmethod
+    def _from_json(cls, data: Mapping[str, Any]) -> TrainingPlan:
         for kind, part in ((cls, data), (SamplingPlan, data["sampling"])):
             unknown = sorted(part.keys() - {f.name for f in fields(kind)})
             if unknown:
@@ -245,6 +310,16 @@ class TrainingPlan:
         stages = tuple(Stage(**stage) for stage in data["stages"])
         sampling = SamplingPlan(**data["sampling"])
         return cls(**{**data, "stages": stages, "sampling": sampling})
+
+
+def completed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan's JSON with the fields that a version before they were added did not write.
+
+    Raises:
+        TrainingError: as `TrainingPlan.from_json`.
+    """
+    whole: dict[str, Any] = json.loads(json.dumps(TrainingPlan.from_json(data).to_json()))
+    return whole
 
 
 def parse_stages(text: str) -> tuple[Stage, ...]:

@@ -257,6 +257,7 @@ def _plan(args: argparse.Namespace, model: Model, stages: tuple[Stage, ...]) -> 
         save_every_steps=args.save_every,
         distill=args.distill,
         sandwich=args.sandwich,
+        split=args.split,
         bias_rate=args.bias_rate,
         balance=args.balance,
         dtype=args.dtype,

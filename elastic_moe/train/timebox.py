@@ -68,7 +68,12 @@ def measure_pace(
         )
     stage = replace(plan.stages[-1], steps=_TIMED_STEPS)
     whole = replace(
-        plan, stages=(stage,), sampling=SamplingPlan(full=1.0), distill=0.0, sandwich=False
+        plan,
+        stages=(stage,),
+        sampling=SamplingPlan(full=1.0),
+        distill=0.0,
+        sandwich=False,
+        split=0.0,
     )
     trainer = make_trainer(whole)
     began = time.monotonic()
@@ -121,10 +126,13 @@ def mean_cost(plan: TrainingPlan, shape: ModelShape) -> float:
         share = subnet.flops_per_token(stage.length // 2) / full.flops_per_token(stage.length // 2)
         return _OVERHEAD + (1 - _OVERHEAD) * share
 
-    total = 0.0
+    def share(rows: slice) -> float:
+        count: int = rows.stop - rows.start
+        return count / stage.sequences
+
+    total: float = 0.0
     for step in range(_DRAWS):
-        subnets = longer.subnets(shape, step)
-        total += sum(map(cost, subnets))
-        if longer.distilled_share and full not in subnets:
-            total += 1 / 3  # the teacher's forward pass, without a backward one
+        total += sum(cost(one.subnet) * share(one.rows) for one in longer.passes(shape, step))
+        # The teacher's forward pass, without a backward one.
+        total += sum(share(rows) / 3 for rows in longer.untrained_teacher(shape, step))
     return total / _DRAWS

@@ -263,9 +263,15 @@ def run_line(case: str = "elastic-0", **plan: Any) -> dict[str, Any]:
         "data": {"stream_sha256": "a"},
         "training": {
             "steps": 9,
-            "plan": {"seed": int(seed), "muon_lr": 0.02, "dtype": "f", "save_every_steps": 1}
-            | {"sampling": sampling}
-            | plan,
+            "plan": {
+                "stages": [{"steps": 9, "layers": 12, "pieces": 8, "length": 512}],
+                "seed": int(seed),
+                "muon_lr": 0.02,
+                "dtype": "float32",
+                "save_every_steps": 1,
+                "sampling": sampling,
+                **plan,
+            },
         },
         "model": {"num_layers": 12},
         "texts": {AUTHORS: {"corpus": {"sha256": "c", "scored_tokens": 1024}}},
@@ -277,13 +283,13 @@ def run_line(case: str = "elastic-0", **plan: Any) -> dict[str, Any]:
 def test_runs_that_were_trained_or_measured_otherwise_are_not_compared() -> None:
     same = [run_line("elastic-0"), run_line("inelastic-0"), run_line("elastic-1")]
     evaluate.check_comparable([*same, run_line("elastic-2", save_every_steps=7)])
+    evaluate.check_comparable([*same[1:2], run_line("elastic-2", split=0.5, distill=0.5)])
+    evaluate.check_comparable([*same, run_line("elastic-2", split=0.0)])  # as if not said
     for what, line in (
         ("plan.muon_lr is 0.2 and 0.02", run_line("elastic-2", muon_lr=0.2)),
-        ("plan.dtype is b and f", run_line("inelastic-1", dtype="b")),
-        (
-            "plan.sampling is {'fixed': 'L9'} and {'fixed': ''}",
-            run_line("elastic-2", sampling={"fixed": "L9"}),
-        ),
+        ("plan.dtype is bfloat16 and float32", run_line("inelastic-1", dtype="bfloat16")),
+        ("plan.split is 0.5 and 0.0", run_line("elastic-2", split=0.5)),
+        ("'fixed': 'L9'} and {", run_line("elastic-2", sampling={"fixed": "L9"})),
         ("stream_sha256 is b and a", run_line("pool8-0") | {"data": {"stream_sha256": "b"}}),
         ("model.num_layers is 24 and 12", run_line("pool8-0") | {"model": {"num_layers": 24}}),
         ("dtype is float32 and bfloat16", run_line("pool8-0") | {"dtype": "float32"}),

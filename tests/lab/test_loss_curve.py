@@ -147,6 +147,19 @@ def test_every_pass_of_a_sandwich_is_drawn(tmp_path: Path) -> None:
     assert "steps reduced networks" not in drawn(figure_of_run(tmp_path))
 
 
+def test_both_networks_of_a_split_step_are_drawn(tmp_path: Path) -> None:
+    run(trainer(replace(PLAN, sampling=SamplingPlan(), split=0.5)), tmp_path)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    figure = figure_of_run(tmp_path)
+    full, reduced = (
+        drawn(figure)[f"steps {kind}"].get_offsets().tolist()
+        for kind in ("full network", "reduced networks")
+    )
+    assert full == [[r["tokens"], r["loss"]] for r in log]
+    assert reduced == [[r["tokens"], *r["split_loss"]] for r in log]
+    assert "14 steps, each of the full network and a reduced one" in figure_to_svg(figure)
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="is missing"):
         write_loss_png(tmp_path, tmp_path / "loss.png")

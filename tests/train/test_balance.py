@@ -117,6 +117,14 @@ def test_a_sandwich_moves_no_bias_further_than_the_rate() -> None:
     assert float(moved.min()) < 0.02  # what the full network alone ran
 
 
+def test_each_network_of_a_split_step_moves_biases_by_its_share() -> None:
+    it = biased_trainer(SamplingPlan(depth=0, top_k=1, width=0, pool=0), bias_rate=0.04, split=0.75)
+    it.train_step()
+    moved = {round(float(value), 6) for value in biases(it.model).abs().unique()}
+    assert {0.02, 0.04} & moved
+    assert moved <= {0.0, 0.01, 0.02, 0.03, 0.04}
+
+
 def test_biases_even_the_loads_out_without_a_loss() -> None:
     still = {"balance": 0.0, "muon_lr": 0.0, "adam_lr": 0.0}
     crowding = []

@@ -144,7 +144,8 @@ def test_a_tokenizer_of_ones_own_is_used_and_sets_the_vocabulary(root: Path) -> 
         (["--stages", "6x5x1x128", "--tokens", "9"], "leave out --tokens where --stages is given"),
         (["--corpus", "nowhere"], "nowhere is not a folder"),
         (["--tokenizer", "nowhere.json"], "nowhere.json is no tokenizer.json"),
-        (["--lr-scale", "0"], "--lr-scale must be positive, got 0.0"),
+        (["--lr-scale", "0"], "--lr-scale must be above 0 and at most 1000, got 0.0"),
+        (["--lr-scale", "1e42"], "--lr-scale must be above 0 and at most 1000, got 1e+42"),
         (["--minutes", "nan"], "--minutes must be at least 0, got nan"),
         (["--save-every", "0"], "--save-every must be at least 1 step, got 0"),
         (["--tokens", "0"], "--tokens must be at least 1, got 0"),
@@ -154,6 +155,12 @@ def test_a_tokenizer_of_ones_own_is_used_and_sets_the_vocabulary(root: Path) -> 
         (["--fixed", "L2", "--reduce-pool", "0"], "leave out --reduce-pool where --fixed is given"),
         (["--fixed", "L2", "--prefix-share", "1"], "leave out --prefix-share where --fixed is"),
         (["--sandwich", "--full-share", "0.5"], "leave out --full-share where --sandwich is given"),
+        (
+            ["--split", "0.5", "--full-share", "0.5"],
+            "leave out --full-share where --split is given",
+        ),
+        (["--sandwich", "--split", "0.5"], "leave out --split where --sandwich is given"),
+        (["--split", "1"], "--split must be in [0, 1); --fixed full leaves nothing"),
         (["--full-share", "1"], "--full-share must be in [0, 1); --fixed full runs it in every"),
         (["--per-layer-share", "2"], "--per-layer-share must be in [0, 1], got 2.0"),
         (["--balance", "-1"], "--balance must be at least 0, got -1.0"),
@@ -238,6 +245,7 @@ def test_a_run_that_is_there_refuses_other_options_by_their_names(
         (["--lr-scale", 0.5], "--lr-scale: the run in"),
         (["--layers", 7], "--layers: the run in"),
         (["--sandwich"], "--sandwich: the run in"),
+        (["--split", "0.5"], "--split: the run in"),
         (["--reduce-width", 0], "--reduce-width: the run in"),
     ):
         capsys.readouterr()

@@ -83,7 +83,14 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"dtype": "bfloat16"}, {"distill": 0.5}, {"sandwich": True}, {"bias_rate": 0.1}],
+    [
+        {},
+        {"dtype": "bfloat16"},
+        {"distill": 0.5},
+        {"sandwich": True},
+        {"split": 0.5},
+        {"bias_rate": 0.1},
+    ],
     ids=lambda options: "-".join(options) or "plain",
 )
 def test_a_step_stays_on_its_device_and_waits_once_per_layer(options: dict, waits: Counter) -> None:
@@ -100,7 +107,7 @@ def test_a_step_stays_on_its_device_and_waits_once_per_layer(options: dict, wait
     with Watch() as watch:
         it.train_step()
     assert watch.mixed == []
-    passes = {"distill": 2, "sandwich": 3}.get(next(iter(options), ""), 1)
+    passes = {"distill": 2, "sandwich": 3, "split": 2}.get(next(iter(options), ""), 1)
     assert waits["tolist"] == 6 * passes
     assert waits.total() - waits["tolist"] <= 5 + 2 * passes  # is the loss finite? what to log
     assert watch.copies <= 2 + 9 * passes  # the batch, and the tables of what runs

@@ -201,7 +201,7 @@ def test_a_state_of_the_version_before_is_exported(data: Path, tmp_path: Path) -
     it = trained(data, tmp_path / "run", "6x4x1x128", 2)
     state = tmp_path / "run" / "state.safetensors"
     tensors, progress = load_state(state)
-    later = {"distill", "sandwich", "bias_rate", "dtype"}
+    later = {"distill", "sandwich", "split", "bias_rate", "dtype"}
     plan = {key: value for key, value in progress["plan"].items() if key not in later}
     del plan["sampling"]["fixed"], progress["parent"]
     save_file(

@@ -215,6 +215,7 @@ def test_the_usual_plan_has_these_rates() -> None:
         "save_every_steps": 100,
         "distill": 0.0,
         "sandwich": False,
+        "split": 0.0,
         "bias_rate": 0.0,
         "dtype": "float32",
     }

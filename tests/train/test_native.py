@@ -89,8 +89,8 @@ def test_many_steps_stay_with_those_of_pytorch() -> None:
 
 @pytest.mark.parametrize(
     ("change", "threads"),
-    [({}, 2), ({"distill": 0.5}, 1), ({"sandwich": True}, 1)],
-    ids=["plain", "distilled", "sandwich"],
+    [({}, 2), ({"split": 0.5}, 2), ({"distill": 0.5}, 1), ({"sandwich": True}, 1)],
+    ids=["plain", "split", "distilled", "sandwich"],
 )
 def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(
     change: dict[str, Any], threads: int, tmp_path: Path

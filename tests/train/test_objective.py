@@ -82,6 +82,28 @@ def assert_same_gradients(found: ElasticTransformer, wanted: ElasticTransformer)
             torch.testing.assert_close(p.grad, expected[name].grad, rtol=1e-3, atol=2e-6, msg=name)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_a_split_step_minimises_the_mean_over_the_tokens_of_both_networks(
+    share: float, config: ModelConfig
+) -> None:
+    it = awake(config, split=0.75, distill=share)
+    plain = readable(it.model)
+    record = it.train_step()
+    full, drawn = (one.subnet for one in it.plan.passes(config.shape, 0))
+    assert (record["subnet"], record["split"]) == ("full", [drawn.name])
+    assert full == Subnet.full(config.shape) != drawn
+    batch, losses = it.stream.batch(0, 1, 128), []
+    for subnet, rows, weight, own in ((full, slice(3), 0.75, 0), (drawn, slice(3, 4), 0.25, share)):
+        part = tuple(array[rows] for array in batch)
+        loss, kl = plain_loss(plain, part, subnet, own, it.plan.balance)
+        (loss * weight).backward()
+        losses.append(plain_loss(plain, part, subnet, 0.0, 0.0)[0].item())
+    assert_same_gradients(it.model, plain)
+    assert record["loss"] == pytest.approx(losses[0], abs=1e-3)
+    assert record["split_loss"] == [pytest.approx(losses[1], abs=1e-3)]
+    assert record.get("distilled") == (pytest.approx(float(kl), abs=1e-4) if share else None)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_a_reduced_network_learns_from_the_text_and_from_the_full_one(
     share: float, config: ModelConfig
@@ -119,7 +141,7 @@ def test_a_sandwich_is_the_mean_of_the_full_the_smallest_and_a_random_network(
     it = awake(config, sandwich=True, distill=distill)
     plain = readable(it.model)
     record = it.train_step()
-    full, smallest, drawn = it.plan.subnets(config.shape, 0)
+    full, smallest, drawn = (one.subnet for one in it.plan.passes(config.shape, 0))
     assert full == Subnet.full(config.shape)
     assert smallest == parse_name(config.shape, "L1-k1-w1")
     assert (record["subnet"], record["sandwich"]) == ("full", [smallest.name, drawn.name])
@@ -190,8 +212,8 @@ def test_bfloat16_rounds_products_and_leaves_the_rest_in_float32(
 
 @pytest.mark.parametrize(
     "options",
-    [{"dtype": "bfloat16"}, {"distill": 0.5}, {"sandwich": True}],
-    ids=["bfloat16", "distill", "sandwich"],
+    [{"dtype": "bfloat16"}, {"distill": 0.5}, {"sandwich": True}, {"split": 0.5}],
+    ids=["bfloat16", "distill", "sandwich", "split"],
 )
 def test_training_with_an_option_learns_in_full_and_reduced_networks(options: dict) -> None:
     config = replace(CONFIG, num_layers=3, num_experts=4, max_top_k=2)

@@ -13,10 +13,11 @@ from elastic_moe.model.folder import BUNDLED
 from elastic_moe.routing import resolve
 from elastic_moe.train.ledger import replay
 from elastic_moe.train.mini import ELASTIC_MINI
-from elastic_moe.train.plan import Stage, TrainingPlan, parse_stages
+from elastic_moe.train.plan import Pass, Stage, TrainingPlan, completed, parse_stages
 from elastic_moe.train.sampling import SamplingPlan
 
 SHAPE = ELASTIC_MINI.shape
+ONLY_K = SamplingPlan(depth=0, pool=0, width=0, threshold=0, top_k=0.9, per_layer=0)
 STAGES = parse_stages("12x40x4x256,48x60x8x512")
 NEVER = dict.fromkeys(("depth", "top_k", "width", "pool", "threshold"), 0.0)
 
@@ -64,12 +65,17 @@ def test_a_plan_survives_json_and_reads_what_an_older_version_wrote() -> None:
     plan = TrainingPlan(stages=STAGES, sampling=sampling, distill=0.5, dtype="bfloat16")
     data = json.loads(json.dumps(plan.to_json()))
     assert TrainingPlan.from_json(data) == plan
-    for new in ("distill", "sandwich", "bias_rate", "dtype"):
+    for new in ("distill", "sandwich", "split", "bias_rate", "dtype"):
         del data[new]
     del data["sampling"]["fixed"]
-    assert TrainingPlan.from_json(data) == TrainingPlan(stages=STAGES, sampling=sampling)
+    plain = TrainingPlan(stages=STAGES, sampling=sampling)
+    assert TrainingPlan.from_json(data) == plain
+    assert completed(data) == json.loads(json.dumps(plain.to_json()))
     with pytest.raises(TrainingError, match="colour = 3 is no field that this version knows"):
         TrainingPlan.from_json({**data, "colour": 3})
+    for foreign in ({}, {"stages": [], "sampling": None}, [], {**data, "stages": [{"steps": 1}]}):
+        with pytest.raises(TrainingError, match="plan: an object with stages and sampling is need"):
+            TrainingPlan.from_json(foreign)
     with pytest.raises(TrainingError, match="height = 1 is no field"):
         TrainingPlan.from_json({**data, "sampling": {"height": 1}})
 
@@ -89,7 +95,21 @@ def test_a_plan_survives_json_and_reads_what_an_older_version_wrote() -> None:
         ({"distill": 0.5, "sampling": SamplingPlan(fixed="L9")}, "distill = 0.5 needs reduced"),
         ({"distill": 0.5, "sampling": SamplingPlan(full=1.0)}, "distill = 0.5 needs reduced"),
         ({"sandwich": True, "sampling": SamplingPlan(**NEVER)}, "sandwich = True needs reduced"),
-        ({"sandwich": True, "sampling": SamplingPlan(full=0.5)}, "full = 0.5 has no meaning in a"),
+        (
+            {"sandwich": True, "sampling": SamplingPlan(full=0.5)},
+            "full = 0.5 has no meaning beside sandw",
+        ),
+        ({"split": 0.5, "sampling": SamplingPlan(full=0.5)}, "no meaning beside split: every step"),
+        ({"split": 0.5, "sampling": SamplingPlan(**NEVER)}, r"split = 0\.5 needs reduced networks"),
+        (
+            {"split": 0.5, "sandwich": True},
+            r"sandwich and split = 0\.5 are two ways to run the full",
+        ),
+        ({"split": 1}, r"plan: split must be a number in \[0, 0\.99\d+\], got 1"),
+        (
+            {"split": 0.5, "stages": (Stage(1, 48, 2, 256), Stage(1, 48, 1, 512))},
+            "stage 1: a step must have at least 2 sequences to split, got 1",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )
@@ -116,12 +136,15 @@ def test_what_a_model_lacks_is_refused() -> None:
 
 def test_a_step_trains_the_drawn_network_or_a_sandwich() -> None:
     plan = TrainingPlan(stages=STAGES)
-    assert [plan.subnets(SHAPE, s) for s in range(9)] == [
-        (plan.subnet(SHAPE, s),) for s in range(9)
-    ]
+    for step, sequences in ((0, 8), (1, 8), (40, 8)):
+        assert plan.passes(SHAPE, step) == (
+            Pass(plan.subnet(SHAPE, step), slice(0, sequences), 1.0),
+        )
     sandwich = TrainingPlan(stages=STAGES, sandwich=True)
     for step in (0, 40, 41, 42):
-        full, smallest, drawn = sandwich.subnets(SHAPE, step)
+        passes = sandwich.passes(SHAPE, step)
+        assert {(one.rows.start, one.rows.stop, one.weight) for one in passes} == {(0, 8, 1 / 3)}
+        full, smallest, drawn = (one.subnet for one in passes)
         grown = sandwich.stage(step).grown(48)
         assert full == sandwich.whole(SHAPE, step) == resolve(SHAPE, active_layers=grown)
         assert smallest.depth == len(grown) // 8 + (len(grown) == 12)
@@ -129,6 +152,38 @@ def test_a_step_trains_the_drawn_network_or_a_sandwich() -> None:
     assert sandwich.distilled_share == 1.0
     assert replace(sandwich, distill=0.25).distilled_share == 0.25
     assert plan.distilled_share == 0.0
+
+
+@pytest.mark.parametrize(
+    ("split", "of_full"), [(0.75, 6), (0.7, 6), (0.5, 4), (0.01, 1), (0.99, 7)]
+)
+def test_a_split_step_runs_the_full_network_on_its_share_of_the_sequences(
+    split: float, of_full: int
+) -> None:
+    """Rounded to whole sequences, and at least one for either."""
+    plan = TrainingPlan(stages=STAGES, split=split)
+    for step in (0, 40, 41, 42):
+        assert plan.subnet(SHAPE, step) != plan.whole(SHAPE, step)
+        assert plan.passes(SHAPE, step) == (
+            Pass(plan.whole(SHAPE, step), slice(0, of_full), of_full / 8),
+            Pass(plan.subnet(SHAPE, step), slice(of_full, 8), 1 - of_full / 8),
+        )
+
+
+def test_the_teacher_runs_where_the_full_network_is_not_trained_anyway() -> None:
+    for options, rows in (
+        ({}, []),
+        ({"distill": 0.5, "sampling": ONLY_K}, [slice(0, 8)]),
+        ({"distill": 0.5, "sandwich": True}, []),
+        ({"split": 0.75}, []),
+        ({"distill": 0.5, "split": 0.75}, [slice(6, 8)]),
+    ):
+        plan = TrainingPlan(stages=STAGES, **options)
+        step = next(s for s in range(9) if plan.subnet(SHAPE, s) != plan.whole(SHAPE, s))
+        assert plan.untrained_teacher(SHAPE, step) == rows, options
+    plain = TrainingPlan(stages=STAGES, distill=0.5)
+    full = next(s for s in range(99) if plain.subnet(SHAPE, s) == plain.whole(SHAPE, s))
+    assert plain.untrained_teacher(SHAPE, full) == []
 
 
 def test_a_stage_with_more_layers_than_the_model_is_refused() -> None:
@@ -150,9 +205,6 @@ def test_the_work_of_a_plan_is_tokens_times_layers() -> None:
     ]
 
 
-ONLY_K = SamplingPlan(depth=0, pool=0, width=0, threshold=0, top_k=0.9, per_layer=0)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -160,13 +212,15 @@ ONLY_K = SamplingPlan(depth=0, pool=0, width=0, threshold=0, top_k=0.9, per_laye
         {"distill": 0.5},
         {"sandwich": True},
         {"sandwich": True, "sampling": ONLY_K},  # what is drawn is often the smallest
+        {"split": 0.75},
+        {"split": 0.75, "distill": 0.5},
     ],
-    ids=["plain", "distilled", "sandwich", "sandwich-of-two"],
+    ids=["plain", "distilled", "sandwich", "sandwich-of-two", "split", "split-distilled"],
 )
 def test_the_ledger_counts_what_the_plan_draws(options: dict) -> None:
     plan = TrainingPlan(stages=STAGES, **options)
     ledger = replay(plan, SHAPE, 100)
-    drawn = [plan.subnets(SHAPE, step) for step in range(100)]
+    drawn = [[one.subnet for one in plan.passes(SHAPE, step)] for step in range(100)]
     subnets = [subnet for of_step in drawn for subnet in of_step]
     assert ledger.tokens == 40 * 4 * 512 + 60 * 8 * 512
     names = {"Lx111111111111", "full"}
@@ -177,9 +231,11 @@ def test_the_ledger_counts_what_the_plan_draws(options: dict) -> None:
     expected = 0.0
     for step, nets in enumerate(drawn):
         tokens, context = (2048, 128) if step < 40 else (4096, 256)
-        per_token = 3 * sum(s.flops_per_token(context) for s in nets)
-        if "distill" in options and not names & {s.name for s in nets}:
-            per_token += plan.whole(SHAPE, step).flops_per_token(context)  # the teacher
+        shares = (0.75, 0.25) if "split" in options else (1,) * len(nets)
+        costs = [s.flops_per_token(context) for s in nets]
+        per_token = 3 * sum(share * cost for share, cost in zip(shares, costs, strict=True))
+        if "distill" in options and (len(nets) == 2 or nets[0].name not in names):
+            per_token += shares[-1] * plan.whole(SHAPE, step).flops_per_token(context)  # teacher
         expected += per_token * tokens
     assert ledger.flops == pytest.approx(expected)
 

@@ -60,11 +60,12 @@ BIASED = replace(CONFIG, model_type="ernie4_5_moe", selection_bias=True)
         (CONFIG, {"sampling": SamplingPlan()}),
         (CONFIG, {"sampling": SamplingPlan(), "distill": 0.5}),
         (CONFIG, {"sampling": SamplingPlan(), "sandwich": True}),
+        (CONFIG, {"sampling": SamplingPlan(), "split": 0.5}),
         (CONFIG, {"sampling": SamplingPlan(fixed="L3-p4")}),
         (CONFIG, {"dtype": "bfloat16"}),
         (BIASED, {"bias_rate": 0.01}),
     ],
-    ids=["plain", "default-draws", "distill", "sandwich", "fixed", "bfloat16", "bias"],
+    ids=["plain", "default-draws", "distill", "sandwich", "split", "fixed", "bfloat16", "bias"],
 )
 def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(
     config: ModelConfig, options: dict, tmp_path: Path

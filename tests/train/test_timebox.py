@@ -118,6 +118,11 @@ def test_the_cost_of_a_step_follows_what_it_runs() -> None:
     assert 0.8 < cost() < 1
     assert cost() + 0.15 < cost(distill=0.5) < cost() + 1 / 3
     assert 1.7 < cost(sandwich=True) < 3
+    one = SamplingPlan(depth=0, pool=0, width=0, threshold=0, top_k=1)
+    reduced = cost(sampling=one)
+    mixed = cost(sampling=one, split=0.75)
+    assert mixed == pytest.approx(0.75 + 0.25 * reduced, abs=0.01) != pytest.approx(1, abs=0.01)
+    assert cost(sampling=one, split=0.75, distill=0.5) == pytest.approx(mixed + 0.25 / 3)
     pace, plan = Pace(0.5, 2.0), TrainingPlan(stages=stages, sampling=SamplingPlan(fixed="full"))
     seconds = 300 - pace.end_seconds
     assert fit_steps(pace, 300, plan, config.shape, 10) == int(seconds * 0.94 / (0.5 + 0.2))

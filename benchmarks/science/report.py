@@ -34,7 +34,8 @@ def read_summary(path: Path) -> Summary | None:
 def science_table(summary: Summary, text: str) -> str:
     """One row per point: both networks, their difference, the specialist, what is published."""
     header = ["sub-network", "elastic, nats/token", "inelastic", "elastic is better by"]
-    header += ["specialist is better by", "lost by elastic", "lost by ERNIE 5.0"]
+    header += ["specialist is better by", "one drawn network a step is better by"]
+    header += ["lost by elastic", "lost by ERNIE 5.0"]
     rows = []
     for point, p in summary["texts"][text]["points"].items():
         special = _spread_or_pair(p["specialist_gain"]) if point != "full" else NOTHING
@@ -46,6 +47,7 @@ def science_table(summary: Summary, text: str) -> str:
             _spread(p["inelastic"]),
             _gain(p["elastic_gain"]),
             special,
+            _spread_or_pair(p["drawn_gain"]),
             _spread(lost, sign="+"),
             NOTHING if published is None else f"{published['lost']:+.3f} ({published['what']})",
         ]
@@ -159,7 +161,8 @@ def _gains(summary: Summary) -> Iterator[Mapping[str, Any]]:
     """Every comparison that the tables show."""
     for text in summary["texts"].values():
         for point, p in text["points"].items():
-            shown = [p["elastic_gain"], p["specialist_gain"] if point != "full" else None]
+            special = p["specialist_gain"] if point != "full" else None
+            shown = (p["elastic_gain"], special, p["drawn_gain"])
             yield from (gain for gain in shown if gain is not None)
 
 

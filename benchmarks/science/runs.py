@@ -32,12 +32,13 @@ SITTINGS = "sittings.jsonl"  # of a run: on what it went on, and from which step
 RECENT_STEPS = 50
 
 # What the steps of each family run: the fields of the plan in which families differ. The elastic
-# one runs the full network on three quarters of every step's text; one drawn network a step, by the
-# chances that `elastic-moe train` has after ERNIE 5.0, cost the full network three times as much.
+# one runs the full network on three quarters of every step's text and a drawn one on the rest; the
+# drawn one runs one network a step, by the chances that `elastic-moe train` has after ERNIE 5.0.
 # The specialist at full size is the inelastic network.
 RECIPE = ("sampling", "split", "distill")
 FAMILIES: dict[str, dict[str, Any]] = {
     "elastic": {"sampling": SamplingPlan(prefix=1.0), "split": 0.75},
+    "drawn": {"sampling": SamplingPlan()},
     "inelastic": {"sampling": SamplingPlan(fixed="full")},
     "depth9": {"sampling": SamplingPlan(fixed="L9")},
     "pool8": {"sampling": SamplingPlan(fixed="p8")},
@@ -74,12 +75,14 @@ class Run:
 
 
 # First one of each, so that there is something to compare; then what the bars need, then the rest.
+# One drawn run is enough to see what drawing one network a step costs.
 RUNS = tuple(
     Run(family, seed)
     for families, seeds in (
         (("elastic", "inelastic", "depth9", "pool8"), (0,)),
         (("elastic", "inelastic"), (1, 2)),
         (("depth9", "pool8"), (1, 2)),
+        (("drawn",), (0,)),
     )
     for seed in seeds
     for family in families

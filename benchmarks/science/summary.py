@@ -153,6 +153,7 @@ def point_summary(point: str, lines: Sequence[Line], text: str) -> dict[str, Any
         "lost": {"elastic": lost("elastic"), "inelastic": lost("inelastic")},
         "elastic_gain": compare(inelastic, elastic),
         "specialist_gain": compare(elastic, special),
+        "drawn_gain": compare(elastic, of("drawn")),
         "published": PUBLISHED.get(point),
     }
 

@@ -40,7 +40,9 @@ def spread(mean: float, sd: float | None = None) -> dict[str, Any]:
     return {"n": 1 if sd is None else 3, "mean": mean, "sd": sd}
 
 
-def point(axis: str, share: float, elastic_gain: Any, specialist_gain: Any) -> dict[str, Any]:
+def point(
+    axis: str, share: float, elastic_gain: Any, specialist_gain: Any, drawn_gain: Any = None
+) -> dict[str, Any]:
     return {
         "axis": axis,
         "share": share,
@@ -50,6 +52,7 @@ def point(axis: str, share: float, elastic_gain: Any, specialist_gain: Any) -> d
         "lost": {"elastic": spread(0.125, 0.003), "inelastic": spread(0.5, 0.004)},
         "elastic_gain": elastic_gain,
         "specialist_gain": specialist_gain,
+        "drawn_gain": drawn_gain,
         "published": {"what": "depth 16 -> 12 layers", "lost": 0.196} if axis == "depth" else None,
     }
 
@@ -74,13 +77,14 @@ def test_differences_of_one_seed_have_the_error_of_their_pair_and_a_mark() -> No
     told = summary(gain(-0.02, 0.004), gain(0.25, 0.011), gain(0.07, 0.006))
     header, _, full, nine = rows(science_table(told, TEXTS[0]))
     assert header[3:5] == ["elastic is better by", "specialist is better by"]
+    assert header[5] == "one drawn network a step is better by"
     # The specialist at full is the inelastic network, of which the column before tells.
     assert full == [
-        *("`full`", "4.500 ± 0.010", "4.750 ± 0.020", "-0.020 ± 0.004†", "–", "–", "–"),
+        *("`full`", "4.500 ± 0.010", "4.750 ± 0.020", "-0.020 ± 0.004†", *["–"] * 4),
     ]
     assert nine == [
         *("`L9` (depth 75%)", "4.500 ± 0.010", "4.750 ± 0.020", "+0.250 ± 0.011†"),
-        *("+0.070 ± 0.006†", "+0.125 ± 0.003", "+0.196 (depth 16 -> 12 layers)"),
+        *("+0.070 ± 0.006†", "–", "+0.125 ± 0.003", "+0.196 (depth 16 -> 12 layers)"),
     ]
     marked = [line for line in science_words(told) if line.startswith("†")]
     assert len(marked) == 1
@@ -105,6 +109,14 @@ def test_a_difference_that_is_not_there_or_of_one_window_has_no_mark() -> None:
     # Its own pair is in no table: what is judged there is the gain of the elastic network.
     told["texts"][TEXTS[0]]["points"]["full"]["specialist_gain"] = gain(0.1, 0.2)
     assert not any("†" in line for line in science_words(told))
+
+
+def test_the_run_of_one_drawn_network_a_step_stands_beside_the_elastic_one() -> None:
+    told = summary(None, None, None)
+    nine = point("depth", 0.75, None, None, gain(-0.125, 0.004))
+    told["texts"][TEXTS[0]]["points"]["L9"] = nine
+    assert rows(science_table(told, TEXTS[0]))[-1][5] == "-0.125 ± 0.004†"
+    assert sum(line.startswith("†") for line in science_words(told)) == 1
 
 
 def test_the_cost_at_full_is_told_with_its_seed_deviation() -> None:

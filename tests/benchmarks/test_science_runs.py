@@ -65,7 +65,8 @@ def test_one_of_each_comes_first_then_what_the_bars_need() -> None:
     names = [run.name for run in RUNS]
     assert names[:4] == ["elastic-0", "inelastic-0", "depth9-0", "pool8-0"]
     assert names[4:8] == ["elastic-1", "inelastic-1", "elastic-2", "inelastic-2"]
-    assert len(set(names)) == 12
+    assert names[12:] == ["drawn-0"]
+    assert len(set(names)) == 13
 
 
 def test_a_run_has_as_many_whole_steps_as_its_tokens_fill() -> None:
@@ -74,6 +75,16 @@ def test_a_run_has_as_many_whole_steps_as_its_tokens_fill() -> None:
     assert plan.stages[0].step_tokens == STEP
     with pytest.raises(TrainingError, match="--tokens must be at least 4096"):
         Run("elastic", 0).plan(STEP - 1)
+
+
+def test_the_elastic_run_shares_every_step_and_the_drawn_one_has_one_network_a_step() -> None:
+    elastic, drawn = Run("elastic", 1).plan(), Run("drawn", 1).plan()
+    for step in range(50):
+        full, reduced = elastic.passes(TINY.shape, step)
+        assert (full.subnet.name, full.weight, full.rows) == ("full", 0.75, slice(0, 6))
+        assert (reduced.weight, reduced.rows) == (0.25, slice(6, 8))
+        assert len(drawn.passes(TINY.shape, step)) == 1
+    assert replace(drawn, sampling=elastic.sampling, split=0.75) == elastic
 
 
 @pytest.mark.parametrize(

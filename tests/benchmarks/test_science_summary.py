@@ -24,7 +24,7 @@ from benchmarks.science.summary import (
 
 NAMES = ("python-language-reference", "held-out-authors")
 COUNTS = (16, 8, 8, 8)
-FLOPS = {"elastic": 8e14, "inelastic": 1e15, "depth9": 7.5e14, "pool8": 1e15}
+FLOPS = {"drawn": 7e14, "elastic": 8e14, "inelastic": 1e15, "depth9": 7.5e14, "pool8": 1e15}
 
 
 def losses(nats: float, noise: int = 0) -> Losses:
@@ -160,6 +160,13 @@ def test_a_point_says_what_both_lose_and_how_the_specialist_does() -> None:
     assert points["w4"]["published"] is None
 
 
+def test_a_run_of_one_drawn_network_a_step_is_paired_with_the_elastic_one_of_its_seed() -> None:
+    drawn = runs({"drawn": [everywhere(4.70, ELASTIC)]})
+    nine = summary([*THREE, *drawn])["texts"][NAMES[0]]["points"]["L9"]
+    assert (nine["drawn_gain"]["n"], nine["elastic"]["n"]) == (1, 3)
+    assert nine["drawn_gain"]["mean"] == pytest.approx(4.52 - 4.70, abs=1e-4)
+
+
 def test_bars_are_met_by_three_seeds_far_apart() -> None:
     found = summary()
     assert len(found["bars"]) == 2 * (4 + 1)
@@ -195,6 +202,7 @@ def test_fewer_than_three_seeds_decide_nothing() -> None:
     assert summary(two)["seeds"] == {
         "elastic": [0, 1, 2],
         "inelastic": [0, 1],
+        "drawn": [],
         "depth9": [0],
         "pool8": [],
     }
@@ -205,7 +213,7 @@ def test_without_its_control_a_network_stands_alone() -> None:
     for p in summary(alone)["texts"][NAMES[1]]["points"].values():
         assert p["elastic"]["n"] == 3
         assert p["inelastic"] is p["lost"]["inelastic"] is p["elastic_gain"] is None
-        assert p["specialist"] is p["specialist_gain"] is None
+        assert p["specialist"] is p["specialist_gain"] is p["drawn_gain"] is None
 
 
 def test_the_tables_show_the_summary() -> None:
@@ -216,7 +224,7 @@ def test_the_tables_show_the_summary() -> None:
     nine = next(row for row in rows if "`L9`" in row)
     assert nine == (
         "| `L9` (depth 75%) | 4.630 ± 0.010 | 5.010 ± 0.010 | +0.380 (26.9 seed SDs) | "
-        "+0.070 ± 0.000† | +0.100 ± 0.000 | +0.196 (depth 16 -> 12 layers) |"
+        "+0.070 ± 0.000† | – | +0.100 ± 0.000 | +0.196 (depth 16 -> 12 layers) |"
     )
     assert all(row.count("|") == rows[0].count("|") for row in rows)
     words = list(science_words(told))

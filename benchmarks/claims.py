@@ -268,7 +268,8 @@ CLAIMS = (
         ERNIE,
         f"at full budget, elastic training costs {_DEPTH} (depth), {_POOL} (pool), {_TOP_K} (k)",
         full_budget,
-        "there one axis per training, here all of them at once",
+        "there one axis per training, drawn for the whole batch; here all of them at once, on a "
+        "quarter of every batch, and the full network on the rest",
     ),
     Claim(
         ERNIE,
@@ -356,6 +357,8 @@ def page(results: Results) -> str:
 - *elastic-mini* is the bundled checkpoint: {sizes}; its figures are over
   {results.scored_tokens:,} scored tokens{unless}.
 - *12 layers* are trainings of one recipe, elastic, inelastic and of single sub-networks: {runs}.
+  The elastic ones run the full network on three quarters of every step's text, a drawn one on the
+  rest.
 - The ablation of ERNIE 5.0 has 3.2 B parameters, 64 experts, k 8, 250 B tokens. Across such scales
   the order and shape of the losses can be compared, their size cannot.
 - Equal tokens do not make equal quality, and a cheaper network is no claim about a better one.

@@ -112,7 +112,7 @@ def read_plan(path: Path) -> TrainingPlan:
     """
     try:
         return TrainingPlan.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, TrainingError) as error:
         raise TrainingError(
             f"{path} is no plan of a training run ({error!r:.200}). Name the plan.json that is in "
             f"the folder of one."

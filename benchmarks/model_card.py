@@ -22,6 +22,7 @@ from elastic_moe.model.checkpoint import load_config
 from elastic_moe.model.folder import BUNDLED
 from elastic_moe.model.weights import WEIGHTS, file_sha256
 from elastic_moe.train.corpus import HELD_OUT_AUTHORS, LIBRARY, TEXTS
+from elastic_moe.train.plan import completed
 
 HERE = Path(__file__).resolve().parent
 FOLDER = BUNDLED / "elastic-mini"
@@ -57,7 +58,14 @@ def card() -> str:
     library = [entry for entry in corpus["files"] if entry["corpus"] == LIBRARY]
     novels = [entry for entry in corpus["files"] if entry["corpus"] != LIBRARY]
     kinds = corpus["stream_tokens_by_kind"]
-    trainings = [{**one["training"], "corpus": one["corpus"]} for one in chain]
+    trainings = [
+        {
+            **one["training"],
+            "plan": completed(one["training"]["plan"], str(FOLDER)),
+            "corpus": one["corpus"],
+        }
+        for one in chain
+    ]
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters["si"] = format_si
     template = environment.from_string((HERE / "model_card.md.j2").read_text(encoding="utf-8"))

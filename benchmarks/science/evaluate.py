@@ -27,7 +27,15 @@ from benchmarks.science.measuring import (
     evaluation_texts,
     measure,
 )
-from benchmarks.science.runs import CHECKPOINT, RECIPE, RUNS, SITTINGS, SPECIALISTS, Run
+from benchmarks.science.runs import (
+    CHECKPOINT,
+    RECIPE,
+    RUNS,
+    SITTINGS,
+    SPECIALISTS,
+    Run,
+    is_finished,
+)
 from benchmarks.science.summary import POINTS, Line, summarise
 from elastic_moe.engine import Engine
 from elastic_moe.errors import BenchmarkError, ElasticMoEError
@@ -35,6 +43,7 @@ from elastic_moe.files import write_text
 from elastic_moe.lab.quality import Quality, window_sums
 from elastic_moe.lab.record import describe_commit, describe_machine, describe_versions
 from elastic_moe.lab.text import EvaluationSet
+from elastic_moe.model.folder import read_json
 from elastic_moe.train.checkpoint import FREE
 from elastic_moe.train.log import read_log
 from elastic_moe.train.plan import completed
@@ -113,7 +122,7 @@ def describe_run(
 
 def differences(a: Line, b: Line) -> Iterator[tuple[str, Any, Any]]:
     """(what, a's, b's) of everything in which two runs have to be alike, and are not."""
-    plans = [completed(line["training"]["plan"]) for line in (a, b)]
+    plans = [completed(line["training"]["plan"], line["case"]) for line in (a, b)]
     for plan in plans:
         for field in {"seed", *FREE}:
             plan.pop(field, None)
@@ -169,6 +178,15 @@ def read_runs(path: Path | None) -> dict[str, Line]:
                 f"{path}: the line of {case} has no losses by window, so nothing can be compared "
                 f"with it. Move the file away and measure again."
             )
+        had = completed(line["training"]["plan"], f"{path}: {case}")
+        wanted = completed(Run(line["family"], line["seed"]).plan().to_json(), case)
+        for field in RECIPE:
+            if had[field] != wanted[field]:
+                raise BenchmarkError(
+                    f"{path}: {case} was trained with {field} = {had[field]!r}, which for "
+                    f"{line['family']} is now {wanted[field]!r}. Move the line away, or call it "
+                    f"what it is."
+                )
     return runs
 
 
@@ -213,6 +231,8 @@ def _evaluate_all(folder: Path, novels: Path, tokens: int, out: Path | None, aga
             if run.name in known:
                 _say(f"{run.name}: not in {folder}, its line is kept")
             continue
+        training = read_json(checkpoint, "manifest.json")["training"]
+        is_finished(folder / run.name, run.plan(training["tokens"], training["plan"]["dtype"]))
         with Engine.from_pretrained(checkpoint) as engine:
             texts = texts or evaluation_texts(engine.tokenizer, novels, tokens)
             if run.name in known and not again and is_of(known[run.name], engine, texts):

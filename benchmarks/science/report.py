@@ -34,7 +34,7 @@ def read_summary(path: Path) -> Summary | None:
 def science_table(summary: Summary, text: str) -> str:
     """One row per point: both networks, their difference, the specialist, what is published."""
     header = ["sub-network", "elastic, nats/token", "inelastic", "elastic is better by"]
-    header += ["specialist is better by", "one drawn network a step is better by"]
+    header += ["specialist is better by", "defaults of `train` are better by"]
     header += ["lost by elastic", "lost by ERNIE 5.0"]
     rows = []
     for point, p in summary["texts"][text]["points"].items():

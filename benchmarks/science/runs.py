@@ -32,9 +32,10 @@ SITTINGS = "sittings.jsonl"  # of a run: on what it went on, and from which step
 RECENT_STEPS = 50
 
 # What the steps of each family run: the fields of the plan in which families differ. The elastic
-# one runs the full network on three quarters of every step's text and a drawn one on the rest; the
-# drawn one runs one network a step, by the chances that `elastic-moe train` has after ERNIE 5.0.
-# The specialist at full size is the inelastic network.
+# one runs the full network on three quarters of every step's text, and on the rest one that is
+# drawn, whose reduced depths are first layers. The drawn one has the defaults of `elastic-moe
+# train`, as ERNIE 5.0: one network a step by independent chances, a quarter of the reduced depths
+# random layers. The specialist at full size is the inelastic network.
 RECIPE = ("sampling", "split", "distill")
 FAMILIES: dict[str, dict[str, Any]] = {
     "elastic": {"sampling": SamplingPlan(prefix=1.0), "split": 0.75},
@@ -75,7 +76,7 @@ class Run:
 
 
 # First one of each, so that there is something to compare; then what the bars need, then the rest.
-# One drawn run is enough to see what drawing one network a step costs.
+# One drawn run is enough to see how far its recipe is from the elastic one.
 RUNS = tuple(
     Run(family, seed)
     for families, seeds in (
@@ -138,7 +139,8 @@ def is_finished(folder: Path, plan: TrainingPlan) -> bool:
     manifest = folder / CHECKPOINT / MANIFEST
     if not manifest.is_file():
         return False
-    had = completed(json.loads(manifest.read_text(encoding="utf-8"))["training"]["plan"])
+    training = json.loads(manifest.read_text(encoding="utf-8"))["training"]
+    had = completed(training["plan"], str(manifest))
     wanted = json.loads(json.dumps(plan.to_json()))
     for field in sorted((had.keys() | wanted.keys()) - FREE):
         if had.get(field) != wanted.get(field):
@@ -157,7 +159,8 @@ class Progress:
         state: 'finished', 'begun' or 'waiting'.
         steps: that its saved state has; those after it are run again.
         total: of the plan that it was begun with; None before that.
-        loss: mean of the last steps of the log, whatever sub-networks they ran.
+        loss: mean of the last steps of the log, whatever sub-networks they ran; of split steps, the
+            full network's.
         seconds: that all logged steps took.
     """
 

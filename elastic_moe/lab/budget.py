@@ -10,8 +10,9 @@ Everything is counted in floating-point operations (FLOP), two per multiply-add.
 
 and a threshold that counts as if it dropped nothing, the figures are:
 
-    super-network   F = sum over steps of 3 f(s, c) tokens_step over the networks s that the step
-                    trains, and f of one that it only runs, to distil from
+    super-network   F = sum over steps of 3 f(s, c) tokens over the networks s that the step
+                    trains and the tokens that each runs, and f of one that only runs, to distil
+                    from
     inelastic       I = sum over steps of 3 f(all layers of that step, c) tokens_step; F / I - 1 is
                     what elastic training costs, or saves where it is negative
     refinement      R = 3 f(s, c of the last stage) tokens: s trained on, alone; of one that was

@@ -1,4 +1,4 @@
-"""The training loop: one sub-network a step, a schedule of stages, exact resume.
+"""The training loop: one sub-network a step or several, a schedule of stages, exact resume.
 
 Everything random in a step depends on (seed, step) alone, so a run that is killed and resumed on a
 CPU goes through the same states as one that was not, given as many threads: what else it takes to
@@ -287,7 +287,7 @@ class Trainer:
             What is not as it was, if that may change the last bits of steps.
         """
         tensors, progress = load_state(path)
-        progress["plan"] = completed(progress["plan"])
+        progress["plan"] = completed(progress["plan"], str(path))
         check_same_run(path, progress, self.identity())
         check_parent(path, progress, self.parent)
         states: dict[str, dict[str, Tensor]] = {}

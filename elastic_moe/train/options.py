@@ -243,8 +243,9 @@ def _add_elastic(group: argparse._ActionsContainer) -> None:
         "--split",
         type=float,
         metavar="X",
-        help="every step runs the full network on this share of its sequences, and a drawn reduced "
-        "one on the others (default: one network a step)",
+        help="every step runs the full network on this share of its sequences, rounded to whole "
+        "ones, and a drawn reduced network on the others; the chances above then say what a draw "
+        "reduces, until there is something (default: one network a step)",
     )
 
 
@@ -317,8 +318,8 @@ def _check_combinations(args: argparse.Namespace) -> None:
         ("sandwich", ("full_share", "split"), "every step runs the full network"),
         ("split", ("full_share",), "every step runs the full network"),
     ):
-        given = [other for other in others if getattr(args, other) is not None]
-        if getattr(args, name) not in (None, False) and given:
+        given = [other for other in others if _is_given(args, other)]
+        if _is_given(args, name) and given:
             raise OptionError(f"leave out {flag(given[0])} where {flag(name)} is given: {why}.")
     for share, axis in (("prefix_share", "depth"), ("per_layer_share", "top_k")):
         if getattr(args, share) is not None and getattr(args, f"reduce_{axis}") == 0:
@@ -345,6 +346,12 @@ def _check_combinations(args: argparse.Namespace) -> None:
         if wrong:
             what = "the Python library" if "Add" in remedy else "a folder of texts"
             raise OptionError(f"{flag(name)} is about {what}, which is not read. {remedy}.")
+
+
+def _is_given(args: argparse.Namespace, name: str) -> bool:
+    """Whether an option says anything; --split 0 says what is so without it."""
+    value = getattr(args, name)
+    return value is not None and value is not False and (name, value) != ("split", 0)
 
 
 def flag(name: str) -> str:

@@ -84,11 +84,12 @@ class TrainingPlan:
             `sampling` draws and a random reduced one, both on distillation from the full alone,
             unless `distill` weighs it. The step minimises the mean of the three losses
             (universally slimmable networks, arXiv:1903.05134).
-        split: every step runs the full network on this share of its sequences, rounded, and a drawn
-            reduced one on the others; the step minimises the mean over all tokens. 0 runs one
-            network a step.
+        split: every step runs the full network on this share of its sequences, rounded to whole
+            ones and at least one for either, and a drawn reduced network on the others; the step
+            minimises the mean over all tokens. 0 runs one network a step.
         bias_rate: how far a step moves the correction bias of every router that ran, for each
-            expert of its pool, towards equal loads (balancing without a loss, arXiv:2408.15664).
+            expert of its pool, towards equal loads (balancing without a loss, arXiv:2408.15664);
+            a network moves it by its share of the step.
         dtype: of the inputs of matrix products; everything else stays float32.
 
     Raises:
@@ -294,8 +295,7 @@ class TrainingPlan:
             return cls._from_json(data)
         except (KeyError, TypeError, AttributeError) as error:
             raise TrainingError(
-                f"plan: an object with stages and sampling is needed, and their fields: {error!r}. "
-                f"Repeat the command that began the run, or begin another one."
+                f"plan: an object with stages and sampling is needed, and their fields: {error!r}."
             ) from None
 
     @classmethod
@@ -312,13 +312,16 @@ class TrainingPlan:
         return cls(**{**data, "stages": stages, "sampling": sampling})
 
 
-def completed(data: Mapping[str, Any]) -> dict[str, Any]:
+def completed(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A plan's JSON with the fields that a version before they were added did not write.
 
     Raises:
-        TrainingError: as `TrainingPlan.from_json`.
+        TrainingError: as `TrainingPlan.from_json`, with `where` in front.
     """
-    whole: dict[str, Any] = json.loads(json.dumps(TrainingPlan.from_json(data).to_json()))
+    try:
+        whole: dict[str, Any] = json.loads(json.dumps(TrainingPlan.from_json(data).to_json()))
+    except TrainingError as error:
+        raise TrainingError(f"{where}: {error}") from None
     return whole
 
 

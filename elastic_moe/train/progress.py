@@ -19,7 +19,7 @@ class StepReport(str):
 
     Attributes:
         step, total_steps: this one, counted from 1, and the last of the plan.
-        loss: of the sub-network that the step ran, in nats per token.
+        loss: of the sub-network that the step ran, in nats per token; of several, the full one's.
         tokens_per_second: since the report before.
         seconds_left: of the plan or of the time that the run has, whichever ends first.
     """

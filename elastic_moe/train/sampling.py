@@ -20,7 +20,7 @@ class SamplingPlan:
     Attributes:
         full: None: every step draws each axis on its own, and reduces those that come up. A number:
             this fraction of steps runs the full network, and the others draw until an axis comes
-            up.
+            up, as all do that run the full network anyway.
         depth, top_k, width, pool, threshold: chance that a draw reduces this axis.
         prefix: of the steps with reduced depth, the fraction that keeps the first layers; the
             others keep a random subset.

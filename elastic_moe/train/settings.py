@@ -85,10 +85,7 @@ class Settings:
 
     def with_steps(self, steps: int) -> TrainingPlan:
         """The plan of a run of so many steps."""
-        args = self.args
-        pieces = args.batch_tokens // PIECE_TOKENS
-        stage = Stage(steps, self.model.config.num_layers, pieces, args.length)
-        return _plan(args, self.model, (stage,))
+        return _plan(self.args, self.model, (_stage(self.args, self.model, steps),))
 
 
 def read_settings(options: argparse.Namespace) -> Settings:
@@ -128,7 +125,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
                 tokenizer=tokenizer,
             )
         plan = _plan(args, model, stages) if (stages := _stages(args, model, out)) else None
-        trial = plan or _plan(args, model, (Stage(1, model.config.num_layers, 1, args.length),))
+        trial = plan or _plan(args, model, (_stage(args, model, 1),))
         _check_device(args.device)
         choose_backend(args.backend, model.config, trial, torch.device(args.device))
     return Settings(args, model, tokenizer, texts, mixture, plan, record)
@@ -222,20 +219,29 @@ def _stages(args: argparse.Namespace, model: Model, out: Path) -> tuple[Stage, .
     """The stages that the options say, or those of the run that a time box began; None: not yet."""
     if args.stages is not None:
         return parse_stages(args.stages)
-    pieces = args.batch_tokens // PIECE_TOKENS
     if args.tokens is not None:
-        steps = -(-args.tokens // args.batch_tokens)
-        return (Stage(steps, model.config.num_layers, pieces, args.length),)
+        return (_stage(args, model, -(-args.tokens // args.batch_tokens)),)
     path = out / PLAN
     if not path.is_file():
         return None
     try:
         return TrainingPlan.from_json(json.loads(path.read_text(encoding="utf-8"))).stages
-    except (ValueError, KeyError, TypeError, TrainingError) as error:
+    except (ValueError, TrainingError) as error:
         raise OptionError(
-            f"{path} is torn: {error}. It says how long the run is: begin another one in another "
+            f"{path} is torn: {error} It says how long the run is: begin another one in another "
             f"folder with --out."
         ) from None
+
+
+def _stage(args: argparse.Namespace, model: Model, steps: int) -> Stage:
+    """The one stage of a run whose options say no stages."""
+    if args.split and args.batch_tokens < 2 * args.length:
+        raise OptionError(
+            f"--split needs steps of at least 2 sequences, got --batch-tokens {args.batch_tokens} "
+            f"and --length {args.length}. Make one of them larger or the other one smaller."
+        )
+    pieces = args.batch_tokens // PIECE_TOKENS
+    return Stage(steps, model.config.num_layers, pieces, args.length)
 
 
 def _plan(args: argparse.Namespace, model: Model, stages: tuple[Stage, ...]) -> TrainingPlan:

@@ -77,7 +77,7 @@ def test_differences_of_one_seed_have_the_error_of_their_pair_and_a_mark() -> No
     told = summary(gain(-0.02, 0.004), gain(0.25, 0.011), gain(0.07, 0.006))
     header, _, full, nine = rows(science_table(told, TEXTS[0]))
     assert header[3:5] == ["elastic is better by", "specialist is better by"]
-    assert header[5] == "one drawn network a step is better by"
+    assert header[5] == "defaults of `train` are better by"
     # The specialist at full is the inelastic network, of which the column before tells.
     assert full == [
         *("`full`", "4.500 ± 0.010", "4.750 ± 0.020", "-0.020 ± 0.004†", *["–"] * 4),

@@ -230,6 +230,21 @@ def test_a_run_goes_on_with_its_own_text_alone(
     assert (out / "elastic-0" / "data" / "manifest.json").read_bytes() == before
 
 
+def test_a_checkpoint_of_another_recipe_is_not_measured_under_its_name(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "runs"
+    assert (
+        train.main(["--data", str(data), "--out", str(out), "--tokens", "4096", "--only=drawn-0"])
+        == 0
+    )
+    (out / "drawn-0").rename(out / "elastic-0")
+    where = ["x", "--runs", str(out), "--novels", str(novels(tmp_path, *HELD_OUT_AUTHORS))]
+    monkeypatch.setattr("sys.argv", [*where, "--tokens", "1024"])
+    assert evaluate.main() == 1
+    assert "elastic-0 was finished with another plan: sampling = " in capsys.readouterr().err
+
+
 def check_lines(by_case: dict[str, Any], out: Path) -> None:
     for case, points in (
         ("elastic-0", list(POINTS)),
@@ -325,6 +340,21 @@ def test_lines_without_windows_are_refused_before_anything_is_measured(tmp_path:
     with pytest.raises(BenchmarkError, match="the line of elastic-0 has no losses by window"):
         evaluate.read_runs(path)
     assert evaluate.read_runs(tmp_path / "none.jsonl") == evaluate.read_runs(None) == {}
+
+
+def test_a_line_of_another_recipe_is_not_taken_for_one_of_its_name(tmp_path: Path) -> None:
+    path, line = tmp_path / "r.jsonl", run_line("drawn-0", sampling={}) | {"kind": "run", "seed": 0}
+    line["texts"][AUTHORS]["window_tokens"] = [1]
+    path.write_text(json.dumps(line) + "\n")
+    assert list(evaluate.read_runs(path)) == ["drawn-0"]
+    line |= {"case": "elastic-0", "family": "elastic"}
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(BenchmarkError, match=r"elastic-0 was trained with sampling = .* now \{"):
+        evaluate.read_runs(path)
+    line["training"]["plan"]["sampling"] = {"prefix": 1.0}
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(BenchmarkError, match=r"split = 0\.0, which for elastic is now 0\.75"):
+        evaluate.read_runs(path)
 
 
 def test_a_half_written_log_and_state_say_how_far_a_run_is(tmp_path: Path, data: Path) -> None:

@@ -160,6 +160,10 @@ def test_a_tokenizer_of_ones_own_is_used_and_sets_the_vocabulary(root: Path) -> 
             "leave out --full-share where --split is given",
         ),
         (["--sandwich", "--split", "0.5"], "leave out --split where --sandwich is given"),
+        (
+            ["--split", "0.5", "--length", "512", "--batch-tokens", "512"],
+            "--split needs steps of at least 2 sequences, got --batch-tokens 512 and --length 512",
+        ),
         (["--split", "1"], "--split must be in [0, 1); --fixed full leaves nothing"),
         (["--full-share", "1"], "--full-share must be in [0, 1); --fixed full runs it in every"),
         (["--per-layer-share", "2"], "--per-layer-share must be in [0, 1], got 2.0"),

@@ -70,7 +70,7 @@ def test_a_plan_survives_json_and_reads_what_an_older_version_wrote() -> None:
     del data["sampling"]["fixed"]
     plain = TrainingPlan(stages=STAGES, sampling=sampling)
     assert TrainingPlan.from_json(data) == plain
-    assert completed(data) == json.loads(json.dumps(plain.to_json()))
+    assert completed(data, "x") == json.loads(json.dumps(plain.to_json()))
     with pytest.raises(TrainingError, match="colour = 3 is no field that this version knows"):
         TrainingPlan.from_json({**data, "colour": 3})
     for foreign in ({}, {"stages": [], "sampling": None}, [], {**data, "stages": [{"steps": 1}]}):

@@ -68,6 +68,18 @@ def test_a_machine_that_becomes_slower_leaves_a_checkpoint_and_a_run_that_goes_o
     assert (root / "run" / "plan.json").read_bytes() == plan
 
 
+def test_a_time_box_takes_steps_that_are_split_where_they_have_two_sequences(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "measure_pace", lambda *_: Pace(0.001, 0.001))
+    box = ("--minutes", 0.1, "--length", 512, "--batch-tokens", 1024, "--split", 0.9)
+    assert train(root, length=box) == 0
+    plan = TrainingPlan.from_json(json.loads((root / "run" / "plan.json").read_text()))
+    assert plan.split == 0.9
+    log = (root / "run" / "log.jsonl").read_text().splitlines()
+    assert all(len(json.loads(line)["split"]) == 1 for line in log)
+
+
 def test_what_the_end_needs_is_kept_from_the_steps(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,8 +23,8 @@ WAYS: list[dict[str, Any]] = [
     {"temperature": 0.8, "top_p": 0.9, "frequency_penalty": 0.5, "seed": 8, "n": 2},
 ]
 GOLDEN = (  # of PROMPTS[0], WAYS[0]
-    " be\n        the file.  The default value is a string, the default\n"
-    "        method is a string, and"
+    " be called\nto the function.  If the function is called, the function will\n"
+    "be used to be called with"
 )
 
 

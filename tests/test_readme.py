@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.science.report import read_summary, science_table, science_words
 from elastic_moe.cli.sweep import show
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -221,3 +222,27 @@ def test_the_servers_figures_are_those_of_the_committed_results() -> None:
     checks = read("interop.jsonl")
     passed = sum(not check["failed"] for check in checks)
     assert f"pass {passed} of {len(checks)} checks" in told
+
+
+def test_what_it_says_of_elasticity_is_what_the_committed_results_say() -> None:
+    results = ROOT / "benchmarks" / "results"
+    summary = read_summary(results / "science.jsonl")
+    assert summary is not None
+    for row in science_table(summary, "python-language-reference").splitlines():
+        assert f"{row}\n" in README
+    told = " ".join(README.split())
+    words = [w for w in science_words(summary) if not w.startswith("Undecided")]
+    assert sum(word.startswith("Elasticity costs the full network") for word in words) == 2
+    for word in words:
+        assert word in told
+    *_, line = map(json.loads, (results / "coherence.jsonl").read_text("utf-8").splitlines())
+    position, writing = line["positions"]["python-language-reference"], line["writing"]
+    for name in ("L36", "L24"):
+        within, beyond = (position[name][k] - position["full"][k] for k in ("within", "beyond"))
+        assert re.search(rf"`{name}` {within:.2f} (nats within )?and {beyond:.2f}\b", told)
+    first = {
+        name: f"{writing[name]['divergence']['first_difference']:.1f}"
+        for name in ("k2", "L36", "L12")
+    }
+    assert f"answers of `k2` first differ after {first['k2']} tokens in the mean" in told
+    assert f"of `L36` after {first['L36']}, of `L12` after {first['L12']}." in told

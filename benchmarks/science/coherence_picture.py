@@ -19,6 +19,7 @@ from elastic_moe.files import write_bytes
 from elastic_moe.lab.drawing import BLUE, INK, MUTED, PAPER, VERMILION, depth_colours, drawing_style
 
 PURPLE = "#cc79a7"  # Okabe and Ito's, as blue and vermilion are
+LEAST_SPAN = 0.01  # nats of an axis
 MERGED = 2  # bins that are drawn as one: less noise of what the text happens to be
 Line = Mapping[str, Any]
 Numbers = NDArray[Any]
@@ -108,17 +109,20 @@ def _draw_full(axes: Axes, line: Line, text: str) -> None:
     axes.set_title(text.replace("-", " "), loc="left", size=10.5)
     axes.tick_params(labelbottom=False)
     low, high = float(nats.min()), float(nats.max())
-    axes.set_ylim(high + 0.05 * (high - low), low - 0.3 * (high - low))
+    span = max(high - low, LEAST_SPAN)
+    axes.set_ylim(high + 0.05 * span, low - 0.3 * span)
     _mark_trained(axes, line, label=False)
 
 
 def _draw_lost(axes: Axes, line: Line, text: str, styles: Mapping[str, dict[str, Any]]) -> None:
     edges = np.array(line["position_edges"])
+    low = high = 0.0  # where nothing is lost, something may be gained, or neither
     for name, style in styles.items():
         lost = np.array(line["positions"][text][name]["lost"])
         axes.plot(*_merged(edges, lost), **style)
-    worst = max(max(line["positions"][text][name]["lost"]) for name in styles)
-    axes.set_ylim(1.1 * worst, -0.05 * worst)
+        low, high = min(low, float(lost.min())), max(high, float(lost.max()))
+    span = max(high - low, LEAST_SPAN)
+    axes.set_ylim(high + 0.1 * span, low - 0.05 * span)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: "0" if v == 0 else f"{v:+.1f}"))
     axes.set_xlabel("position: tokens of context")
     _mark_trained(axes, line, label=True)

@@ -262,6 +262,18 @@ def test_the_whole_line_is_drawn_and_told(tiny: Engine, tmp_path: Path) -> None:
     assert all(row.count("|") == rows[0].count("|") for row in rows)
 
 
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("lost", [0.0, -0.02])
+def test_a_text_on_which_nothing_is_lost_has_axes_too(tiny: Engine, lost: float) -> None:
+    line = coherence.measure(tiny, None)
+    for at in line["positions"]["python-language-reference"].values():
+        at["lost"] = [lost for _ in at["lost"]]
+        at["nats"] = [4.0 for _ in at["nats"]]
+    full, below, _ = coherence_figure(line).axes
+    assert full.get_ylim()[0] > 4.0 > full.get_ylim()[1]
+    assert below.get_ylim()[0] > 0.0 >= lost > below.get_ylim()[1]
+
+
 def check_survival(axes: Any, line: dict[str, Any]) -> None:
     """Where a curve is at n, that share of answers had no difference in its first n tokens."""
     names = [name for name in line["writing"] if name not in ("human", "full")]

@@ -228,7 +228,7 @@ def _stages(args: argparse.Namespace, model: Model, out: Path) -> tuple[Stage, .
         return TrainingPlan.from_json(json.loads(path.read_text(encoding="utf-8"))).stages
     except (ValueError, TrainingError) as error:
         raise OptionError(
-            f"{path} is torn: {error} It says how long the run is: begin another one in another "
+            f"{path} is torn ({error}). It says how long the run is: begin another one in another "
             f"folder with --out."
         ) from None
 

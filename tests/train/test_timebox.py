@@ -68,6 +68,18 @@ def test_a_machine_that_becomes_slower_leaves_a_checkpoint_and_a_run_that_goes_o
     assert (root / "run" / "plan.json").read_bytes() == plan
 
 
+@pytest.mark.parametrize("text", ["{", "{}"])
+def test_a_torn_plan_is_told_by_its_file(
+    root: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(root, length=("--minutes", 0)) == 1  # the text is prepared, and nothing else
+    (root / "run" / "plan.json").write_text(text)
+    capsys.readouterr()
+    assert train(root, length=("--minutes", 1)) == 2
+    message = error(capsys)
+    assert re.search(r"plan\.json is torn \(.+\)\. It says how long the run is: begin", message)
+
+
 def test_a_time_box_takes_steps_that_are_split_where_they_have_two_sequences(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

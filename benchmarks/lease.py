@@ -57,11 +57,15 @@ def pack(data: Path, out: Path, weights: Path | None = None) -> int:
     """Write a prepared folder of text, and weights to begin with, to `out`; returns the bytes.
 
     Raises:
+        CorpusError: the text is damaged.
         TrainingError: it is more than may travel.
     """
     manifest, _ = read_manifest(data)
     out.mkdir(parents=True, exist_ok=True)
-    tokens = np.load(data / TOKENS)
+    try:
+        tokens = np.load(data / TOKENS)
+    except ValueError as error:
+        raise CorpusError(f"{data / TOKENS} cannot be read: {error}. Prepare it again.") from None
     with replacing(out / PACKED_TOKENS) as beside:
         beside.write_bytes(lzma.compress(tokens.astype("<u2").tobytes(), preset=6))
     for name in (MANIFEST, TOKENIZER):
@@ -83,9 +87,17 @@ def unpack(packed: Path, data: Path) -> None:
     """Lay the text out as training reads it; nothing is done where it lies already.
 
     Raises:
-        CorpusError: the tokens cannot be unpacked, or are not those that the manifest names.
+        CorpusError: the tokens cannot be unpacked, or are not those that the manifest names. Or
+            another text lies there.
     """
     if (data / MANIFEST).is_file():
+        there, sent = (read_manifest(one)[0]["stream_sha256"] for one in (data, packed))
+        if there != sent:
+            raise CorpusError(
+                f"{data} holds text {there[:12]}, but {packed} another one, {sent[:12]}: a run "
+                f"goes on with the text that it was begun with. Name another --state, or pack the "
+                f"first text again."
+            )
         return
     remedy = "It was damaged on the way: pack the text again."
     path = packed / PACKED_TOKENS
@@ -130,6 +142,7 @@ def train_mini(
     config: ModelConfig = ELASTIC_MINI,
 ) -> Path:
     """Train elastic-mini for so long, and put its checkpoint and log into `out`."""
+    check_device(device)
     folder = state / "mini"
     unpack(packed, folder / "data")
     begins_with = packed / WEIGHTS
@@ -195,9 +208,11 @@ def train_runs(
         tokens: of each run.
 
     Raises:
-        TrainingError: there is no such run, or `state` holds one with another plan or other text.
+        TrainingError: there is no such run or device, or `state` holds a run with another plan or
+            other text.
     """
     runs = choose(only)
+    check_device(device)
     if dtype is None:
         dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     unpack(packed, state / "data")
@@ -248,6 +263,14 @@ def take(folder: Path, into: Path) -> list[Path]:
             shutil.copytree(checkpoint, beside, dirs_exist_ok=True)
         taken.append(to)
     return taken
+
+
+def check_device(device: str) -> None:
+    """Raises: TrainingError: there is no such device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
+        raise TrainingError(f"--device {device}: {error}. Name another one, such as cpu.") from None
 
 
 def say(line: str) -> None:

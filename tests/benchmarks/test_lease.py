@@ -70,6 +70,36 @@ def test_text_that_was_damaged_on_the_way_is_refused(data: Path, tmp_path: Path)
             lease.unpack(tmp_path / "lease", tmp_path / "there")
 
 
+def test_another_text_than_the_run_was_begun_with_is_refused(data: Path, tmp_path: Path) -> None:
+    lease.pack(data, tmp_path / "lease")
+    lease.unpack(tmp_path / "lease", tmp_path / "there")
+    lease.unpack(tmp_path / "lease", tmp_path / "there")
+    other = tmp_path / "other"
+    (tmp_path / "shorter").mkdir()
+    prepare(other, library(tmp_path / "shorter", 100), [], Mixture(), vocab_size=400)
+    lease.pack(other, tmp_path / "lease")
+    with pytest.raises(CorpusError, match="a run goes on with the text that it was begun with"):
+        lease.unpack(tmp_path / "lease", tmp_path / "there")
+
+
+def test_tokens_that_are_none_are_refused(data: Path, tmp_path: Path) -> None:
+    (data / "train.npy").write_bytes(b"half")
+    with pytest.raises(CorpusError, match=r"train.npy cannot be read: .* Prepare it again"):
+        lease.pack(data, tmp_path / "lease")
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there_is_an_error_of_one_line(
+    device: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lease.pack(data, tmp_path / "lease")
+    arguments = ["--packed", str(tmp_path / "lease"), "--state", str(tmp_path / "state")]
+    arguments += ["--out", str(tmp_path / "out"), "--device", device, "--science"]
+    assert lease.main(["train", *arguments]) == 1
+    assert f"error: --device {device}: " in capsys.readouterr().err
+    assert not (tmp_path / "state").exists()
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "half a token"])
 def test_text_that_cannot_be_unpacked_is_refused(
     data: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]

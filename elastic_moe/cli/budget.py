@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     training = read_training(args.trained, download=args.download)
     budget = make_budget(
         training,
-        [(parse_name(training.shape, name), tokens) for name, tokens in args.refine],
+        [(parse_name(training.whole_shape, name), tokens) for name, tokens in args.refine],
         earlier=[read_training(name, download=args.download) for name in args.began_with],
         networks=args.networks,
         scratch_tokens=args.scratch_tokens,
@@ -144,8 +144,17 @@ def _about_training(budget: dict[str, Any]) -> Iterator[str]:
         f"tokens ({format_si(trained['inelastic_flops'], 'FLOP')}).{distilled} "
         f"{_measured(trained['measured'])}"
     )
+    if trained["grown_layers"] < trained["layers"]:
+        yield (
+            f"NOT GROWN: {trained['grown_layers']} of its {trained['layers']} layers have run so "
+            f"far. Nothing can be extracted before all have, and what follows counts as if it "
+            f"could."
+        )
     for one in done:
-        yield f"{_about_one(one)}: refining {budget['networks'][0]['name']} alone"
+        what = f"refining {one['alone']} alone"
+        if one["extracted"]:
+            what = f"training what was extracted, {budget['networks'][0]['name']}"
+        yield f"{_about_one(one)}: {what}"
     yield (
         f"One network's cost in % of the super-network's, when n share it; from scratch: "
         f"{format_si(budget['scratch_tokens'])} tokens"
@@ -211,13 +220,15 @@ def _about_networks(budget: dict[str, Any]) -> Iterator[str]:
     """Lines that put the shares in their place, and say what was counted."""
     from elastic_moe.lab.frontier import format_si
 
+    flops = budget["super_network"]["flops"]
     refined = [row for row in budget["networks"] if row["refinement_tokens"]]
     for row in refined:
         last, took = row["shared"][-1], row["refinement_measured"]
         done = f" It was done. {_measured(took)}" if row["refinement_done"] else ""
         yield (
             f"Refining {row['name']} costs {_percent(row['refinement_of_super_network'])} of an "
-            f"existing super-network.{done} When {last['networks']:,} networks bear the "
+            f"existing super-network, and {_percent(row['refinement_of_scratch'])} of training "
+            f"{row['name']} from scratch.{done} When {last['networks']:,} networks bear the "
             f"super-network's cost, {row['name']} costs {_percent(last['of_super_network'])} of it "
             f"in all, of which refinement is {_percent(last['refinement_of_total'])}."
         )
@@ -236,10 +247,21 @@ def _about_networks(budget: dict[str, Any]) -> Iterator[str]:
             f"from scratch."
         )
     yield (
+        "Pays from: so many networks cost less by extracting them from one super-network than each "
+        "from scratch."
+    )
+    ungrown = [
+        f"{row['name']} {_percent(row['ungrown_scratch_flops'] / flops)}"
+        for row in budget["networks"]
+        if row["ungrown_scratch_flops"] > row["scratch_flops"]
+    ]
+    grows = "From scratch grows as the super-network did"
+    if ungrown:
+        yield f"{grows}; with all layers from the first step on: {', '.join(ungrown)}."
+    yield (
         "Counted: forward and backward, attention over half a sequence, the head; not the "
-        "embedding look-up, nor the optimiser; a threshold as if it dropped nothing. From scratch "
-        "grows as the super-network did. Equal tokens do not make equal quality: see "
-        "benchmarks/CLAIMS.md."
+        "embedding look-up, nor the optimiser; a threshold as if it dropped nothing. Equal tokens "
+        "do not make equal quality."
     )
 
 
@@ -267,7 +289,10 @@ def _tokens(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"tokens must be a number such as 200000, 200k or 1.5M, got {text!r}"
         )
-    return round(Fraction(match[1]) * _UNITS[match[2].upper()])
+    tokens = Fraction(match[1]) * _UNITS[match[2].upper()]
+    if tokens.denominator != 1:
+        raise argparse.ArgumentTypeError(f"tokens must be a whole number, got {text!r}")
+    return int(tokens)
 
 
 def _positive_tokens(text: str) -> int:

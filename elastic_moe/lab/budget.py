@@ -19,12 +19,13 @@ and a threshold that counts as if it dropped nothing, the figures are:
                     really done, what it took
     from scratch    S = tokens x the mean over the run's tokens of 3 f(s, c), where s grows as the
                     super-network grew: a stage runs those layers of s that it has. Of the full
-                    network on the same tokens this is I
+                    network on the same tokens this is I. Ungrown: all of s from the first step on
     per network     F / n + R when n networks share the super-network
     break-even      the smallest n with F + n R < n S; none where R >= S
 
 The trainings that led to the weights are the super-network's, each counted once, up to those at the
-end whose every step trained one proper sub-network alone: they are the refinement of it.
+end that trained a sub-network which had been extracted, or one proper sub-network alone in every
+step: they are the refinement of it.
 
 Shares are of F ("of an existing super-network"), of F / n + R ("of the total") or of S. All of this
 is compute: equal tokens do not make equal quality.
@@ -39,6 +40,7 @@ from fractions import Fraction
 from typing import Any
 
 from elastic_moe.errors import OptionError
+from elastic_moe.lab.lineage import join_trainings, split_trainings
 from elastic_moe.lab.trained import Training, stages_done
 from elastic_moe.routing import ModelShape, Subnet, resolve, shorten
 from elastic_moe.routing.subnet import INACTIVE
@@ -57,6 +59,7 @@ class Network:
         tokens: it is refined on, alone; 0 for one that is used as it was extracted.
         refinement_flops: R.
         scratch_flops: S.
+        ungrown_scratch_flops: S, if it ran all of its layers in every stage.
         done: by these trainings, where the refinement is no plan; () where it is.
     """
 
@@ -65,6 +68,7 @@ class Network:
     flops_per_token: float
     refinement_flops: float
     scratch_flops: float
+    ungrown_scratch_flops: float
     done: tuple[Training, ...] = ()
 
 
@@ -92,10 +96,14 @@ def distillation_flops(plan: TrainingPlan, shape: ModelShape, steps: int) -> flo
     return replay(plan, shape, steps).flops - without
 
 
-def scratch_flops(plan: TrainingPlan, steps: int, subnet: Subnet) -> float:
-    """S on the tokens of the plan's first `steps` steps: `subnet` alone, from random weights."""
+def scratch_flops(plan: TrainingPlan, steps: int, subnet: Subnet, *, grows: bool = True) -> float:
+    """S on the tokens of the plan's first `steps` steps: `subnet` alone, from random weights.
+
+    Args:
+        grows: as the plan's network does; False: all of its layers run from the first step on.
+    """
     return sum(
-        tokens * training_flops_per_token(_grown(subnet, stage), stage.length)
+        tokens * training_flops_per_token(_grown(subnet, stage) if grows else subnet, stage.length)
         for stage, tokens in stages_done(plan, steps)
     )
 
@@ -118,60 +126,6 @@ def break_even(super_flops: float, refinement: float, scratch: float) -> int | N
     """
     gain = Fraction(scratch) - Fraction(refinement)
     return math.floor(Fraction(super_flops) / gain) + 1 if gain > 0 else None
-
-
-# --- which trainings count, and as what
-
-
-def join_trainings(training: Training, earlier: Sequence[Training]) -> list[Training]:
-    """Every training that led to the weights of `training`, the first one first, each once.
-
-    One that tells of itself has its name and time from there; its FLOPs are those of a manifest,
-    where one tells of them.
-
-    Raises:
-        OptionError: an earlier one was of another model, is `training` itself or went on from it,
-            or is told of at two different steps.
-    """
-    found: list[Training] = []
-    for count, told in enumerate((*earlier, training)):
-        known, end = list(found), len(found)  # no chain tells of one of its own twice
-        for part in reversed((*told.before, replace(told, before=()))):
-            if part.shape != training.shape:
-                raise OptionError(
-                    f"{part.path} has {part.shape}, but {training.path} has {training.shape}. Name "
-                    f"a training that this one went on from."
-                )
-            if count < len(earlier) and part.is_same(training):
-                raise OptionError(
-                    f"{told.path} is the training of {training.path} itself, or went on from it. "
-                    f"Name a training that this one went on from."
-                )
-            other = next((one for one in known if one.is_same(part)), None)
-            if other is None:
-                found.insert(end, part)
-                continue
-            if other.steps != part.steps:
-                raise OptionError(
-                    f"{other.path} and {part.path} tell of one training, at step {other.steps:,} "
-                    f"and at step {part.steps:,}. Leave out the one that {training.path} did not "
-                    f"go on from."
-                )
-            at = found.index(other)
-            best = max(other, part, key=lambda one: (one.timed_steps, bool(one.name)))
-            # A manifest has what was counted then; a run is counted as this version draws.
-            then = [one.flops for one in (other, part) if one.kind != "run"]
-            found[at] = replace(best, flops=then[0]) if then else best
-            end = min(end, at)
-    return found
-
-
-def split_trainings(parts: Sequence[Training]) -> tuple[list[Training], list[Training]]:
-    """Those of the super-network, and those after it that refined a sub-network alone."""
-    count = len(parts)
-    while count > 1 and parts[count - 1].alone is not None:
-        count -= 1
-    return list(parts[:count]), list(parts[count:])
 
 
 # --- the ledger
@@ -228,8 +182,9 @@ def make_budget(
     ):
         if value is not None and not least <= value <= most:
             raise OptionError(f"{field} must be in [{least}, {most:,}], got {shorten(value)}.")
-    shape, parts = training.shape, join_trainings(training, earlier)
-    supers, done = split_trainings(parts)
+    parts = join_trainings(training, earlier)
+    supers, done, own = split_trainings(parts)
+    shape = supers[-1].shape
     length = stages_done(supers[-1].plan, supers[-1].steps)[-1][0].length
     tokens_done = sum(part.tokens for part in supers)
     super_network = _describe_super_network(supers)
@@ -238,16 +193,20 @@ def make_budget(
 
     def network(subnet: Subnet, tokens: int, done: Sequence[Training] = ()) -> Network:
         planned = training_flops_per_token(subnet, length) * tokens
+        scratch, ungrown = (
+            share * sum(scratch_flops(p.plan, p.steps, subnet, grows=grows) for p in supers)
+            for grows in (True, False)
+        )
         return Network(
             name=subnet.name,
             tokens=tokens,
             flops_per_token=subnet.flops_per_token(length // 2),
             refinement_flops=sum(part.flops for part in done) if done else planned,
-            scratch_flops=share * sum(scratch_flops(p.plan, p.steps, subnet) for p in supers),
+            scratch_flops=scratch,
+            ungrown_scratch_flops=ungrown,
             done=tuple(done),
         )
 
-    own = done[-1].alone if done else None
     asked = refinements or [(subnet, 0) for subnet in usual_subnets(shape) if subnet != own]
     rows = [network(subnet, tokens) for subnet, tokens in asked]
     if own is not None:
@@ -263,6 +222,8 @@ def make_budget(
                 "path": str(part.path),
                 "kind": part.kind,
                 "part": "super-network" if i <= len(supers) else "refinement",
+                "extracted": part.shape != shape,
+                "alone": None if part.alone is None else part.alone.name,
                 "steps": part.steps,
                 "planned_steps": part.plan.total_steps,
                 "tokens": part.tokens,
@@ -281,6 +242,7 @@ def make_budget(
                 "refinement_tokens": row.tokens,
                 "refinement_done": bool(row.done),
                 "refinement_measured": _measured(row.done),
+                "ungrown_scratch_flops": row.ungrown_scratch_flops,
                 **_costs(flops, row.refinement_flops, row.scratch_flops, counts),
             }
             for row in rows
@@ -300,6 +262,7 @@ def _describe_super_network(parts: Sequence[Training]) -> dict[str, Any]:
     first = parts[0]
     flops = sum(part.flops for part in parts)
     inelastic = sum(inelastic_flops(part.plan, part.shape, part.steps) for part in parts)
+    last, _ = stages_done(parts[-1].plan, parts[-1].steps)[-1]
     uncounted = {"parent": first.parent, "tokens": first.tokens_before}
     return {
         "steps": sum(part.steps for part in parts),
@@ -310,6 +273,8 @@ def _describe_super_network(parts: Sequence[Training]) -> dict[str, Any]:
         "distillation_flops": sum(
             distillation_flops(part.plan, part.shape, part.steps) for part in parts
         ),
+        "layers": parts[-1].shape.num_layers,
+        "grown_layers": last.layers,
         "measured": _measured(parts),
         "uncounted": None if first.parent is None else uncounted,
         "alone": None if parts[-1].alone is None else parts[-1].alone.name,

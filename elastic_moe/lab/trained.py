@@ -12,8 +12,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from elastic_moe.errors import CheckpointError, ElasticMoEError, OptionError, TrainingError
+from elastic_moe.model.families import read_config
 from elastic_moe.model.folder import CONFIG, checkpoint_name, find_checkpoint, read_json
-from elastic_moe.routing import ModelShape, Subnet, parse_name, shorten
+from elastic_moe.routing import ModelShape, Subnet, parse_name, resolve, shorten
+from elastic_moe.routing.subnet import INACTIVE
 from elastic_moe.train.ledger import replay
 from elastic_moe.train.log import read_log
 from elastic_moe.train.models import config_from_json
@@ -42,6 +44,8 @@ class Training:
         parent: what its first weights were; None for random ones. What those had cost, on
             `tokens_before` tokens, is not in `flops`.
         before: the trainings that those weights came from, the first one first, where it is known.
+        cut: the sub-network that was extracted from its weights, if the next training, or what was
+            named, began with that; a training of what was extracted has the shape of this alone.
     """
 
     name: str
@@ -56,6 +60,12 @@ class Training:
     parent: str | None = None
     tokens_before: int = 0
     before: tuple[Training, ...] = ()
+    cut: Subnet | None = None
+
+    @property
+    def whole_shape(self) -> ModelShape:
+        """The shape of the network that the first training known of trained."""
+        return (*self.before, self)[0].shape
 
     @property
     def tokens(self) -> int:
@@ -98,7 +108,7 @@ def read_training(trained: str | Path, *, download: bool = False) -> Training:
 
     Raises:
         OptionError: it is neither.
-        TrainingError: the run has saved no step yet, or its state cannot be read.
+        TrainingError: the run has saved no step yet, or its state or log cannot be read.
         CheckpointError: the checkpoint's files are damaged.
     """
     folder = Path(trained)
@@ -174,15 +184,52 @@ def _read_checkpoint(folder: Path) -> Training:
 
 
 def _read_chain(
-    manifest: dict[str, Any] | None, shape: ModelShape, path: Path
+    manifest: Mapping[str, Any] | None, shape: ModelShape, path: Path
 ) -> tuple[Training, ...]:
     """The training of a manifest and all before it that it tells of, the first one first."""
     found: list[Training] = []
     place = ""
     while manifest is not None:
-        found.insert(0, _read_manifest(manifest, shape, path, f"{place}training"))
+        cut = None
+        if isinstance(manifest, Mapping) and "extracted" in manifest:
+            cut = _read_cut(manifest["extracted"], shape, path, f"{place}extracted")
+            shape = cut.shape
+        own = _read_manifest(manifest, shape, path, f"{place}training")
+        found.insert(0, replace(own, cut=cut))
         manifest, place = manifest.get("before"), f"{place}before."
     return tuple(found)
+
+
+def _read_cut(told: Any, shape: ModelShape, path: Path, place: str) -> Subnet:
+    """What of a trained network was extracted, at once or in several cuts; `shape` is the last's.
+
+    Raises:
+        CheckpointError: it is not as `extract` writes it.
+    """
+    try:
+        whole = read_config(told["config"], str(path)).shape
+        cut = resolve(whole, **told["routing"])
+        if cut.depth != shape.num_layers:
+            raise ValueError(f"it has {cut.depth} layers, what was extracted {shape.num_layers}")
+    except _FOREIGN as error:
+        raise CheckpointError(
+            f"{path}: {place!r} cannot be read ({error!r:.200}). It must hold config and routing, "
+            f"as `elastic-moe extract` writes them."
+        ) from error
+    return cut if "of" not in told else within(_read_cut(told["of"], whole, path, place), cut)
+
+
+def within(outer: Subnet, inner: Subnet) -> Subnet:
+    """What `inner`, a sub-network of the network that was extracted as `outer`, is of the whole."""
+    layers = [INACTIVE] * outer.shape.num_layers
+    for i, layer in zip(outer.active_layers, inner.layers, strict=True):
+        if layer.active:
+            # Experts that a bias shuts out were not cut off: ids are still those of the whole.
+            cut_off = inner.shape.num_experts < outer.shape.num_experts
+            pool = outer.layers[i].pool
+            kept = (pool[e] for e in layer.pool) if cut_off else set(pool).intersection(layer.pool)
+            layers[i] = replace(layer, pool=tuple(sorted(kept)))
+    return Subnet(outer.shape, tuple(layers))
 
 
 def _read_manifest(

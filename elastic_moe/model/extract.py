@@ -6,6 +6,7 @@ config.json cannot say (a threshold, values that differ from layer to layer) is 
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -16,12 +17,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from elastic_moe.errors import CheckpointWarning, ExtractError
-from elastic_moe.files import replacing_folder
+from elastic_moe.errors import CheckpointError, CheckpointWarning, ExtractError
+from elastic_moe.files import replacing_folder, write_text
 from elastic_moe.model.checkpoint import Checkpoint
 from elastic_moe.model.config import ElasticBlock, ModelConfig
 from elastic_moe.model.families import EXPERT_PARTS, FAMILIES, parameter_shapes, read_config
-from elastic_moe.model.folder import CONFIG, checkpoint_name, file_in, find_checkpoint
+from elastic_moe.model.folder import CONFIG, checkpoint_name, file_in, find_checkpoint, read_json
 from elastic_moe.model.saving import MAX_SHARD_BYTES, Item, write_config_json, write_tensors
 from elastic_moe.routing import ModelShape, Subnet, parse_name, shorten
 
@@ -41,7 +42,7 @@ COMPANIONS = (
     "LICENSE.txt",
     "NOTICE",
 )
-CARD = "README.md"
+CARD, MANIFEST = "README.md", "manifest.json"
 # Added to a score in [0, 1], it keeps an expert from ever being chosen; finite, as weights must be.
 EXCLUDED = -1e9
 ChannelOrder = Mapping[int, Tensor]  # layer -> (E, F): which channel comes first, second, ...
@@ -94,12 +95,14 @@ def extract(
     else:
         subnet = routing if isinstance(routing, Subnet) else routing.resolve(shape)
     cut = _Cut(parent, subnet, pool_as_bias, channel_order or {})
-    raw = cut.config_json(f"{checkpoint_name(folder)} sha256:{parent.files.sha256()}")
+    parent_id = f"{checkpoint_name(folder)} sha256:{parent.files.sha256()}"
+    raw = cut.config_json(parent_id)
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing_folder(target) as beside:
         write_tensors(beside, cut.items(), max_shard_bytes)
         write_config_json(beside, raw)
         _copy_companions(folder, beside, subnet)
+        _copy_manifest(folder, beside, cut, parent_id)
     return target
 
 
@@ -224,6 +227,18 @@ class _Cut:
             )
         return raw
 
+    def routing(self) -> dict[str, Any]:
+        """What the sub-network is, as arguments of `resolve`: not every name can be read back."""
+        told: dict[str, Any] = {"active_layers": list(self.layers)}
+        if self.pools:
+            every = list(range(self.old.num_experts))
+            pools = [list(self.pools.get(i, every)) for i in range(self.old.num_layers)]
+            same = self.subnet.uniform("pool")
+            told |= {"top_k": self.subnet.uniform("top_k")}
+            told |= {"expert_width": self.subnet.uniform("width")}
+            told |= {"expert_pool": pools if same is None else list(same)}
+        return told
+
     def items(self) -> list[Item]:
         """The child's tensors in the layout of the hub; values are read when they are written."""
         items = []
@@ -308,3 +323,25 @@ def _copy_companions(folder: Path, target: Path, subnet: Subnet) -> None:
         f"quality is about the whole.\n"
     )
     (target / CARD).write_bytes(text + note.encode())
+
+
+def _copy_manifest(folder: Path, target: Path, cut: _Cut, parent_id: str) -> None:
+    """How the weights were trained, where the parent tells, and what was cut out of them since.
+
+    So a ledger knows what was spent before the sub-network was trained on alone.
+    """
+    try:
+        manifest = read_json(folder, MANIFEST) if (folder / MANIFEST).exists() else {}
+    except CheckpointError:  # other tools may call anything a manifest
+        manifest = {}
+    if not {"corpus", "training"} <= manifest.keys():
+        return
+    told = {
+        "subnet": cut.subnet.name,
+        "parent": parent_id,
+        "routing": cut.routing(),
+        "config": cut.parent.raw,
+    }
+    if "extracted" in manifest:  # the parent was cut out itself
+        told["of"] = manifest["extracted"]
+    write_text(target / MANIFEST, json.dumps({**manifest, "extracted": told}, indent=1) + "\n")

@@ -9,10 +9,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from elastic_moe.errors import TrainingError
 from elastic_moe.files import write_text
 from elastic_moe.routing import ModelShape, resolve
 from elastic_moe.train.plan import TrainingPlan
@@ -21,15 +23,47 @@ LOG, TABLE = "log.jsonl", "log.csv"
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's steps, in order; a line that a kill cut short is left out."""
-    path = folder / LOG
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    """The records of a run's steps, in order; a last line that a kill cut short is left out.
+
+    Raises:
+        TrainingError: a line is no record of a later step than those before it.
+    """
+    return [record for _, record in read_lines(folder / LOG)]
+
+
+def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """As `read_log`, each record with its line."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    lines = text.splitlines()
+    found: list[tuple[str, dict[str, Any]]] = []
+    for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
-            break
-    return records
+            if number == len(lines):  # the line that a kill cut short
+                break
+            record = None
+        before = found[-1][1]["step"] if found else 0
+        wrong = _what_is_wrong(record, before)
+        if wrong:
+            raise TrainingError(
+                f"{path}, line {number}: {wrong}. Restore the file, or delete it: the state does "
+                f"not need it, and only what it tells of times and losses is lost."
+            )
+        found.append((line, record))
+    return found
+
+
+def _what_is_wrong(record: Any, before: int) -> str:
+    """Why a line cannot be the record of a step after step `before`; "" if it can."""
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return "no record of a step"
+    if record["step"] <= before:
+        return f"step {record['step']} after step {before}"
+    seconds = record.get("seconds", 0.0)
+    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+        return f"seconds must be a number of at least 0, got {seconds!r:.50}"
+    return ""
 
 
 def write_table(folder: Path) -> Path:

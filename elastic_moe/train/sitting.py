@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_moe.files import write_text
+from elastic_moe.train.log import read_lines
 from elastic_moe.train.plan import TrainingPlan
 
 _RECENT = 8  # steps, whose longest tells how long the next may take
@@ -20,17 +20,13 @@ def forget_steps_after(step: int, log: Path) -> list[dict[str, Any]]:
 
     Returns:
         The records that stay.
+
+    Raises:
+        TrainingError: as `read_log`.
     """
     if not log.exists():
         return []
-    kept = []
-    for line in log.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # the line that the kill cut short
-            break
-        if record["step"] <= step:
-            kept.append((line, record))
+    kept = [(line, record) for line, record in read_lines(log) if record["step"] <= step]
     write_text(log, "".join(f"{line}\n" for line, _ in kept))
     return [record for _, record in kept]
 

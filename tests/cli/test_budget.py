@@ -16,6 +16,7 @@ from elastic_moe.cli import main
 from elastic_moe.cli.budget import EXAMPLES
 from elastic_moe.lab.frontier import format_percent, format_si
 from elastic_moe.lab.trained import read_training
+from elastic_moe.train.plan import parse_stages
 from elastic_moe.train.sampling import SamplingPlan
 from tests.train.small import PLAN, trainer
 
@@ -90,19 +91,55 @@ def test_the_table_shows_what_the_json_says(capsys: pytest.CaptureFixture[str]) 
 def test_a_refinement_is_put_in_its_place(capsys: pytest.CaptureFixture[str]) -> None:
     (row,) = ledger(capsys, "--refine", "L24:100k", "--networks", "4")["networks"]
     last = row["shared"][-1]
-    of_existing, of_one, of_total = (
+    of_existing, of_scratch, of_one, of_total = (
         format_percent(ratio, 1)
         for ratio in (
             row["refinement_of_super_network"],
+            row["refinement_flops"] / row["scratch_flops"],
             last["of_super_network"],
             last["refinement_of_total"],
         )
     )
     assert (
-        f"Refining L24 costs {of_existing} of an existing super-network. When 4 networks bear the "
-        f"super-network's cost, L24 costs {of_one} of it in all, of which refinement is {of_total}."
+        f"Refining L24 costs {of_existing} of an existing super-network, and {of_scratch} of "
+        f"training L24 from scratch. When 4 networks bear the super-network's cost, L24 costs "
+        f"{of_one} of it in all, of which refinement is {of_total}."
     ) in words(capsys, "--refine", "L24:100k", "--networks", "4")
     assert last["of_super_network"] == pytest.approx(0.25 + row["refinement_of_super_network"])
+
+
+def test_from_scratch_is_told_as_it_grows_and_as_it_does_not(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    budget = ledger(capsys, "--refine", "L24-k2", "--refine", "L12")
+    deep, shallow = budget["networks"]
+    flops = budget["super_network"]["flops"]
+    assert deep["ungrown_scratch_flops"] > deep["scratch_flops"]
+    told = words(capsys, "--refine", "L24-k2", "--refine", "L12")
+    shares = ", ".join(
+        f"{row['name']} {format_percent(row['ungrown_scratch_flops'] / flops, 1)}"
+        for row in (deep, shallow)
+    )
+    assert (
+        f"From scratch grows as the super-network did; with all layers from the first step on: "
+        f"{shares}."
+    ) in told
+    assert "Pays from: so many networks cost less by extracting them" in told
+    done = trainer(replace(PLAN, stages=parse_stages("6x8x1x128")))
+    done.train_step()
+    done.save(run_folder / "state.safetensors")
+    assert "From scratch grows" not in words(capsys, str(run_folder))  # as it never did
+
+
+def test_a_network_that_has_not_grown_says_so(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "NOT GROWN: 2 of its 6 layers have run so far" in words(capsys, str(run_folder))
+    done = trainer(PLAN)
+    for _ in range(7):
+        done.train_step()
+    done.save(run_folder / "state.safetensors")
+    assert "NOT GROWN" not in words(capsys, str(run_folder))
 
 
 def test_extraction_alone_is_put_in_its_place_too(capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,8 +247,9 @@ def test_a_refinement_that_was_done_is_marked_and_timed(
     assert "NOT COUNTED" not in told
     share = format_percent(row["refinement_of_super_network"], 1)
     assert (
-        f"Refining L3 costs {share} of an existing super-network. It was done. Measured: 0.8 s, "
-        in told
+        f"Refining L3 costs {share} of an existing super-network, and "
+        f"{format_percent(row['refinement_of_scratch'], 1)} of training L3 from scratch. It was "
+        f"done. Measured: 0.8 s, " in told
     )
     rows = [re.split(r"\s\s+", line.strip()) for line in out.splitlines()]
     (cells,) = [cells for cells in rows if cells[0].startswith("L3 ") or cells[0] == "L3"]
@@ -283,6 +321,8 @@ def test_what_does_not_fit_is_a_bad_argument(
     [
         (["--refine", "L24:many"], "tokens must be a number such as 200000, 200k or 1.5M"),
         (["--refine", "L24:-5"], "got '-5'"),
+        (["--refine", "L24:0.4"], "tokens must be a whole number, got '0.4'"),
+        (["--scratch-tokens", "1.0005k"], "tokens must be a whole number, got '1.0005k'"),
         (["--scratch-tokens", "0"], "tokens must be at least 1, got '0'"),
         (["--networks", "0"], "must be an integer in [1, 1,000,000,000], got '0'"),
         (["--networks", "-3"], "must be an integer in [1, 1,000,000,000], got '-3'"),
@@ -315,6 +355,60 @@ def test_folders_of_other_kinds_are_bad_arguments_and_damaged_ones_failures(
         (tmp_path / "manifest.json").write_text(torn)
         assert main(["budget", str(tmp_path)]) == 1
         assert "manifest.json" in capsys.readouterr().err
+
+
+def test_what_was_extracted_and_trained_on_is_a_refinement_of_the_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "text.txt").write_text("It was the best of times, it was the worst. " * 3000)
+    sizes = ["--corpus", str(corpus), "--batch-tokens", "512", "--length", "128"]
+    whole, part, on = (str(tmp_path / name) for name in ("whole", "part", "on"))
+    small = ["--layers", "4", "--hidden", "32", "--experts", "4", "--vocab-size", "300"]
+    assert main(["train", *sizes, *small, "--tokens", "4096", "--out", whole]) == 0
+    assert main(["extract", f"{whole}/checkpoint", "L2", "--out", part]) == 0
+    assert main(["train", "--from", part, *sizes, "--tokens", "2048", "--out", on]) == 0
+    capsys.readouterr()
+
+    first, found = ledger(capsys, whole), ledger(capsys, on)
+    last = read_training(on)
+    assert found["super_network"]["flops"] == first["super_network"]["flops"]
+    assert found["super_network"]["uncounted"] is None
+    assert [one["part"] for one in found["trainings"]] == ["super-network", "refinement"]
+    row = found["networks"][0]
+    assert (row["name"], row["refinement_done"]) == ("L2", True)
+    assert (row["refinement_flops"], row["refinement_tokens"]) == (last.flops, 2048)
+    two = next(one for one in first["networks"] if one["name"] == "L2")
+    assert row["scratch_flops"] == two["scratch_flops"]
+    told = words(capsys, on)
+    assert "NOT COUNTED" not in told
+    assert "on (run): 4 of 4 steps" in told
+    assert "training what was extracted, L2" in told
+
+    # What it can be extracted as is of the whole; naming the whole changes nothing but its name.
+    assert ledger(capsys, on, "--refine", "L3:1k")["networks"][1]["name"] == "L3"
+    named = ledger(capsys, on, "--began-with", whole)
+    assert named["networks"] == found["networks"]
+    assert named["trainings"][0]["name"] == "whole"
+    assert ledger(capsys, part)["networks"][0]["name"] == "L2"
+    again = ledger(capsys, f"{on}/checkpoint")
+    assert (again["networks"], again["trainings"][1]["kind"]) == (
+        [row | {"refinement_measured": None}, *found["networks"][1:]],
+        "checkpoint",
+    )
+
+
+def test_a_training_that_it_did_not_come_from_is_refused(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    done = trainer(replace(PLAN, seed=5))
+    done.train_step()
+    other.mkdir()
+    done.save(other / "state.safetensors")
+    assert main(["budget", str(run_folder), "--began-with", str(other)]) == 2
+    assert "began with random weights, so that it cannot have gone on" in capsys.readouterr().err
 
 
 def test_the_examples_are_understood(capsys: pytest.CaptureFixture[str]) -> None:

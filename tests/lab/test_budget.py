@@ -122,7 +122,8 @@ def test_scratch_tokens_scale_a_training_from_scratch() -> None:
 
 
 def test_a_training_that_went_on_from_another_costs_both() -> None:
-    subnet, first, second = parse_name(SHAPE, "L4-k2"), training(steps=5), training(FULL_ONLY)
+    subnet, first = parse_name(SHAPE, "L4-k2"), training(steps=5)
+    second = training(FULL_ONLY, parent="first")
     alone = [make_budget(part, [(subnet, 300)]) for part in (first, second)]
     both = make_budget(second, [(subnet, 300)], earlier=[first])
     for field in ("steps", "tokens", "flops", "inelastic_flops", "distillation_flops"):
@@ -146,7 +147,8 @@ def test_what_a_training_began_with_is_told_as_not_counted() -> None:
     assert make_budget(later)["super_network"]["uncounted"] == expected
     assert make_budget(training())["super_network"]["uncounted"] is None
     assert make_budget(later, earlier=[training()])["super_network"]["uncounted"] is None
-    assert make_budget(training(), earlier=[later])["super_network"]["uncounted"] == expected
+    third = training(FULL_ONLY, parent="second")
+    assert make_budget(third, earlier=[later])["super_network"]["uncounted"] == expected
 
 
 def test_a_training_of_another_model_is_not_counted_in() -> None:

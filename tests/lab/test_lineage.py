@@ -11,7 +11,10 @@ import pytest
 from elastic_moe.errors import OptionError
 from elastic_moe.lab.budget import make_budget, scratch_flops
 from elastic_moe.lab.trained import Training
+from elastic_moe.model.checkpoint import Checkpoint
 from elastic_moe.routing import parse_name
+from elastic_moe.train.ledger import replay
+from elastic_moe.train.plan import parse_stages
 from elastic_moe.train.sampling import SamplingPlan
 from tests.lab.trainings import SHAPE, SMALL_PLAN, training
 
@@ -97,6 +100,91 @@ def test_what_it_did_not_go_on_from_is_refused(
 ) -> None:
     with pytest.raises(OptionError, match=message):
         make_budget(last, earlier=[earlier])
+
+
+def test_weights_that_are_there_are_compared_with_those_that_the_next_one_began_with(
+    tiny_folder: Path,
+) -> None:
+    sha256 = Checkpoint(tiny_folder).files.sha256()
+    told = replace(RUN, path=tiny_folder)
+    right = training(replace(SMALL_PLAN, seed=2), parent=f"tiny sha256:{sha256}")
+    assert make_budget(right, earlier=[told])["super_network"]["uncounted"] is None
+    wrong = training(replace(SMALL_PLAN, seed=2), parent="tiny sha256:0123")
+    with pytest.raises(OptionError, match=r"has other weights \(sha256:.* with: tiny sha256:0123"):
+        make_budget(wrong, earlier=[told])
+    named = replace(wrong, parent="a name alone")  # nothing to compare with
+    assert make_budget(named, earlier=[told])["super_network"]["uncounted"] is None
+
+
+def test_the_weights_of_a_run_are_in_its_checkpoint(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").symlink_to(tiny_folder)
+    wrong = training(replace(SMALL_PLAN, seed=2), parent="tiny sha256:0123")
+    with pytest.raises(OptionError, match="has other weights"):
+        make_budget(wrong, earlier=[replace(RUN, path=tmp_path)])
+
+
+def test_another_model_is_told_by_the_sizes_that_differ() -> None:
+    small = replace(RUN, shape=replace(SHAPE, num_layers=2, moe_layers=frozenset({0, 1})))
+    with pytest.raises(OptionError, match="of another model than third: num_layers 2 instead of 6"):
+        make_budget(replace(THIRD, before=()), earlier=[small])
+
+
+# --- a network that was extracted, and trained on
+
+
+def extracted(name: str, steps: int, whole: Training, **changes: Any) -> Training:
+    """A training of what was extracted from `whole`, all of it in every step."""
+    cut = parse_name(whole.shape, name)
+    shape = replace(
+        whole.shape,
+        num_layers=cut.depth,
+        moe_layers=frozenset(range(cut.depth)),
+        max_top_k=cut.uniform("top_k"),
+    )
+    plan = replace(SMALL_PLAN, stages=parse_stages(f"{cut.depth}x8x1x128"))
+    told = replace(whole, cut=cut, before=())
+    one = training(plan, 1, parent="cut out", name="on", before=(*whole.before, told))
+    flops = replay(plan, shape, steps).flops
+    return replace(one, shape=shape, steps=steps, flops=flops, **changes)
+
+
+def test_what_was_extracted_is_a_refinement_however_it_was_trained() -> None:
+    on = extracted("L4-k1", 3, FIRST)
+    budget = make_budget(on)
+    assert budget["super_network"] == make_budget(FIRST)["super_network"]
+    row = budget["networks"][0]
+    assert (row["name"], row["refinement_done"]) == ("L4-k1", True)
+    assert row["refinement_flops"] == on.flops
+    assert row["scratch_flops"] == scratch_flops(FIRST.plan, 8, parse_name(SHAPE, "L4-k1"))
+    assert [one["extracted"] for one in budget["trainings"]] == [False, True]
+
+
+def test_a_part_of_what_was_extracted_is_named_as_a_part_of_the_whole() -> None:
+    on = extracted("L4", 3, FIRST)
+    plan = replace(on.plan, sampling=SamplingPlan(fixed="L2"))
+    row = make_budget(replace(on, plan=plan))["networks"][0]
+    assert (row["name"], row["refinement_flops"]) == ("L2", on.flops)
+    twice = extracted("L3", 2, on)
+    budget = make_budget(twice)
+    assert budget["networks"][0]["name"] == "L3"
+    assert budget["networks"][0]["refinement_flops"] == on.flops + twice.flops
+    assert budget["super_network"]["flops"] == FIRST.flops
+
+
+def test_a_part_that_was_refined_before_it_was_extracted_is_one_refinement() -> None:
+    on = extracted("L4", 3, alone("L4", 6, before=(FIRST,)))
+    budget = make_budget(on)
+    assert [one["part"] for one in budget["trainings"]] == ["super-network", *["refinement"] * 2]
+    assert [one["alone"] for one in budget["trainings"]] == [None, "L4", None]
+    row = budget["networks"][0]
+    assert (row["name"], row["refinement_flops"]) == ("L4", on.before[-1].flops + on.flops)
+
+
+def test_a_run_that_is_named_as_well_keeps_what_was_extracted_from_it() -> None:
+    on = extracted("L4", 3, FIRST)
+    budget = make_budget(on, earlier=[RUN])
+    assert [one["name"] for one in budget["trainings"]] == ["first run", "on"]
+    assert budget["networks"][0]["name"] == "L4"
 
 
 # --- a refinement that was done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -14,10 +15,11 @@ import pytest
 
 from elastic_moe.errors import CheckpointError, OptionError, TrainingError
 from elastic_moe.lab.budget import make_budget
-from elastic_moe.lab.trained import Training, read_training
+from elastic_moe.lab.trained import Training, read_training, within
 from elastic_moe.model.checkpoint import load_config
 from elastic_moe.model.extract import extract
 from elastic_moe.model.folder import BUNDLED
+from elastic_moe.routing import parse_name, resolve
 from elastic_moe.train.checkpoint import load_state, save_state
 from elastic_moe.train.ledger import replay
 from elastic_moe.train.loop import run
@@ -169,10 +171,105 @@ def test_a_checkpoint_that_does_not_tell_of_its_training_is_refused(tiny_folder:
         read_training(tiny_folder)
 
 
-def test_an_extracted_checkpoint_names_its_parent(tmp_path: Path) -> None:
+def test_an_extracted_checkpoint_tells_how_the_whole_was_trained(tmp_path: Path) -> None:
     extract(BUNDLED / "elastic-mini", "L2-k1-w1-p1", tmp_path / "small")
+    whole, found = read_training("elastic-mini"), read_training(tmp_path / "small")
+    assert found.name == "small"
+    assert found.cut == parse_name(whole.shape, "L2-k1-w1-p1")
+    assert found.whole_shape == whole.shape
+    assert (found.plan, found.steps, found.flops) == (whole.plan, whole.steps, whole.flops)
+    assert [part.flops for part in found.before] == [part.flops for part in whole.before]
+    assert {part.cut for part in found.before} == {whole.cut} == {None}
+
+
+def test_what_was_cut_out_in_two_steps_is_a_part_of_the_whole(tmp_path: Path) -> None:
+    pools = [[0, 1, 2, 3]] * 48
+    pools[7] = [1, 3, 5, 7]
+    shape = read_training("elastic-mini").shape
+    first = resolve(shape, active_layers=[3, 5, 7, 40], expert_pool=pools)
+    extract(BUNDLED / "elastic-mini", first, tmp_path / "first")
+    second = resolve(
+        load_config(tmp_path / "first").shape,
+        active_layers=[0, 2],
+        top_k=2,
+        expert_width=4,
+        expert_pool=[1, 2],
+    )
+    extract(tmp_path / "first", second, tmp_path / "second")
+    found = read_training(tmp_path / "second").cut
+    assert found is not None
+    assert found.active_layers == (3, 7)
+    assert [found.layers[i].pool for i in (3, 7)] == [(1, 2), (3, 5)]
+    assert {(found.layers[i].top_k, found.layers[i].width) for i in (3, 7)} == {(2, 4)}
+    assert found.shape == shape
+
+
+def test_experts_that_a_bias_shuts_out_keep_their_numbers() -> None:
+    whole = replace(CONFIG.shape, num_layers=2, moe_layers=frozenset({0, 1}), num_experts=4)
+    outer = resolve(whole, active_layers=[0, 1], top_k=1, expert_pool=[[0, 2], [1, 2]])
+    inner = resolve(whole, active_layers=[1], top_k=1, expert_pool=[2, 3])
+    assert within(outer, inner).layers[1].pool == (2,)
+    cut = replace(whole, num_experts=2)
+    inner = resolve(cut, active_layers=[1], top_k=1, expert_pool=[1])
+    assert within(outer, inner).layers[1].pool == (2,)
+
+
+def test_an_extracted_checkpoint_without_a_manifest_names_its_parent(tmp_path: Path) -> None:
+    extract(BUNDLED / "elastic-mini", "L2-k1-w1-p1", tmp_path / "small")
+    (tmp_path / "small" / "manifest.json").unlink()
     with pytest.raises(OptionError, match="Name its parent, 'elastic-mini"):
         read_training(tmp_path / "small")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda told: told["routing"].update(active_layers=[0]),  # two layers were extracted
+        lambda told: told["routing"].update(top_k=99),
+        lambda told: told["routing"].update(other=1),
+        lambda told: told["config"].pop("num_hidden_layers"),
+        lambda told: told.pop("config"),
+        lambda told: told.update(of=3),
+        lambda told: told.update(of={"config": told["config"], "routing": {"depth": 3}}),
+    ],
+)
+def test_what_does_not_tell_what_was_extracted_is_refused(damage: Any, tmp_path: Path) -> None:
+    extract(BUNDLED / "elastic-mini", "L2-k1-w1-p1", tmp_path / "small")
+    path = tmp_path / "small" / "manifest.json"
+    told = json.loads(path.read_text())
+    damage(told["extracted"])
+    path.write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match=r"'extracted' cannot be read .* as `elastic-moe ext"):
+        read_training(tmp_path / "small")
+
+
+@pytest.mark.parametrize(
+    ("log", "what"),
+    [
+        (["5", "{}"], "line 1: no record of a step"),
+        (["[1, 2]", "{}"], "line 1: no record of a step"),
+        (['{"loss": 3}'], "line 1: no record of a step"),
+        (['{"step": true}'], "line 1: no record of a step"),
+        (['{"step": 1}', "\udcff", '{"step": 3}'], "line 2: no record of a step"),
+        (['{"step": 1}', '{"step": 2, "se', '{"step": 3}'], "line 2: no record of a step"),
+        (['{"step": 1}', '{"step": 1}'], "line 2: step 1 after step 1"),
+        (['{"step": 0}'], "line 1: step 0 after step 0"),
+        (['{"step": 1, "seconds": null}'], "line 1: seconds must be a number of at least 0, got N"),
+        (['{"step": 1, "seconds": "a"}'], "got 'a'"),
+        (['{"step": 1, "seconds": NaN}'], "got nan"),
+        (['{"step": 1, "seconds": Infinity}'], "got inf"),
+        (['{"step": 1, "seconds": -5}'], "got -5"),
+    ],
+)
+def test_a_log_of_anything_else_is_refused_by_its_line(
+    log: list[str], what: str, run_folder: Path, tmp_path: Path
+) -> None:
+    for name in ("plan.json", "state.safetensors"):
+        (tmp_path / name).symlink_to(run_folder / name)
+    (tmp_path / "log.jsonl").write_bytes("\n".join(log).encode("utf-8", "surrogateescape"))
+    with pytest.raises(TrainingError, match=re.escape(what)) as error:
+        read_training(tmp_path)
+    assert "Restore the file, or delete it" in str(error.value)
 
 
 def test_a_run_without_a_saved_step_is_refused(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ _RECORDED = (
     *("tokens", "batch_tokens", "length", "stages", "from"),
     *("with_library", "corpus_fraction", "library_passes", "docstring_passes", "chat_fraction"),
     *(f"reduce_{axis}" for axis in CHANCES),
-    *(*SHARES, "fixed", "distill", "sandwich", "split", "lr_scale", "bias_rate", "balance"),
+    *(*SHARES, "fixed", "sandwich", "distill", "split", "lr_scale", "bias_rate", "balance"),
     *("seed", "dtype"),
 )
 

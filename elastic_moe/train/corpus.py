@@ -51,7 +51,18 @@ class SourceFile:
     num_bytes: int
 
     def read(self) -> str:
-        return self.path.read_bytes().decode("utf-8", errors="strict")
+        """Its text.
+
+        Raises:
+            CorpusError: it is not what was listed.
+        """
+        data = self.path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != self.sha256:
+            raise CorpusError(
+                f"{self.path} changed while it was read. Repeat the command when nothing writes "
+                f"to it."
+            )
+        return data.decode("utf-8", errors="strict")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +124,16 @@ def library_files(root: Path | None = None) -> Listing:
     return _list_files(LIBRARY, root, paths, skipped)
 
 
-def text_files(root: Path, include: Sequence[str] = ()) -> Listing:
+def text_files(root: Path, include: Sequence[str] = (), leave_out: Path | None = None) -> Listing:
     """Every UTF-8 text below `root`, whatever its suffix, without what is held out.
 
-    Hidden files and folders are not looked at, nor are linked folders, and files without text:
-    empty ones, those with a NUL byte, and what is no regular file. Every folder on the way to
-    `root` counts for the hold-out.
+    Hidden files and folders are not looked at, nor are linked folders, those of training runs, and
+    files without text: empty ones, those with a NUL byte, and what is no regular file. Every
+    folder on the way to `root` counts for the hold-out.
 
     Args:
         include: patterns such as '*.md', of paths within `root`; () for all files.
+        leave_out: the folder of the run itself, which may not have begun yet.
 
     Raises:
         CorpusError: `root` is no folder, or nothing in it is left to read.
@@ -130,7 +142,7 @@ def text_files(root: Path, include: Sequence[str] = ()) -> Listing:
         raise CorpusError(f"{root} is not a folder. Name a folder of texts, or leave it out.")
     skipped: Counter[str] = Counter()
     paths = []
-    for path in _visible(root, skipped):
+    for path in _visible(root, skipped, leave_out):
         name = path.relative_to(root).as_posix()
         if include and not any(fnmatch(name, pattern) for pattern in include):
             skipped["not included"] += 1
@@ -139,7 +151,7 @@ def text_files(root: Path, include: Sequence[str] = ()) -> Listing:
     return _list_files(TEXTS, root, paths, skipped)
 
 
-def _visible(root: Path, skipped: Counter[str]) -> Iterator[Path]:
+def _visible(root: Path, skipped: Counter[str], leave_out: Path | None) -> Iterator[Path]:
     def unreadable(_error: OSError) -> None:
         skipped["unreadable"] += 1
 
@@ -151,22 +163,32 @@ def _visible(root: Path, skipped: Counter[str]) -> Iterator[Path]:
         linked = [name for name in folders if Path(folder, name).is_symlink()]  # may be a loop
         if linked:
             skipped["linked folders"] += len(linked)
+        runs = [name for name in folders if _is_run(Path(folder, name), leave_out)]
+        if runs:
+            skipped["training runs"] += len(runs)
+        folders[:] = [name for name in folders if name not in runs]
         yield from (Path(folder, name) for name in names if not name.startswith("."))
+
+
+def _is_run(folder: Path, own: Path | None) -> bool:
+    """Whether a folder holds a training: logs, configurations and token ids are no texts."""
+    began = all((folder / name).is_file() for name in ("plan.json", "log.jsonl"))
+    return began or (own is not None and folder.resolve() == own.resolve())
 
 
 def _list_files(corpus: str, root: Path, paths: Iterable[Path], skipped: Counter[str]) -> Listing:
     found = []
     for path in sorted(paths):
         name = path.relative_to(root).as_posix()
-        if _is_held_out_at(corpus, name, path):
-            skipped["left out" if corpus == LIBRARY else "held out"] += 1
-            continue
         try:
+            if _is_held_out_at(corpus, name, path):
+                skipped["left out" if corpus == LIBRARY else "held out"] += 1
+                continue
             if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
                 skipped["no file"] += 1
                 continue
             data = _read(path)
-        except OSError:  # no permission, a link to nothing
+        except (OSError, RuntimeError):  # no permission, a link to nothing or to itself
             skipped["unreadable"] += 1
             continue
         sha256 = hashlib.sha256(data).hexdigest()

@@ -150,7 +150,7 @@ def prepare(
 
     Raises:
         CorpusError: there is no text, or too little of it, or the tokenizer does not suit the
-            model.
+            model. Or the folder cannot be written.
     """
     given = tokenizer is not None
     texts, known = documents(library, files, mixture, seed)
@@ -185,6 +185,7 @@ def prepare(
         )
     manifest: dict[str, Any] = {
         "seed": seed,
+        "vocab_size": vocab_size,
         "mixture": asdict(mixture),
         "stream_tokens": len(stream),
         "stream_tokens_by_kind": dict(sorted(counts.items())),
@@ -196,11 +197,17 @@ def prepare(
             for f in [*library, *files]
         ],
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / TOKENIZER, tokenizer.to_str(pretty=True))
-    with replacing(folder / TOKENS) as beside, beside.open("wb") as file:
-        np.save(file, stream)
-    write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / TOKENIZER, tokenizer.to_str(pretty=True))
+        with replacing(folder / TOKENS) as beside, beside.open("wb") as file:
+            np.save(file, stream)
+        write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    except OSError as error:
+        raise CorpusError(
+            f"{folder} cannot be written: {error}. Make room and see that the folder can be "
+            f"written to, then repeat the command."
+        ) from None
     return manifest
 
 
@@ -281,12 +288,14 @@ def check_options(
     files: Sequence[SourceFile],
     mixture: Mixture,
     tokenizer: Tokenizer | None,
+    vocab_size: int,
 ) -> None:
     """Refuse options that the prepared folder was not made with, rather than ignore them.
 
     Args:
         library: whether the Python library is read.
         files: texts besides it.
+        vocab_size: of the model.
 
     Raises:
         CorpusError: names the option, what the folder has and what was asked for.
@@ -312,6 +321,9 @@ def check_options(
             "another one" if tokenizer is not None else own,
         ),
     ]
+    if "vocab_size" in manifest:  # which earlier versions did not write
+        had_size = manifest["vocab_size"]
+        options.append(("--vocab-size", vocab_size == had_size, str(had_size), str(vocab_size)))
     mixed = manifest.get("mixture", {})
     mixed = {"text_fraction": mixed.get("novel_fraction"), **mixed}  # its name before
     for field, option in MIXTURE_OPTIONS.items():
@@ -321,9 +333,10 @@ def check_options(
             options.append((option, before == now, str(before), str(now)))
     for option, same, was, is_now in options:
         if not same:
+            restore = "Restore the texts and repeat" if option == "--corpus" else "Repeat"
             raise CorpusError(
                 f"{option}: {folder} was prepared with {was}, got {is_now}. "
-                f"Repeat the command that began the run, or name another folder with --out."
+                f"{restore} the command that began the run, or name another folder with --out."
             )
 
 
@@ -331,11 +344,18 @@ def open_stream(folder: Path, seed: int) -> TokenStream:
     """The tokens of a prepared folder, in the order of a seed.
 
     Raises:
-        CorpusError: the files are not those that the manifest names.
+        CorpusError: the files cannot be read, or are not those that the manifest names.
     """
     manifest, source = read_manifest(folder)
-    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-    tokens = np.load(folder / TOKENS, mmap_mode="r")
+    remedy = "Delete the folder to have the text prepared again."
+    try:
+        tokens = np.load(folder / TOKENS, mmap_mode="r")
+    except (OSError, EOFError, ValueError) as error:
+        raise CorpusError(f"{folder / TOKENS} cannot be read: {error}. {remedy}") from None
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+    except Exception as error:  # noqa: BLE001  (the library raises nothing narrower)
+        raise CorpusError(f"{folder / TOKENIZER} cannot be read: {error}. {remedy}") from None
     found = {
         "stream_sha256": hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest(),
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
@@ -343,7 +363,6 @@ def open_stream(folder: Path, seed: int) -> TokenStream:
     for key, value in found.items():
         if manifest[key] != value:
             raise CorpusError(
-                f"{folder}: {key} is {value}, the manifest says {manifest[key]}. "
-                f"Delete the folder to have the text prepared again."
+                f"{folder}: {key} is {value}, the manifest says {manifest[key]}. {remedy}"
             )
     return TokenStream(tokens, special_id(tokenizer, BOS), seed, source=source)

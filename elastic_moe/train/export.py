@@ -19,27 +19,34 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
-from elastic_moe.errors import ElasticMoEError, NotGrownError, TrainingError
+from elastic_moe.errors import CheckpointError, ElasticMoEError, NotGrownError, TrainingError
 from elastic_moe.files import exchanging_folder, write_text
 from elastic_moe.model.config import ElasticBlock, ModelConfig
 from elastic_moe.model.families import read_config, write_config
 from elastic_moe.model.folder import CONFIG, read_json
 from elastic_moe.model.saving import MAX_SHARD_BYTES, save_checkpoint
 from elastic_moe.train.checkpoint import check_same_run, load_state
-from elastic_moe.train.data import TOKENIZER, read_manifest
+from elastic_moe.train.data import MANIFEST, TOKENIZER, read_manifest
 from elastic_moe.train.ledger import Ledger, replay
 from elastic_moe.train.models import config_from_json
 from elastic_moe.train.options import add_shard_size
-from elastic_moe.train.parents import read_parent, tokens_before
+from elastic_moe.train.parents import is_training_manifest, read_parent, tokens_before
 from elastic_moe.train.plan import TrainingPlan
 from elastic_moe.train.tokens import BOS, END, IM_END, PAD, SPECIAL_TOKENS, special_id
 
 STATE = "state.safetensors"
+# What an export writes, and what is not carried over from an earlier one.
+_WRITTEN = (
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *(CONFIG, MANIFEST, TOKENIZER, "tokenizer_config.json", "generation_config.json"),
+)
 _IDS = {"bos_token_id": BOS, "pad_token_id": PAD}
 # Of tools it tells names, parameters' names and descriptions: whole schemas of a large application
 # would fill the context.
@@ -138,7 +145,7 @@ def export(run: Path, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -
     config_json = _config_json(run, config, elastic, generation)
     with _replacing(folder) as beside:
         save_checkpoint(beside, weights, config_json, max_shard_bytes=max_shard_bytes)
-        write_text(beside / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        write_text(beside / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         write_text(beside / "tokenizer.json", tokenizer.to_str(pretty=False) + "\n")
         write_text(beside / "tokenizer_config.json", _dump(tokenizer_config(config.max_positions)))
         write_text(beside / "generation_config.json", _dump(generation))
@@ -199,7 +206,7 @@ def check_target(folder: Path) -> list[Path]:
         TrainingError: it is a file, or has files and is no checkpoint of a training run.
     """
     old = sorted(folder.iterdir()) if folder.is_dir() else []
-    if (old and folder / "manifest.json" not in old) or (folder.exists() and not folder.is_dir()):
+    if (old and not _is_exported(folder)) or (folder.exists() and not folder.is_dir()):
         raise TrainingError(
             f"{folder} exists and is no checkpoint of a training run. Name a new folder, "
             f"or move it away."
@@ -207,17 +214,40 @@ def check_target(folder: Path) -> list[Path]:
     return old
 
 
+def _is_exported(folder: Path) -> bool:
+    """Whether an export of a run wrote the folder's manifest; other tools may call theirs so."""
+    try:
+        return is_training_manifest(read_json(folder, MANIFEST))
+    except CheckpointError:
+        return False
+
+
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """As `exchanging_folder`, for a checkpoint: what a user put beside it comes along."""
+    """As `exchanging_folder`, for a checkpoint: what a user put beside it comes along.
+
+    Raises:
+        TrainingError: as `check_target`; or the folder cannot be written.
+    """
     folder = folder.resolve()
     old = check_target(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with exchanging_folder(folder) as beside:
-        yield beside
-        for path in old:
-            if path.is_file() and path.suffix not in (".safetensors", ".json"):
-                shutil.copy2(path, beside / path.name)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with exchanging_folder(folder) as beside:
+            yield beside
+            for path in old:
+                if any(fnmatch(path.name, own) for own in _WRITTEN):
+                    continue
+                if path.is_dir() and not path.is_symlink():
+                    shutil.copytree(path, beside / path.name, symlinks=True)
+                else:
+                    shutil.copy2(path, beside / path.name, follow_symlinks=False)
+    except (SafetensorError, OSError) as error:
+        raise TrainingError(
+            f"{folder} cannot be written: {error}. The state of the run is kept, and so is an "
+            f"earlier checkpoint. Make room and see that the folder can be written to, then repeat "
+            f"the command."
+        ) from None
 
 
 def tokenizer_config(max_positions: int = 4096) -> dict[str, Any]:

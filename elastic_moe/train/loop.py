@@ -42,7 +42,7 @@ from elastic_moe.train.mixed import use_bfloat16
 from elastic_moe.train.optim import Muon
 from elastic_moe.train.plan import TrainingPlan, completed
 from elastic_moe.train.progress import Note, Progress
-from elastic_moe.train.sitting import StepPace, forget_steps_after
+from elastic_moe.train.sitting import StepPace, forget_steps_after, note_of_change
 from elastic_moe.train.tokens import TokenStream
 
 _LOWER = "Lower the rates: begin again in another folder with a smaller --lr-scale."
@@ -217,7 +217,7 @@ class Trainer:
         taught: tuple[slice, Tensor] | None = None  # the full network's states on these rows
         results = []
         for one in plan.passes(shape, self.step):
-            distilled = plan.distilled_share > 0 and one.subnet != whole
+            distilled = plan.distill > 0 and one.subnet != whole
             if distilled and (taught is None or taught[0] != one.rows):
                 with torch.no_grad():
                     taught = one.rows, self.forward(inputs[one.rows], whole)[0]
@@ -227,7 +227,7 @@ class Trainer:
                 self.model.embed_tokens.weight,
                 targets[one.rows].flatten(),
                 teacher=taught[1] if distilled and taught is not None else None,
-                share=plan.distilled_share,
+                share=plan.distill,
                 dtype=self.head_dtype,
                 native=self.backend == "cpu",
             )
@@ -251,7 +251,7 @@ class Trainer:
             for key, value in self._optimizer(p).state.get(p, {}).items():
                 tensors[f"optim.{key}.{name}"] = value
         counts = {"step": self.step, "piece": self.piece, "tokens": self.tokens}
-        sitting = {"threads": torch.get_num_threads(), "parent": self.parent}
+        sitting = {"parent": self.parent, **self._machine()}
         save_state(path, tensors, {**counts, **sitting, **self.identity()})
 
     def _check_finite(self, path: Path) -> None:
@@ -278,7 +278,7 @@ class Trainer:
 
         Those of the C++ kernels do; a teacher's head and the modules of PyTorch do not.
         """
-        return self.backend == "cpu" and not self.plan.distilled_share
+        return self.backend == "cpu" and not self.plan.distill
 
     def load(self, path: Path) -> Note | None:
         """Continue from a state that `save` wrote with the same plan, model, data and parent.
@@ -303,13 +303,13 @@ class Trainer:
                 self._optimizer(p).state[p] = states[name]
         self.step, self.piece = progress["step"], progress["piece"]
         self.tokens = progress["tokens"]
-        before, now = progress.get("threads"), torch.get_num_threads()
-        if before in (None, now) or self.any_threads or self.device.type != "cpu":
-            return None
-        return Note(
-            f"goes on with {now} threads, where it had {before}: steps in PyTorch or with a "
-            f"teacher then differ in their last bits from those of a run that never stopped"
-        )
+        any_threads = self.any_threads or self.device.type != "cpu"
+        return note_of_change(progress, self._machine(), any_threads=any_threads)
+
+    def _machine(self) -> dict[str, Any]:
+        """What steps run on, which may change their last bits and nothing else."""
+        threads = torch.get_num_threads()
+        return {"backend": self.backend, "device": self.device.type, "threads": threads}
 
     def _optimizer(self, p: nn.Parameter) -> torch.optim.Optimizer:
         """The one that a parameter belongs to, if any does."""
@@ -355,8 +355,8 @@ def _run(
     report_seconds: float,
 ) -> None:
     plan, state, log_path = trainer.plan, folder / "state.safetensors", folder / "log.jsonl"
-    for name in (state.name, log_path.name, "plan.json"):
-        for half in folder.glob(f".{name}.*.part"):  # what a kill left of a file
+    for half in (*folder.glob(".*.part"), *folder.glob("data/.*.part")):  # what a kill left
+        if half.is_file():
             half.unlink()
     note: str | None = None
     if state.exists():

@@ -210,13 +210,14 @@ def _add_elastic(group: argparse._ActionsContainer) -> None:
             f"--reduce-{axis.replace('_', '-')}",
             type=float,
             metavar="X",
-            help=f"chance that a step reduces it (default: {getattr(usual, axis):g})",
+            help=f"chance that a draw reduces it (default: {getattr(usual, axis):g})",
         )
+    of_full = (
+        "steps that run the full network; others draw until something is reduced (default: one "
+        "draw, which may reduce nothing)"
+    )
     for name, what in (
-        (
-            "full",
-            "steps that run the full network; the others reduce something (default: by chance)",
-        ),
+        ("full", of_full),
         ("prefix", f"reduced depths that keep the first layers (default: {usual.prefix:g})"),
         ("per-layer", f"reduced top-k that is drawn layer by layer (default: {usual.per_layer:g})"),
     ):
@@ -229,15 +230,15 @@ def _add_elastic(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--distill",
         type=float,
-        default=0.0,
         metavar="X",
         help="of a reduced network's loss, this share is its divergence from the full network on "
-        "the same text (default: %(default)s)",
+        "the same text (default: 1 with --sandwich, else 0)",
     )
     group.add_argument(
         "--sandwich",
         action="store_true",
-        help="every step runs the full network, the smallest and a drawn one",
+        help="every step runs the full network, the smallest and a drawn one, which learn from "
+        "the full one unless --distill says otherwise",
     )
     group.add_argument(
         "--split",
@@ -273,7 +274,7 @@ def check(args: argparse.Namespace) -> None:
     """
     inf = math.inf
     for name, low, high, allowed in (
-        ("minutes", 0, inf, "at least 0"),
+        ("minutes", 0, 10**7, "at least 0 and at most 10,000,000"),
         ("tokens", 1, inf, "at least 1"),
         ("length", 1, PIECE_TOKENS, f"in [1, {PIECE_TOKENS}]"),
         ("batch_tokens", PIECE_TOKENS, inf, f"at least {PIECE_TOKENS}"),
@@ -365,7 +366,7 @@ def filled(args: argparse.Namespace) -> argparse.Namespace:
     Those of the model stay as they are, and so do `tokens` where the time or stages decide.
     """
     now = argparse.Namespace(**vars(args))
-    usual: dict[str, Any] = {"split": 0.0}
+    usual: dict[str, Any] = {"split": 0.0, "distill": 1.0 if args.sandwich else 0.0}
     if args.stages is None:
         usual |= {"batch_tokens": BATCH_TOKENS, "length": LENGTH}
         if args.minutes is None:

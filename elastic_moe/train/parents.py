@@ -6,25 +6,34 @@ import json
 from pathlib import Path
 from typing import Any
 
-from elastic_moe.errors import TrainingError
+from elastic_moe.errors import CheckpointError, TrainingError
 from elastic_moe.files import write_text
+from elastic_moe.model.folder import read_json_if_there
 from elastic_moe.train.data import MANIFEST
 
 PARENT = "parent-manifest.json"
 
 
 def keep_parent(run: Path, checkpoint: Path) -> bool:
-    """Copy a checkpoint's manifest into the folder of a run; False if it has none.
+    """Copy a checkpoint's manifest into the folder of a run; False if none tells of a training.
 
     The manifest that the run's export writes holds it as "before", so that every file and every
     step that led to the weights stays on record.
     """
-    path = checkpoint / MANIFEST
-    if not path.is_file():
+    try:
+        manifest = read_json_if_there(checkpoint, MANIFEST)
+    except CheckpointError:
+        manifest = {}
+    if not is_training_manifest(manifest):
         return False
     run.mkdir(parents=True, exist_ok=True)
-    write_text(run / PARENT, path.read_text(encoding="utf-8"))
+    write_text(run / PARENT, json.dumps(manifest, indent=1) + "\n")
     return True
+
+
+def is_training_manifest(manifest: Any) -> bool:
+    """Whether it tells of a training; other tools may call anything a manifest."""
+    return isinstance(manifest, dict) and {"corpus", "training"} <= manifest.keys()
 
 
 def read_parent(run: Path) -> dict[str, Any] | None:
@@ -37,11 +46,11 @@ def read_parent(run: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest: Any = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         manifest = None
-    if isinstance(manifest, dict) and {"corpus", "training"} <= manifest.keys():
-        return manifest
+    if is_training_manifest(manifest):
+        return dict(manifest)
     raise TrainingError(
         f"{path} is no manifest of a checkpoint: it must hold 'corpus' and 'training'. Copy "
         f"{MANIFEST} of the checkpoint that the run began with there again."

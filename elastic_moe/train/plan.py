@@ -81,9 +81,8 @@ class TrainingPlan:
             from the full network on the same batch, which gets no gradient by it. Cross-entropy
             weighs the rest.
         sandwich: every step runs the full network on cross-entropy, then the smallest that
-            `sampling` draws and a random reduced one, both on distillation from the full alone,
-            unless `distill` weighs it. The step minimises the mean of the three losses
-            (universally slimmable networks, arXiv:1903.05134).
+            `sampling` draws and a random reduced one. The step minimises the mean of the three
+            losses (universally slimmable networks, arXiv:1903.05134, where `distill` is 1).
         split: every step runs the full network on this share of its sequences, rounded to whole
             ones and at least one for either, and a drawn reduced network on the others; the step
             minimises the mean over all tokens. 0 runs one network a step.
@@ -168,11 +167,6 @@ class TrainingPlan:
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
 
-    @property
-    def distilled_share(self) -> float:
-        """Weight of KL(full || reduced) in the loss of a reduced network."""
-        return 1.0 if self.sandwich and self.distill == 0 else self.distill
-
     def stage(self, step: int) -> Stage:
         """The stage that a step, counted from 0, belongs to."""
         left = step
@@ -222,7 +216,7 @@ class TrainingPlan:
     def untrained_teacher(self, shape: ModelShape, step: int) -> list[slice]:
         """The sequences on which the full network runs as a teacher alone, without a gradient."""
         whole, trained, alone = self.whole(shape, step), set(), dict[tuple[int, int], slice]()
-        for one in self.passes(shape, step) if self.distilled_share else ():
+        for one in self.passes(shape, step) if self.distill else ():
             span = (one.rows.start, one.rows.stop)
             if one.subnet == whole:
                 trained.add(span)

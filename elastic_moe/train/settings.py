@@ -112,7 +112,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
         check_recorded(out, record)
         if model.start is None or not (out / OPTIONS).is_file():  # else it was read there
             check_config(out, model.raw, "--config" if model.start is None else "--from")
-        texts = text_files(args.corpus, args.include) if args.corpus is not None else ()
+        texts = text_files(args.corpus, args.include, out) if args.corpus is not None else ()
         mixture = _mixture(args)
         if manifest is not None:
             check_options(
@@ -123,6 +123,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
                 files=texts,
                 mixture=mixture,
                 tokenizer=tokenizer,
+                vocab_size=model.config.vocab_size,
             )
         plan = _plan(args, model, stages) if (stages := _stages(args, model, out)) else None
         trial = plan or _plan(args, model, (_stage(args, model, 1),))
@@ -156,20 +157,23 @@ def _tokenizer(args: argparse.Namespace, out: Path) -> Tokenizer | None:
         tokenizer: Tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001  (the library raises nothing narrower)
         raise CorpusError(f"{path} is no tokenizer.json: {error}.") from None
+    # Of a model that reads no more at once; here they would cut texts, or fill them up.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
 
 
 def _model(args: argparse.Namespace, out: Path, tokenizer: Tokenizer | None) -> Model:
     start = getattr(args, "from")
     if start is not None and (out / OPTIONS).is_file():
-        return replace(model_from_checkpoint(str(out)), start=start)
+        return replace(model_from_checkpoint(str(out.resolve())), start=start)  # no bundled one
     if start is not None:
         return model_from_checkpoint(start)
     if args.config is not None:
         return model_from_file(args.config)
     vocab_size = args.vocab_size
     if vocab_size is None and tokenizer is not None:
-        vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     given = {size.field: getattr(args, size.option.replace("-", "_")) for size in SIZES}
     return sized_model(
         args.model or SMALL,
@@ -187,21 +191,27 @@ def _sizes(model: Model) -> dict[str, Any]:
 
 def _check_reductions(options: argparse.Namespace, model: Model) -> None:
     """Refuse what was asked to be reduced where the model has but one of it."""
+    for axis, what in _irreducible(model).items():
+        name = f"reduce_{axis}"
+        value = getattr(options, name)
+        if value:
+            raise OptionError(
+                f"{flag(name)} must be 0 for a model of one {what}, got {value}: there is nothing "
+                f"to reduce. Leave it out, or train a model that has more."
+            )
+
+
+def _irreducible(model: Model) -> dict[str, str]:
+    """The axes along which there is nothing to reduce, and what the model has but one of."""
     config = model.config
-    for axis, most, what in (
+    sizes = (
         ("depth", config.num_layers, "layer"),
         ("pool", config.num_experts, "expert"),
         ("top_k", config.max_top_k, "expert per token"),
         ("width", config.width_granules, "granule"),
         ("threshold", config.max_top_k, "expert per token"),
-    ):
-        name = f"reduce_{axis}"
-        value = getattr(options, name)
-        if most == 1 and value:
-            raise OptionError(
-                f"{flag(name)} must be 0 for a model of one {what}, got {value}: there is nothing "
-                f"to reduce. Leave it out, or train a model that has more."
-            )
+    )
+    return {axis: what for axis, most, what in sizes if most == 1}
 
 
 def _mixture(args: argparse.Namespace) -> Mixture:
@@ -251,6 +261,7 @@ def _plan(args: argparse.Namespace, model: Model, stages: tuple[Stage, ...]) -> 
         sampling = SamplingPlan(fixed=args.fixed)
     else:
         chances = {axis: getattr(args, f"reduce_{axis}") for axis in CHANCES}
+        chances |= dict.fromkeys(_irreducible(model), 0.0)
         shares = {field: getattr(args, share) for share, field in SHARES.items()}
         sampling = SamplingPlan(**chances, **shares)
     steps = sum(stage.steps for stage in stages)

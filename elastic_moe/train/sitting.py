@@ -1,4 +1,7 @@
-"""What the log tells a run that goes on: which lines a kill undid, and how long steps take."""
+"""What a run that goes on learns of before: lines that a kill undid, how long steps take.
+
+And whether something is not as it was that may change bits.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 from elastic_moe.files import write_text
 from elastic_moe.train.log import read_lines
 from elastic_moe.train.plan import TrainingPlan
+from elastic_moe.train.progress import Note
 
 _RECENT = 8  # steps, whose longest tells how long the next may take
 
@@ -29,6 +33,30 @@ def forget_steps_after(step: int, log: Path) -> list[dict[str, Any]]:
     kept = [(line, record) for line, record in read_lines(log) if record["step"] <= step]
     write_text(log, "".join(f"{line}\n" for line, _ in kept))
     return [record for _, record in kept]
+
+
+def note_of_change(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, any_threads: bool
+) -> Note | None:
+    """What is not as it was, if that may change the last bits of steps.
+
+    Args:
+        before, now: backend, device and threads; states of earlier versions lack some.
+        any_threads: whether steps have the same bits on any number of threads.
+    """
+    for what in ("backend", "device"):
+        if before.get(what) not in (None, now[what]):
+            return Note(
+                f"goes on with {what} {now[what]}, where it had {before[what]}: steps then differ "
+                f"in their last bits from those of a run that never stopped"
+            )
+    if before.get("threads") in (None, now["threads"]) or any_threads:
+        return None
+    return Note(
+        f"goes on with {now['threads']} threads, where it had {before['threads']}: steps in "
+        f"PyTorch or with a teacher then differ in their last bits from those of a run that never "
+        f"stopped"
+    )
 
 
 class StepPace:

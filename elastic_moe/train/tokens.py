@@ -79,7 +79,7 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
     Raises:
         CorpusError: an id is past the vocabulary or 16 bits, or a special token is missing.
     """
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     limit = min(vocab_size, 2**16)  # streams are stored as uint16
     if largest >= limit:
         raise CorpusError(

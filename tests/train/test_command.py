@@ -23,6 +23,8 @@ from elastic_moe.train.tokens import train_tokenizer
 from tests.train.commands import LENGTH, STAGES, TINY, error, state, train
 from tests.train.small import ERNIE
 
+ONE_OF_EACH = ["--layers", "1", "--experts", "1", "--top-k", "1", "--granules", "1"]
+
 
 def test_a_run_reads_the_texts_stops_and_goes_on_to_a_checkpoint(
     root: Path, capsys: pytest.CaptureFixture[str]
@@ -146,7 +148,7 @@ def test_a_tokenizer_of_ones_own_is_used_and_sets_the_vocabulary(root: Path) -> 
         (["--tokenizer", "nowhere.json"], "nowhere.json is no tokenizer.json"),
         (["--lr-scale", "0"], "--lr-scale must be above 0 and at most 1000, got 0.0"),
         (["--lr-scale", "1e42"], "--lr-scale must be above 0 and at most 1000, got 1e+42"),
-        (["--minutes", "nan"], "--minutes must be at least 0, got nan"),
+        (["--minutes", "nan"], "--minutes must be at least 0 and at most 10,000,000, got nan"),
         (["--save-every", "0"], "--save-every must be at least 1 step, got 0"),
         (["--tokens", "0"], "--tokens must be at least 1, got 0"),
         (["--length", "100"], "--length must divide 512, got 100"),
@@ -207,6 +209,11 @@ def test_a_tokenizer_of_ones_own_is_used_and_sets_the_vocabulary(root: Path) -> 
         (["--from", "elastic-mini"], "leave out --layers where --from is given"),
         (["--device", "abacus"], "--device abacus cannot be used here: "),
         (["--device", "meta"], "--device meta cannot be used here: "),
+        (["--minutes", "1e307"], "--minutes must be at least 0 and at most 10,000,000, got 1e+307"),
+        (
+            [*ONE_OF_EACH, "--split", "0.5"],
+            "plan: split = 0.5 needs reduced networks, but sampling draws none",
+        ),
         (["--seed", "-1"], "--seed must be in [0, 2^63 - 1], got -1"),
         (["--seed", str(2**70)], f"--seed must be in [0, 2^63 - 1], got {2**70}"),
     ],
@@ -233,6 +240,70 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(
     large.save(str(root / "large.json"))
     assert train(root, "--tokenizer", root / "large.json") == 2
     assert "the model's vocabulary and 16 bits allow 399" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_cuts_texts_or_fills_them_up_does_not_here(root: Path) -> None:
+    whole = train_tokenizer([path.read_text() for path in root.rglob("*.py")], 400)
+    whole.save(str(root / "whole.json"))
+    whole.enable_truncation(16)
+    whole.enable_padding(length=32)
+    whole.save(str(root / "cut.json"))
+    for name in ("whole", "cut"):
+        options = ["--tokenizer", root / f"{name}.json", "--minutes", 0]
+        assert train(root / name, *options) == 0
+    streams = [read_manifest(root / name / "run" / "data")[0] for name in ("whole", "cut")]
+    assert streams[0]["stream_sha256"] == streams[1]["stream_sha256"]
+
+
+def test_a_run_inside_its_corpus_goes_on(root: Path) -> None:
+    texts = ["--corpus", root / "novels"]
+    assert train(root / "novels", *texts, "--minutes", 0) == 0
+    assert train(root / "novels", *texts) == 0
+    assert state(root / "novels")["step"] == 6
+    assert train(root / "novels", *texts) == 0
+
+
+def test_a_sandwich_distils_unless_it_is_told_not_to(tmp_path: Path) -> None:
+    def distill(*options: str) -> float:
+        args = make_parser().parse_args(["--out", str(tmp_path / "none"), *options, *LENGTH])
+        plan = read_settings(args).plan
+        assert plan is not None
+        return plan.distill
+
+    assert distill("--sandwich") == 1.0
+    assert distill("--sandwich", "--distill", "0") == 0.0
+    assert distill("--sandwich", "--distill", "0.25") == 0.25
+    assert distill() == 0.0
+
+
+def test_an_axis_of_one_value_is_never_drawn(tmp_path: Path) -> None:
+    options = ["--top-k", "1", "--granules", "1", "--split", "0.5", *LENGTH]
+    args = make_parser().parse_args(["--out", str(tmp_path / "none"), *options])
+    plan = read_settings(args).plan
+    assert plan is not None
+    chances = plan.sampling
+    assert chances.top_k == chances.width == chances.threshold == 0.0
+    assert min(chances.depth, chances.pool) > 0
+
+
+def test_a_run_that_is_called_as_a_bundled_model_goes_on(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(root) == 0
+    (root / "here").mkdir()
+    monkeypatch.chdir(root / "here")
+    again = ["--out", "elastic-mini", "--from", str(root / "run" / "checkpoint"), *LENGTH]
+    assert main(again) == 0
+    assert main(again) == 0
+
+
+@pytest.mark.parametrize("manifest", ['{"name": "web"}', "{", "\xff", '{"corpus": {}}'])
+def test_a_manifest_of_something_else_is_none(manifest: str, root: Path) -> None:
+    assert train(root) == 0
+    start = root / "run" / "checkpoint"
+    (start / "manifest.json").write_text(manifest, encoding="latin-1")
+    assert main(["--out", str(root / "on"), "--from", str(start), *LENGTH]) == 0
+    assert not (root / "on" / "parent-manifest.json").exists()
 
 
 def test_a_run_that_is_there_refuses_other_options_by_their_names(

@@ -231,6 +231,37 @@ def test_a_pipe_or_a_linked_folder_is_counted_and_not_read(tmp_path: Path) -> No
     assert found.skipped == {"linked folders": 1, "no file": 1}
 
 
+def test_a_link_to_itself_is_counted_and_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "self").symlink_to("self")
+    (tmp_path / "one").symlink_to("other")
+    (tmp_path / "other").symlink_to("one")
+    found = text_files(tmp_path)
+    assert [f.name for f in found] == ["a.txt"]
+    assert found.skipped == {"unreadable": 3}
+
+
+def test_the_run_itself_and_other_runs_are_no_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    for name in ("own", "earlier", "notes"):
+        (tmp_path / name / "data").mkdir(parents=True)
+        (tmp_path / name / "data" / "manifest.json").write_text("{}")
+    for name in ("plan.json", "log.jsonl"):
+        (tmp_path / "earlier" / name).write_text("{}")
+    found = text_files(tmp_path, leave_out=tmp_path / "notes" / ".." / "own")
+    assert [f.name for f in found] == ["a.txt", "notes/data/manifest.json"]
+    assert found.skipped == {"training runs": 2}
+
+
+def test_a_text_that_changed_since_it_was_listed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (file,) = text_files(tmp_path)
+    assert file.read() == "text"
+    (tmp_path / "a.txt").write_bytes(b"other \xff")
+    with pytest.raises(CorpusError, match=r"a\.txt changed while it was read"):
+        file.read()
+
+
 def test_a_folder_that_may_not_be_entered_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -111,7 +112,7 @@ def test_a_folder_that_was_not_finished_has_no_manifest(
         raise OSError("disk full")
 
     monkeypatch.setattr(data.np, "save", half)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CorpusError, match=r"cannot be written: disk full\. Make room"):
         prepare(tmp_path, *files, MIXTURE, vocab_size=600)
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
 
@@ -238,6 +239,21 @@ def test_a_new_tokenizer_learns_from_a_part_of_many_texts(
     assert 10 <= known(tmp_path / "half") <= 30
 
 
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.parametrize("name", ["train.npy", "tokenizer.json"])
+@pytest.mark.parametrize("damage", [Path.unlink, truncated, lambda path: path.write_text("")])
+def test_a_damaged_folder_says_how_to_mend_it(
+    name: str, damage: Callable[[Path], None], prepared: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(prepared, tmp_path / "data")
+    damage(folder / name)
+    with pytest.raises(CorpusError, match=f"{name} cannot be read: .*have the text prepared again"):
+        open_stream(folder, 0)
+
+
 def test_options_must_be_those_that_the_data_was_prepared_with(
     prepared: Path, files: tuple
 ) -> None:
@@ -245,6 +261,7 @@ def test_options_must_be_those_that_the_data_was_prepared_with(
     texts = files[1]
     tokenizer = Tokenizer.from_file(str(prepared / "tokenizer.json"))
     same = {"seed": 0, "library": True, "files": texts, "mixture": MIXTURE, "tokenizer": None}
+    same["vocab_size"] = manifest["vocab_size"]
     check_options(prepared, manifest, **same)
     given = {**manifest, "tokenizer_given": True}
     check_options(prepared, given, **{**same, "tokenizer": tokenizer})
@@ -262,6 +279,7 @@ def test_options_must_be_those_that_the_data_was_prepared_with(
             "--corpus-fraction: .* with 1.0, got 0.1",
         ),
         ({"tokenizer": tokenizer}, "--tokenizer: .* one trained on the text, got another one"),
+        ({"vocab_size": 4096}, r"--vocab-size: .* was prepared with \d+, got 4096"),
     ):
         with pytest.raises(CorpusError, match=message):
             check_options(prepared, manifest, **{**same, **change})
@@ -278,6 +296,8 @@ def test_data_that_an_earlier_version_prepared_are_known_by_its_words(
     entries = [{**f, "corpus": f["corpus"].replace("texts", "novels")} for f in manifest["files"]]
     old = {**manifest, "mixture": mixture, "files": entries}
     same = {"seed": 0, "library": True, "files": files[1], "tokenizer": None}
+    same["vocab_size"] = 4096  # of which earlier versions say nothing
+    del old["vocab_size"]
     check_options(prepared, old, mixture=replace(MIXTURE, text_fraction=0.25), **same)
     with pytest.raises(CorpusError, match=r"--corpus-fraction: .* with 0\.25, got 1\.0"):
         check_options(prepared, old, mixture=MIXTURE, **same)

@@ -155,13 +155,24 @@ def test_an_earlier_checkpoint_is_replaced_as_a_whole_and_its_card_is_kept(
     out = tmp_path / "out"
     export(tmp_path / "run", out, max_shard_bytes=60_000)
     (out / "README.md").write_text("a card")
+    (out / "results.json").write_text("{}")
+    (out / "lora.safetensors").write_text("mine")
+    (out / "sweep" / "plots").mkdir(parents=True)
+    (out / "sweep" / "plots" / "a.png").write_bytes(b"plot")
+    (out / "link").symlink_to("README.md")
     export(tmp_path / "run", out)
+    assert (out / "sweep" / "plots" / "a.png").read_bytes() == b"plot"
+    assert (out / "link").is_symlink()
     assert sorted(path.name for path in out.iterdir()) == [
         "README.md",
         "config.json",
         "generation_config.json",
+        "link",
+        "lora.safetensors",
         "manifest.json",
         "model.safetensors",
+        "results.json",
+        "sweep",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
@@ -179,6 +190,18 @@ def test_a_folder_of_other_things_is_left_alone(data: Path, tmp_path: Path) -> N
         export(tmp_path / "run", tmp_path / "mine" / "thesis.txt")
 
 
+@pytest.mark.parametrize("manifest", ['{"name": "my web app"}', "[]", "{", "\xff"])
+def test_a_folder_whose_manifest_tells_of_something_else_is_left_alone(
+    manifest: str, data: Path, tmp_path: Path
+) -> None:
+    trained(data, tmp_path / "run", "6x2x1x128", 1)
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "manifest.json").write_text(manifest, encoding="latin-1")
+    with pytest.raises(TrainingError, match="is no checkpoint of a training run"):
+        export(tmp_path / "run", tmp_path / "web")
+    assert (tmp_path / "web" / "manifest.json").read_text(encoding="latin-1") == manifest
+
+
 def test_a_failed_export_leaves_the_earlier_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,7 +213,7 @@ def test_a_failed_export_leaves_the_earlier_checkpoint(
         raise OSError("disk full")
 
     monkeypatch.setattr(export_module, "tokenizer_config", full)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(TrainingError, match=r"out cannot be written: disk full\. The state of the"):
         export(tmp_path / "run", tmp_path / "out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert [path.name for path in tmp_path.glob(".*")] == []

@@ -123,7 +123,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(
 
 @pytest.mark.parametrize(
     ("change", "backend"),
-    [({"distill": 0.5}, "auto"), ({"sandwich": True}, "auto"), ({}, "reference")],
+    [({"distill": 0.5}, "auto"), ({"sandwich": True, "distill": 1.0}, "auto"), ({}, "reference")],
     ids=["distilled", "sandwich", "reference"],
 )
 def test_steps_whose_bits_depend_on_the_threads_say_when_those_are_others(
@@ -139,6 +139,17 @@ def test_steps_whose_bits_depend_on_the_threads_say_when_those_are_others(
         assert isinstance(lines[0], Note) == told
         if told:
             assert lines[0].startswith("goes on with 2 threads, where it had 1: steps in PyTorch")
+
+
+def test_a_run_that_goes_on_with_other_kernels_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    begun = Trainer(NATIVE, PLAN, stream(), backend="cpu")
+    begun.train_step()
+    begun.save(path)
+    assert Trainer(NATIVE, PLAN, stream(), backend="cpu").load(path) is None
+    note = Trainer(NATIVE, PLAN, stream(), backend="reference").load(path)
+    assert note is not None
+    assert note.startswith("goes on with backend reference, where it had cpu: steps then differ")
 
 
 @pytest.mark.parametrize(

@@ -149,9 +149,6 @@ def test_a_step_trains_the_drawn_network_or_a_sandwich() -> None:
         assert full == sandwich.whole(SHAPE, step) == resolve(SHAPE, active_layers=grown)
         assert smallest.depth == len(grown) // 8 + (len(grown) == 12)
         assert drawn == sandwich.subnet(SHAPE, step) != full
-    assert sandwich.distilled_share == 1.0
-    assert replace(sandwich, distill=0.25).distilled_share == 0.25
-    assert plan.distilled_share == 0.0
 
 
 @pytest.mark.parametrize(

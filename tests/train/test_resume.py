@@ -60,12 +60,16 @@ BIASED = replace(CONFIG, model_type="ernie4_5_moe", selection_bias=True)
         (CONFIG, {"sampling": SamplingPlan()}),
         (CONFIG, {"sampling": SamplingPlan(), "distill": 0.5}),
         (CONFIG, {"sampling": SamplingPlan(), "sandwich": True}),
+        (CONFIG, {"sampling": SamplingPlan(), "sandwich": True, "distill": 1.0}),
         (CONFIG, {"sampling": SamplingPlan(), "split": 0.5}),
         (CONFIG, {"sampling": SamplingPlan(fixed="L3-p4")}),
         (CONFIG, {"dtype": "bfloat16"}),
         (BIASED, {"bias_rate": 0.01}),
     ],
-    ids=["plain", "default-draws", "distill", "sandwich", "split", "fixed", "bfloat16", "bias"],
+    ids=[
+        *("plain", "default-draws", "distill", "sandwich", "sandwich-distill", "split", "fixed"),
+        *("bfloat16", "bias"),
+    ],
 )
 def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(
     config: ModelConfig, options: dict, tmp_path: Path
@@ -83,6 +87,17 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(
     assert_same_states(tmp_path / "stopped" / STATE, tmp_path / "straight" / STATE)
     assert logged_steps(tmp_path / "straight") == list(range(1, 8))
     assert logged_steps(tmp_path / "stopped") == [5, 6, 7]  # it did not begin again
+
+
+def test_what_a_kill_left_of_files_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    left = [tmp_path / ".log.csv.7.part", tmp_path / "data" / ".train.npy.7.part"]
+    kept = [tmp_path / "notes.part", tmp_path / ".mine"]
+    for path in (*left, *kept):
+        path.write_text("half")
+    run(trainer(), tmp_path, max_seconds=0)
+    assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in kept)
 
 
 def test_a_run_resumes_with_the_weights_that_it_began_with_only(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
     python -m benchmarks.science.report
     python -m benchmarks.science.report --text held-out-authors
 
-Differences are nats per token. A number over seeds is mean ± standard deviation; of one seed alone
-a difference has the standard error over windows of text, and a mark.
+Differences are nats per token. A number over seeds is mean ± standard deviation, a difference of
+two families mean ± seed standard deviation as the summary defines it; of one seed alone a
+difference has the standard error over windows of text, and a mark.
 """
 
 from __future__ import annotations
@@ -62,13 +63,16 @@ def science_words(summary: Summary) -> Iterator[str]:
     for name, text in summary["texts"].items():
         gain = text["points"]["full"]["elastic_gain"]
         if gain is not None:
-            spread, of = _error_of_pair(gain), "1 seed"
-            if gain["n"] > 1:
-                spread = f" ± {gain['seed_sd']:.3f}"
-                of = f"mean ± seed standard deviation, {gain['n']} seeds"
             yield (
-                f"Elasticity costs the full network {-gain['mean']:+.3f}{spread} nats per token on "
-                f"{name} ({of}; the bar judges the mean alone)."
+                f"Elasticity costs the full network {_cost(gain, sign=-1)} nats per token on "
+                f"{name} ({_of_seeds(gain)}; the bar judges the mean alone)."
+            )
+    for name, text in summary["texts"].items():
+        cost = text["points"]["full"].get("drawn_cost")
+        if cost is not None:
+            yield (
+                f"With the defaults of `train`, one network a step, it costs {_cost(cost)} on "
+                f"{name} ({_of_seeds(cost)})."
             )
     shares = {
         family: of_family["of_inelastic"]
@@ -173,7 +177,19 @@ def _error_of_pair(gain: Mapping[str, Any]) -> str:
 
 
 def _spread_or_pair(gain: Mapping[str, Any] | None) -> str:
-    return _spread(gain, sign="+") + (_error_of_pair(gain) if gain is not None else "")
+    return NOTHING if gain is None else _cost(gain)
+
+
+def _cost(gain: Mapping[str, Any], *, sign: int = 1) -> str:
+    """A difference of two families, with what it has of errors."""
+    spread = "" if gain["seed_sd"] is None else f" ± {gain['seed_sd']:.3f}"
+    return f"{sign * gain['mean']:+.3f}{spread}{_error_of_pair(gain)}"
+
+
+def _of_seeds(gain: Mapping[str, Any]) -> str:
+    if gain["n"] == 1:
+        return "1 seed"
+    return f"mean ± seed standard deviation, {gain['n']} seeds"
 
 
 def _gain(gain: Mapping[str, Any] | None) -> str:

@@ -150,10 +150,11 @@ def point_summary(point: str, lines: Sequence[Line], text: str) -> dict[str, Any
         "elastic": nats(elastic),
         "inelastic": nats(inelastic),
         "specialist": None if told is None else {"family": family, **told},
-        "lost": {"elastic": lost("elastic"), "inelastic": lost("inelastic")},
+        "lost": {family: lost(family) for family in ("elastic", "inelastic", "drawn")},
         "elastic_gain": compare(inelastic, elastic),
         "specialist_gain": compare(elastic, special),
         "drawn_gain": compare(elastic, of("drawn")),
+        "drawn_cost": compare(of("drawn"), inelastic),
         "published": PUBLISHED.get(point),
     }
 

@@ -92,10 +92,11 @@ def test_differences_of_one_seed_have_the_error_of_their_pair_and_a_mark() -> No
 
 
 def test_differences_of_several_seeds_have_deviations_and_no_mark() -> None:
-    many = gain(0.25, 0.011, 0.012, 0.013, seed_sd=0.02)
+    many = gain(0.25, 0.011, 0.012, 0.013, seed_sd=0.0204)
     told = summary(gain(-0.02, 0.1, 0.1, 0.1, seed_sd=0.0144), many, many)
     nine = rows(science_table(told, TEXTS[1]))[-1]
-    assert nine[3:5] == ["+0.250 (12.5 seed SDs)", "+0.250 ± 0.012"]
+    # The deviation that two runs of different seeds would show, and not that of pairs, everywhere.
+    assert nine[3:5] == ["+0.250 (12.3 seed SDs)", "+0.250 ± 0.020"]
     assert not any("†" in line for line in science_words(told))
 
 
@@ -130,6 +131,17 @@ def test_the_cost_at_full_is_told_with_its_seed_deviation() -> None:
     assert words[1] == (
         f"Elasticity costs the full network +0.020 ± 0.004† nats per token on {TEXTS[0]} (1 seed; "
         f"the bar judges the mean alone)."
+    )
+
+
+def test_the_cost_of_one_network_a_step_is_told_beside_that_of_the_elastic_recipe() -> None:
+    told = summary(gain(-0.02, 0.004), None, None)
+    told["texts"][TEXTS[1]]["points"] = dict(told["texts"][TEXTS[1]]["points"])
+    full = told["texts"][TEXTS[1]]["points"]["full"] | {"drawn_cost": gain(0.125, 0.007)}
+    told["texts"][TEXTS[1]]["points"]["full"] = full
+    assert list(science_words(told))[3] == (
+        f"With the defaults of `train`, one network a step, it costs +0.125 ± 0.007† on "
+        f"{TEXTS[1]} (1 seed)."
     )
 
 

@@ -167,6 +167,18 @@ def test_a_run_of_one_drawn_network_a_step_is_paired_with_the_elastic_one_of_its
     assert nine["drawn_gain"]["mean"] == pytest.approx(4.52 - 4.70, abs=1e-4)
 
 
+def test_what_one_network_a_step_costs_is_against_the_inelastic_network_of_its_seed() -> None:
+    drawn = runs({"drawn": [everywhere(4.70, ELASTIC)]})
+    full = summary([*THREE, *drawn])["texts"][NAMES[0]]["points"]["full"]
+    (line,) = [one for one in THREE if (one["family"], one["seed"]) == ("inelastic", 0)]
+    inelastic = losses_of(line, NAMES[0], "full")
+    assert inelastic is not None
+    assert full["drawn_cost"]["n"] == 1
+    expected = pytest.approx(4.70 - inelastic.nats_per_token, abs=1e-4)
+    assert full["drawn_cost"]["mean"] == expected
+    assert full["lost"]["drawn"] == {"n": 1, "mean": 0.0, "sd": None}
+
+
 def test_bars_are_met_by_three_seeds_far_apart() -> None:
     found = summary()
     assert len(found["bars"]) == 2 * (4 + 1)
@@ -214,6 +226,7 @@ def test_without_its_control_a_network_stands_alone() -> None:
         assert p["elastic"]["n"] == 3
         assert p["inelastic"] is p["lost"]["inelastic"] is p["elastic_gain"] is None
         assert p["specialist"] is p["specialist_gain"] is p["drawn_gain"] is None
+        assert p["drawn_cost"] is p["lost"]["drawn"] is None
 
 
 def test_the_tables_show_the_summary() -> None:

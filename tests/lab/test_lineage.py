@@ -160,13 +160,13 @@ def test_what_was_extracted_is_a_refinement_however_it_was_trained() -> None:
 
 
 def test_a_part_of_what_was_extracted_is_named_as_a_part_of_the_whole() -> None:
-    on = extracted("L4", 3, FIRST)
+    on = extracted("Lx3a", 3, FIRST)  # layers 1, 3, 4 and 5
     plan = replace(on.plan, sampling=SamplingPlan(fixed="L2"))
     row = make_budget(replace(on, plan=plan))["networks"][0]
-    assert (row["name"], row["refinement_flops"]) == ("L2", on.flops)
+    assert (row["name"], row["refinement_flops"]) == ("Lxa", on.flops)
     twice = extracted("L3", 2, on)
     budget = make_budget(twice)
-    assert budget["networks"][0]["name"] == "L3"
+    assert budget["networks"][0]["name"] == "Lx1a"
     assert budget["networks"][0]["refinement_flops"] == on.flops + twice.flops
     assert budget["super_network"]["flops"] == FIRST.flops
 

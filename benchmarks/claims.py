@@ -113,11 +113,17 @@ class Results:
         if not (lost.get("elastic") or lost.get("inelastic")):
             return f"12 layers `{point}`: {NOT_YET}"
         elastic, inelastic = _mean(lost.get("elastic")), _mean(lost.get("inelastic"))
-        return f"12 layers `{point}`: {elastic}; inelastic: {inelastic}"
+        drawn = lost.get("drawn")
+        one_a_step = f"; one network a step: {_mean(drawn)}" if drawn else ""
+        return f"12 layers `{point}`: {elastic}{one_a_step}; inelastic: {inelastic}"
 
     def elastic_cost(self, point: str) -> str:
         """Nats per token, elastic minus inelastic: below 0 where elasticity helps."""
         return _mean(self.science_point(point).get("elastic_gain"), sign=-1)
+
+    def drawn_cost(self, point: str) -> str:
+        """As `elastic_cost`, of training one network a step."""
+        return _mean(self.science_point(point).get("drawn_cost"))
 
     def specialist_gap(self, point: str) -> str:
         """Nats per token, elastic minus a network trained as this one alone."""
@@ -131,7 +137,9 @@ def _short(sha256: str | None) -> str:
 def _mean(found: Mapping[str, Any] | None, *, sign: int = 1) -> str:
     if not found or not found["n"]:
         return NOT_YET
-    spread = "" if found["sd"] is None else f" ± {found['sd']:.3f}"
+    # Of a difference of two families, what two runs of different seeds would show.
+    sd = found.get("seed_sd", found["sd"])
+    spread = "" if sd is None else f" ± {sd:.3f}"
     return f"{sign * found['mean']:+.3f}{spread} ({found['n']} seed{'s' * (found['n'] > 1)})"
 
 
@@ -144,7 +152,10 @@ def axis(point: str, science: str) -> Callable[[Results], str]:
 
 
 def full_budget(results: Results) -> str:
-    return f"12 layers, all axes at once, whole network: {results.elastic_cost('full')}"
+    return (
+        f"12 layers, all axes at once, whole network: {results.elastic_cost('full')}; one network "
+        f"a step, as there: {results.drawn_cost('full')}"
+    )
 
 
 def quarter_of_k(results: Results) -> str:
@@ -166,6 +177,14 @@ def iteration(_: Results) -> str:
         format_si(round(ITERATION / row[f"refinement_of_{base}"]))
         for base in ("super_network", "scratch")
     )
+    grown, ungrown = row["scratch_flops"], row["ungrown_scratch_flops"]
+    growing = ""
+    if ungrown > grown:
+        growing = (
+            f" S grows in depth as the super-network did; with all its layers from the first step "
+            f"on it is {format_si(ungrown, 'FLOP')}, and {format_percent(ITERATION)} of it "
+            f"{format_si(round(ITERATION * ungrown / row['refinement_flops']))}."
+        )
     but = f" Not counted: what {uncounted['parent']} had cost" if uncounted else ""
     return (
         f"`elastic-moe budget`, arithmetic and no result. A network such as elastic-mini's "
@@ -173,7 +192,7 @@ def iteration(_: Results) -> str:
         f"{format_si(row['scratch_flops'], 'FLOP')}; the super-network: F, "
         f"{format_si(budget['super_network']['flops'], 'FLOP')}. {format_percent(ITERATION)} of S "
         f"is {of_scratch} tokens of refining that network, {format_percent(ITERATION)} of F is "
-        f"{of_super}; either comes on top of F.{but}"
+        f"{of_super}; either comes on top of F.{growing}{but}"
     )
 
 
@@ -358,7 +377,9 @@ def page(results: Results) -> str:
   {results.scored_tokens:,} scored tokens{unless}.
 - *12 layers* are trainings of one recipe, elastic, inelastic and of single sub-networks: {runs}.
   The elastic ones run the full network on three quarters of every step's text, a drawn one on the
-  rest.
+  rest. *One network a step* is the default of `elastic-moe train`: the one that is drawn, as ERNIE
+  5.0 draws it. Of differences between trainings of several seeds, ± is what two of different seeds
+  would show.
 - The ablation of ERNIE 5.0 has 3.2 B parameters, 64 experts, k 8, 250 B tokens. Across such scales
   the order and shape of the losses can be compared, their size cannot.
 - Equal tokens do not make equal quality, and a cheaper network is no claim about a better one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from benchmarks.science.report import read_summary, science_table, science_words
+from benchmarks.science.summary import BETTER_AT, COST_ALLOWED
 from elastic_moe.cli.sweep import show
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -235,11 +237,34 @@ def test_what_it_says_of_elasticity_is_what_the_committed_results_say() -> None:
     assert sum(word.startswith("Elasticity costs the full network") for word in words) == 2
     for word in words:
         assert word in told
+    at = [text["points"] for text in summary["texts"].values()]
+    sds = [p[point]["elastic_gain"]["in_seed_sds"] for p in at for point in BETTER_AT]
+    assert f"better by {math.floor(min(sds))} to {math.ceil(max(sds))} seed standard devia" in told
+    assert all(abs(p["k2"]["elastic_gain"]["in_seed_sds"]) < 1 for p in at)  # equally good
+    assert all(p["k1"]["elastic_gain"]["in_seed_sds"] > 2 for p in at)
+    gaps = [p[point]["specialist_gain"]["mean"] for p in at for point in ("L9", "p8")]
+    assert f"elastic network, by {min(gaps):.1f} to {max(gaps):.1f} nats" in told
+    costs = {
+        name: -text["points"]["full"]["elastic_gain"]["mean"]
+        for name, text in summary["texts"].items()
+    }
+    assert costs["python-language-reference"] > COST_ALLOWED >= costs["held-out-authors"]
+    assert f"misses its bar of {COST_ALLOWED} nats on the language reference and meets it" in told
+    full = [
+        json.loads(line)["texts"]["python-language-reference"]["points"]["full"]["nats_per_token"]
+        for line in (results / "science.jsonl").read_text("utf-8").splitlines()
+        if json.loads(line).get("family") == "inelastic"
+    ]
+    assert f"of the inelastic networks by {max(full) - min(full):.2f} nats" in told
     *_, line = map(json.loads, (results / "coherence.jsonl").read_text("utf-8").splitlines())
     position, writing = line["positions"]["python-language-reference"], line["writing"]
     for name in ("L36", "L24"):
         within, beyond = (position[name][k] - position["full"][k] for k in ("within", "beyond"))
         assert re.search(rf"`{name}` {within:.2f} (nats within )?and {beyond:.2f}\b", told)
+    assert f"the full one by {position['full']['long_context']['nats']:.2f} nats" in told
+    assert min(p["long_context"]["nats"] for p in position.values()) > 0
+    within, beyond = (position["k1"][k] - position["full"][k] for k in ("within", "beyond"))
+    assert f"`k1` {within:.2f} and {beyond:.2f})" in told
     first = {
         name: f"{writing[name]['divergence']['first_difference']:.1f}"
         for name in ("k2", "L36", "L12")

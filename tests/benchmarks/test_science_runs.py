@@ -365,7 +365,7 @@ def test_a_half_written_log_and_state_say_how_far_a_run_is(tmp_path: Path, data:
     folder.mkdir()
     trainer.save(folder / runs.STATE)
     (folder / "plan.json").write_text(json.dumps(trainer.plan.to_json()))
-    logged = [{"loss": 4.0, "seconds": 2.0}, {"loss": 3.0, "seconds": 1.0}]
+    logged = [{"step": 1, "loss": 4.0, "seconds": 2.0}, {"step": 2, "loss": 3.0, "seconds": 1.0}]
     (folder / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in logged) + '{"loss"')
     found = runs.progress_of(folder)
     assert found == runs.Progress("begun", 1, 3, 3.5, 3.0)

@@ -215,11 +215,12 @@ def check_target(folder: Path) -> list[Path]:
 
 
 def _is_exported(folder: Path) -> bool:
-    """Whether an export of a run wrote the folder's manifest; other tools may call theirs so."""
+    """Whether an export of a run wrote the folder: `extract` and other tools have manifests too."""
     try:
-        return is_training_manifest(read_json(folder, MANIFEST))
+        manifest = read_json(folder, MANIFEST)
     except CheckpointError:
         return False
+    return is_training_manifest(manifest) and "extracted" not in manifest
 
 
 @contextmanager

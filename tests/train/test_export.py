@@ -190,7 +190,10 @@ def test_a_folder_of_other_things_is_left_alone(data: Path, tmp_path: Path) -> N
         export(tmp_path / "run", tmp_path / "mine" / "thesis.txt")
 
 
-@pytest.mark.parametrize("manifest", ['{"name": "my web app"}', "[]", "{", "\xff"])
+CUT_OUT = '{"corpus": {}, "training": {}, "extracted": {}}'
+
+
+@pytest.mark.parametrize("manifest", ['{"name": "my web app"}', "[]", "{", "\xff", CUT_OUT])
 def test_a_folder_whose_manifest_tells_of_something_else_is_left_alone(
     manifest: str, data: Path, tmp_path: Path
 ) -> None:

@@ -13,19 +13,8 @@ from typing import Any
 import pytest
 
 from benchmarks import claims
-from benchmarks.claims import (
-    CLAIMS,
-    NOT_YET,
-    PAGE,
-    RESULTS,
-    SWEEP,
-    TEXT,
-    Results,
-    iteration,
-    main,
-    nothing,
-    page,
-)
+from benchmarks.claims import CLAIMS, PAGE, iteration, main, nothing, page
+from benchmarks.claims_results import NOT_YET, RESULTS, SWEEP, TEXT, Results
 from benchmarks.science.summary import PUBLISHED, PUBLISHED_COST_AT_FULL
 from elastic_moe.errors import BenchmarkError
 from elastic_moe.lab.budget import make_budget

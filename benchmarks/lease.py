@@ -46,6 +46,7 @@ from elastic_moe.train.loop import Trainer, run
 from elastic_moe.train.mini import ELASTIC_MINI
 from elastic_moe.train.parents import keep_parent
 from elastic_moe.train.plan import DTYPES, TrainingPlan
+from elastic_moe.train.settings import check_device
 
 PACKED_TOKENS, WEIGHTS = "tokens.xz", "weights"
 MOST_PACKED_BYTES = 60 << 20  # what travels with the checkout
@@ -208,8 +209,8 @@ def train_runs(
         tokens: of each run.
 
     Raises:
-        TrainingError: there is no such run or device, or `state` holds a run with another plan or
-            other text.
+        OptionError: there is no such device.
+        TrainingError: there is no such run, or `state` holds one with another plan or other text.
     """
     runs = choose(only)
     check_device(device)
@@ -263,14 +264,6 @@ def take(folder: Path, into: Path) -> list[Path]:
             shutil.copytree(checkpoint, beside, dirs_exist_ok=True)
         taken.append(to)
     return taken
-
-
-def check_device(device: str) -> None:
-    """Raises: TrainingError: there is no such device."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
-        raise TrainingError(f"--device {device}: {error}. Name another one, such as cpu.") from None
 
 
 def say(line: str) -> None:

@@ -13,7 +13,13 @@ from safetensors import SafetensorError, safe_open
 
 from elastic_moe.errors import CheckpointError, ElasticMoEError, OptionError, TrainingError
 from elastic_moe.model.families import read_config
-from elastic_moe.model.folder import CONFIG, checkpoint_name, find_checkpoint, read_json
+from elastic_moe.model.folder import (
+    CONFIG,
+    MANIFEST,
+    checkpoint_name,
+    find_checkpoint,
+    read_json,
+)
 from elastic_moe.routing import ModelShape, Subnet, parse_name, resolve, shorten
 from elastic_moe.routing.subnet import INACTIVE
 from elastic_moe.train.ledger import replay
@@ -23,7 +29,7 @@ from elastic_moe.train.parents import PARENT, read_parent
 from elastic_moe.train.plan import Stage, TrainingPlan
 from elastic_moe.train.sampling import fixed_subnet
 
-STATE, PLAN, MANIFEST = "state.safetensors", "plan.json", "manifest.json"
+STATE, PLAN = "state.safetensors", "plan.json"
 MOST_TOKENS = 10**18  # of one training; more is no count that anything wrote
 
 # What reading JSON of unknown origin as a plan can end in.

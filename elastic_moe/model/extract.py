@@ -17,12 +17,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from elastic_moe.errors import CheckpointError, CheckpointWarning, ExtractError
+from elastic_moe.errors import CheckpointWarning, ExtractError
 from elastic_moe.files import replacing_folder, write_text
 from elastic_moe.model.checkpoint import Checkpoint
 from elastic_moe.model.config import ElasticBlock, ModelConfig
 from elastic_moe.model.families import EXPERT_PARTS, FAMILIES, parameter_shapes, read_config
-from elastic_moe.model.folder import CONFIG, checkpoint_name, file_in, find_checkpoint, read_json
+from elastic_moe.model.folder import (
+    CONFIG,
+    MANIFEST,
+    checkpoint_name,
+    file_in,
+    find_checkpoint,
+    read_training_manifest,
+)
 from elastic_moe.model.saving import MAX_SHARD_BYTES, Item, write_config_json, write_tensors
 from elastic_moe.routing import ModelShape, Subnet, parse_name, shorten
 
@@ -42,7 +49,7 @@ COMPANIONS = (
     "LICENSE.txt",
     "NOTICE",
 )
-CARD, MANIFEST = "README.md", "manifest.json"
+CARD = "README.md"
 # Added to a score in [0, 1], it keeps an expert from ever being chosen; finite, as weights must be.
 EXCLUDED = -1e9
 ChannelOrder = Mapping[int, Tensor]  # layer -> (E, F): which channel comes first, second, ...
@@ -330,11 +337,8 @@ def _copy_manifest(folder: Path, target: Path, cut: _Cut, parent_id: str) -> Non
 
     So a ledger knows what was spent before the sub-network was trained on alone.
     """
-    try:
-        manifest = read_json(folder, MANIFEST) if (folder / MANIFEST).exists() else {}
-    except CheckpointError:  # other tools may call anything a manifest
-        manifest = {}
-    if not {"corpus", "training"} <= manifest.keys():
+    manifest = read_training_manifest(folder)
+    if not manifest:
         return
     told = {
         "subnet": cut.subnet.name,

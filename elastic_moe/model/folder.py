@@ -10,7 +10,7 @@ from typing import Any
 from elastic_moe.errors import CheckpointError
 
 BUNDLED = Path(__file__).resolve().parent.parent / "bundled"
-CONFIG = "config.json"
+CONFIG, MANIFEST = "config.json", "manifest.json"
 MAX_JSON_BYTES = 16 << 20  # of a configuration or an index; the largest seen are under 4 MiB
 
 # What a download fetches. Nothing that is code, nothing that is pickled.
@@ -147,3 +147,20 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 def read_json_if_there(folder: Path, name: str) -> dict[str, Any]:
     """As `read_json`; {} where the folder has no such file."""
     return read_json(folder, name) if (folder / name).exists() else {}
+
+
+def read_training_manifest(folder: Path) -> dict[str, Any]:
+    """How a checkpoint was trained, as `elastic-moe train` writes it; {} if nothing tells.
+
+    Other tools may call anything a manifest, in whatever form.
+    """
+    try:
+        manifest = read_json_if_there(folder, MANIFEST)
+    except CheckpointError:
+        return {}
+    return manifest if is_training_manifest(manifest) else {}
+
+
+def is_training_manifest(manifest: Any) -> bool:
+    """Whether it tells of texts and a training."""
+    return isinstance(manifest, dict) and {"corpus", "training"} <= manifest.keys()

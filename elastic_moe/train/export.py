@@ -26,18 +26,18 @@ from typing import Any
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
-from elastic_moe.errors import CheckpointError, ElasticMoEError, NotGrownError, TrainingError
+from elastic_moe.errors import ElasticMoEError, NotGrownError, TrainingError
 from elastic_moe.files import exchanging_folder, write_text
 from elastic_moe.model.config import ElasticBlock, ModelConfig
 from elastic_moe.model.families import read_config, write_config
-from elastic_moe.model.folder import CONFIG, read_json
+from elastic_moe.model.folder import CONFIG, MANIFEST, read_json, read_training_manifest
 from elastic_moe.model.saving import MAX_SHARD_BYTES, save_checkpoint
 from elastic_moe.train.checkpoint import check_same_run, load_state
-from elastic_moe.train.data import MANIFEST, TOKENIZER, read_manifest
+from elastic_moe.train.data import TOKENIZER, read_manifest
 from elastic_moe.train.ledger import Ledger, replay
 from elastic_moe.train.models import config_from_json
 from elastic_moe.train.options import add_shard_size
-from elastic_moe.train.parents import is_training_manifest, read_parent, tokens_before
+from elastic_moe.train.parents import read_parent, tokens_before
 from elastic_moe.train.plan import TrainingPlan
 from elastic_moe.train.tokens import BOS, END, IM_END, PAD, SPECIAL_TOKENS, special_id
 
@@ -216,11 +216,8 @@ def check_target(folder: Path) -> list[Path]:
 
 def _is_exported(folder: Path) -> bool:
     """Whether an export of a run wrote the folder: `extract` and other tools have manifests too."""
-    try:
-        manifest = read_json(folder, MANIFEST)
-    except CheckpointError:
-        return False
-    return is_training_manifest(manifest) and "extracted" not in manifest
+    manifest = read_training_manifest(folder)
+    return bool(manifest) and "extracted" not in manifest
 
 
 @contextmanager

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from elastic_moe.errors import CheckpointError, TrainingError
+from elastic_moe.errors import TrainingError
 from elastic_moe.files import write_text
-from elastic_moe.model.folder import read_json_if_there
-from elastic_moe.train.data import MANIFEST
+from elastic_moe.model.folder import MANIFEST, is_training_manifest, read_training_manifest
 
 PARENT = "parent-manifest.json"
 
@@ -20,20 +19,12 @@ def keep_parent(run: Path, checkpoint: Path) -> bool:
     The manifest that the run's export writes holds it as "before", so that every file and every
     step that led to the weights stays on record.
     """
-    try:
-        manifest = read_json_if_there(checkpoint, MANIFEST)
-    except CheckpointError:
-        manifest = {}
-    if not is_training_manifest(manifest):
+    manifest = read_training_manifest(checkpoint)
+    if not manifest:
         return False
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / PARENT, json.dumps(manifest, indent=1) + "\n")
     return True
-
-
-def is_training_manifest(manifest: Any) -> bool:
-    """Whether it tells of a training; other tools may call anything a manifest."""
-    return isinstance(manifest, dict) and {"corpus", "training"} <= manifest.keys()
 
 
 def read_parent(run: Path) -> dict[str, Any] | None:

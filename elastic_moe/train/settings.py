@@ -127,7 +127,7 @@ def read_settings(options: argparse.Namespace) -> Settings:
             )
         plan = _plan(args, model, stages) if (stages := _stages(args, model, out)) else None
         trial = plan or _plan(args, model, (_stage(args, model, 1),))
-        _check_device(args.device)
+        check_device(args.device)
         choose_backend(args.backend, model.config, trial, torch.device(args.device))
     return Settings(args, model, tokenizer, texts, mixture, plan, record)
 
@@ -283,7 +283,12 @@ def _plan(args: argparse.Namespace, model: Model, stages: tuple[Stage, ...]) -> 
     return replace(plan, muon_lr=plan.muon_lr * args.lr_scale, adam_lr=plan.adam_lr * args.lr_scale)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        OptionError: says why it cannot be used.
+    """
     try:
         torch.zeros(1, device=device).item()  # which 'meta' has not
     except (RuntimeError, AssertionError) as error:

@@ -96,7 +96,7 @@ def test_a_device_that_is_not_there_is_an_error_of_one_line(
     arguments = ["--packed", str(tmp_path / "lease"), "--state", str(tmp_path / "state")]
     arguments += ["--out", str(tmp_path / "out"), "--device", device, "--science"]
     assert lease.main(["train", *arguments]) == 1
-    assert f"error: --device {device}: " in capsys.readouterr().err
+    assert f"error: --device {device} cannot be used here: " in capsys.readouterr().err
     assert not (tmp_path / "state").exists()
 
 

@@ -22,6 +22,11 @@ FORMAT = 3
 FREE = {"save_every_steps"}  # of a plan: what may change from one resume to the next
 
 
+# safetensors writes to a file of its own beside the one that it is to write: '.tmp' and six letters
+# or digits. A kill leaves it, as large as a state.
+HALF_STATE = ".tmp" + 6 * "[0-9A-Za-z]"
+
+
 def save_state(path: Path, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
     """Write tensors and progress to `path`, atomically and durably.
 

@@ -27,6 +27,7 @@ from elastic_moe.routing import Subnet
 from elastic_moe.train import native
 from elastic_moe.train.balance import Loads, expert_loads, move_biases
 from elastic_moe.train.checkpoint import (
+    HALF_STATE,
     check_parent,
     check_same_run,
     load_state,
@@ -355,9 +356,10 @@ def _run(
     report_seconds: float,
 ) -> None:
     plan, state, log_path = trainer.plan, folder / "state.safetensors", folder / "log.jsonl"
-    for half in (*folder.glob(".*.part"), *folder.glob("data/.*.part")):  # what a kill left
-        if half.is_file():
-            half.unlink()
+    for pattern in (".*.part", "data/.*.part", HALF_STATE):  # what a kill left
+        for half in folder.glob(pattern):
+            if half.is_file():
+                half.unlink()
     note: str | None = None
     if state.exists():
         note = trainer.load(state)

@@ -92,7 +92,8 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(
 def test_what_a_kill_left_of_files_is_cleared_away(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     left = [tmp_path / ".log.csv.7.part", tmp_path / "data" / ".train.npy.7.part"]
-    kept = [tmp_path / "notes.part", tmp_path / ".mine"]
+    left += [tmp_path / ".tmpAb3xY9"]  # of safetensors
+    kept = [tmp_path / "notes.part", tmp_path / ".mine", tmp_path / ".tmp-notes"]
     for path in (*left, *kept):
         path.write_text("half")
     run(trainer(), tmp_path, max_seconds=0)

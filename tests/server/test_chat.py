@@ -67,8 +67,8 @@ def test_a_stream_is_the_same_in_pieces(served: Running, n: int) -> None:
 
 
 def test_a_stream_is_events_and_nothing_else(served: Running) -> None:
-    body = {"model": "tiny@k1", "messages": PLAIN, "max_tokens": 3, "stream": True}
-    answer = served.post("/v1/chat/completions", **body)
+    body = {"messages": PLAIN, "max_tokens": 3, "ignore_eos": True, "stream": True}
+    answer = served.post("/v1/chat/completions", model="tiny@k1", **body)
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.headers["x-elastic-subnet"] == "k1"
     *events, done, end = answer.text.split("\n\n")
@@ -81,7 +81,8 @@ def test_a_stream_is_events_and_nothing_else(served: Running) -> None:
 
 def test_a_seed_makes_an_answer_again_and_its_absence_another(served: Running) -> None:
     def text(**options: Any) -> str:
-        return ask(served, temperature=2.0, max_tokens=20, **options).choices[0].message.content
+        long = {"max_tokens": 20, "extra_body": {"ignore_eos": True}}
+        return ask(served, temperature=2.0, **long, **options).choices[0].message.content
 
     assert text(seed=7) == text(seed=7) != text(seed=8)
     assert len({text() for _ in range(3)}) == 3

@@ -92,7 +92,7 @@ def test_times_pass_where_they_were_asked_for(running: Running) -> None:
         assert 0.3 <= time.monotonic() - begun < 2.3 + 2 * usual
     # Whenever the client gets to read them, no event is there before its time.
     times: list[float] = []
-    asked = {"model": "tiny", "prompt": [5, 6], "max_tokens": 4, "stream": True}
+    asked = {"model": "tiny", "prompt": [5, 6], "max_tokens": 4, "ignore_eos": True, "stream": True}
     headers = {"x-inject-itl-ms": "60-80", "x-inject-ttft-ms": "200"}
     begun = time.monotonic()
     with running.http.stream("POST", PATH, json=asked, headers=headers) as answer:
@@ -146,10 +146,11 @@ def test_an_event_is_spoilt_and_the_stream_goes_on(running: Running) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_stalled_answer_ends_with_its_client(running: Running, stream: bool) -> None:
+    asked = {"model": "tiny", "prompt": "The", "max_tokens": 5, "ignore_eos": True}
     with pytest.raises(httpx2.ReadTimeout):
         running.http.post(
             PATH,
-            json={"model": "tiny", "prompt": "The", "max_tokens": 5, "stream": stream},
+            json={**asked, "stream": stream},
             headers={"x-inject-stall-after": "2"},
             timeout=0.4,
         )

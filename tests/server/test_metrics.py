@@ -103,7 +103,8 @@ def test_numbers_are_those_of_the_answers(fresh: Running) -> None:
         logit_bias={"20": 100},
     )
     usages.append(list(chat)[-1].usage.model_dump())  # type: ignore[union-attr]
-    text = fresh.post("/v1/completions", model="tiny", prompt=[5], max_tokens=2, stream=True)
+    brief = {"model": "tiny", "prompt": [5], "max_tokens": 2, "ignore_eos": True, "stream": True}
+    text = fresh.post("/v1/completions", **brief)
     assert text.text.endswith("data: [DONE]\n\n")
     usages.append({"prompt_tokens": 1, "completion_tokens": 2})
     # Log-probabilities of a prompt are not cached, so the cache is not asked for it.
@@ -292,8 +293,8 @@ def test_a_stream_that_breaks_is_counted(fresh: Running, monkeypatch: pytest.Mon
         raise ZeroDivisionError
 
     monkeypatch.setattr(type(fresh.server.app.state.service), "applied", faulty)
-    body = {"model": "tiny", "prompt": "The", "max_tokens": 3, "stream": True}
-    answer = fresh.post("/v1/completions", **body)
+    body = {"prompt": "The", "max_tokens": 3, "ignore_eos": True, "stream": True}
+    answer = fresh.post("/v1/completions", model="tiny", **body)
     events = answer.text.strip().split("\n\n")
     assert events[-1] == "data: [DONE]"
     assert json.loads(events[-2].removeprefix("data: "))["error"]["type"] == "server_error"

@@ -42,9 +42,8 @@ def test_an_answer_tells_how_many_more_requests_are_taken(narrow: Running) -> No
     held = [narrow.engine.stream([5], None, LONG) for _ in range(2)]
     whole = narrow.post("/v1/completions", model="tiny", prompt="The", max_tokens=1)
     assert limits_of(whole)[REMAINING] == "1"
-    with narrow.http.stream(
-        "POST", "/v1/completions", json={"model": "tiny", "prompt": "The", "stream": True}
-    ) as streamed:
+    body = {"model": "tiny", "prompt": "The", "ignore_eos": True, "stream": True}
+    with narrow.http.stream("POST", "/v1/completions", json=body) as streamed:
         assert limits_of(streamed)[REMAINING] == "0"  # it is one of them
         assert float(limits_of(streamed)[RESET].removesuffix("s")) > 0
         refused = narrow.post("/v1/completions", model="tiny", prompt="The")

@@ -12,7 +12,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sweep test test-sanitize check soak soak-server bench bench-serving \
+.PHONY: help sweep test explore test-sanitize check soak soak-server bench bench-serving \
 	interop interop-llama-cpp peers clean
 
 help:  ## list the targets
@@ -45,6 +45,10 @@ sweep: .venv/.installed  ## measure quality against cost on the bundled model, i
 # A file stays in one process, since its tests share what it made; ARGS="-n 0" takes one for all.
 test: .venv/.installed  ## run the tests, in as many processes as there are cores, 4 at most
 	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+explore: .venv/.installed  ## run the property tests on other examples than those of `make test`
+	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m hypothesis \
+		--hypothesis-profile explore $(ARGS)
 
 # Built beside the installed extension, which stays as it is.
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer

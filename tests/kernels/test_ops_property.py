@@ -33,13 +33,13 @@ def expert_cases(draw: st.DrawFn) -> ExpertsCase:
     )
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None)
 @given(case=expert_cases(), dtype=DTYPES, level=LEVELS)
 def test_random_experts(case: ExpertsCase, dtype: torch.dtype, level: str) -> None:
     check_experts(case, dtype, level, terms_cancel=True)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None)
 @given(
     rows=st.integers(0, 20),
     outputs=st.integers(1, 150),
@@ -66,7 +66,7 @@ def attention_cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None)
 @given(case=attention_cases(), dtype=DTYPES, level=LEVELS)
 def test_random_attention(case: Case, dtype: torch.dtype, level: str) -> None:
     check_attention(case, dtype, level)

@@ -47,8 +47,8 @@ def axis(point: str, science: str) -> Callable[[Results], str]:
 
 def full_budget(results: Results) -> str:
     return (
-        f"12 layers, all axes at once, whole network: {results.elastic_cost('full')}; one network "
-        f"a step, as there: {results.drawn_cost('full')}"
+        f"12 layers, all axes at once, whole network: {results.elastic_cost('full')}, frugal: "
+        f"{results.frugal_cost('full')}; one network a step, as there: {results.drawn_cost('full')}"
     )
 
 
@@ -182,7 +182,7 @@ CLAIMS = (
         f"at full budget, elastic training costs {_DEPTH} (depth), {_POOL} (pool), {_TOP_K} (k)",
         full_budget,
         "there one axis per training, drawn for the whole batch; here all of them at once, on a "
-        "quarter of every batch, and the full network on the rest",
+        "quarter of every batch, frugal on an eighth, and the full network on the rest",
     ),
     Claim(
         ERNIE,
@@ -270,10 +270,10 @@ def page(results: Results) -> str:
 - *elastic-mini* is the bundled checkpoint: {sizes}; its figures are over
   {results.scored_tokens:,} scored tokens{unless}.
 - *12 layers* are trainings of one recipe, elastic, inelastic and of single sub-networks: {runs}.
-  The elastic ones run the full network on three quarters of every step's text, a drawn one on the
-  rest. *One network a step* is the default of `elastic-moe train`: the one that is drawn, as ERNIE
-  5.0 draws it. Of differences between trainings of several seeds, ± is what two of different seeds
-  would show.
+  The elastic ones run the full network on three quarters of every step's text, *frugal* ones on
+  seven eighths, and a drawn one on the rest. *One network a step* is the default of `elastic-moe
+  train`: the one that is drawn, as ERNIE 5.0 draws it. Of differences between trainings of several
+  seeds, ± is what two of different seeds would show.
 - The ablation of ERNIE 5.0 has 3.2 B parameters, 64 experts, k 8, 250 B tokens. Across such scales
   the order and shape of the losses can be compared, their size cannot.
 - Equal tokens do not make equal quality, and a cheaper network is no claim about a better one.

@@ -234,21 +234,34 @@ def test_what_it_says_of_elasticity_is_what_the_committed_results_say() -> None:
         assert f"{row}\n" in README
     told = " ".join(README.split())
     words = [w for w in science_words(summary) if not w.startswith("Undecided")]
-    assert sum(word.startswith("Elasticity costs the full network") for word in words) == 2
+    for family in ("Elasticity", "Frugal elasticity"):
+        assert sum(word.startswith(f"{family} costs the full network") for word in words) == 2
     for word in words:
         assert word in told
     at = [text["points"] for text in summary["texts"].values()]
     sds = [p[point]["elastic_gain"]["in_seed_sds"] for p in at for point in BETTER_AT]
     assert f"better by {math.floor(min(sds))} to {math.ceil(max(sds))} seed standard devia" in told
+    sds = [p[point]["frugal_gain"]["in_seed_sds"] for p in at for point in BETTER_AT]
+    assert f"frugal by {math.floor(min(sds))} to {math.ceil(max(sds))} (bar" in told
+    nats = {
+        name: [p[name]["elastic"]["mean"] - p[name]["frugal"]["mean"] for p in at]
+        for name in ("full", *BETTER_AT)
+    }
+    saved = {f"{more:.2f}" for more in nats["full"]}
+    assert len(saved) == 1
+    assert f"saves the full one {saved.pop()} nats on either text" in told
+    dearer = [-more for point in BETTER_AT for more in nats[point]]
+    assert f"pools and widths {min(dearer):.2f} to {max(dearer):.2f}." in told
     assert all(abs(p["k2"]["elastic_gain"]["in_seed_sds"]) < 1 for p in at)  # equally good
     assert all(p["k1"]["elastic_gain"]["in_seed_sds"] > 2 for p in at)
     gaps = [p[point]["specialist_gain"]["mean"] for p in at for point in ("L9", "p8")]
     assert f"elastic network, by {min(gaps):.1f} to {max(gaps):.1f} nats" in told
-    costs = {
-        name: -text["points"]["full"]["elastic_gain"]["mean"]
-        for name, text in summary["texts"].items()
-    }
-    assert costs["python-language-reference"] > COST_ALLOWED >= costs["held-out-authors"]
+    for family in ("elastic", "frugal"):
+        costs = {
+            name: -text["points"]["full"][f"{family}_gain"]["mean"]
+            for name, text in summary["texts"].items()
+        }
+        assert costs["python-language-reference"] > COST_ALLOWED >= costs["held-out-authors"]
     assert f"misses its bar of {COST_ALLOWED} nats on the language reference and meets it" in told
     full = [
         json.loads(line)["texts"]["python-language-reference"]["points"]["full"]["nats_per_token"]

@@ -22,6 +22,7 @@ from elastic_moe.errors import BenchmarkError, ElasticMoEError
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 AXES = {"none": "", "top_k": "k", "depth": "depth", "pool": "pool", "width": "width"}
 NOTHING, ONE_SEED = "–", "†"
+WORDS = {"elastic": "Elasticity", "frugal": "Frugal elasticity"}  # what it is that costs something
 
 Summary = Mapping[str, Any]
 
@@ -35,6 +36,7 @@ def read_summary(path: Path) -> Summary | None:
 def science_table(summary: Summary, text: str) -> str:
     """One row per point: both networks, their difference, the specialist, what is published."""
     header = ["sub-network", "elastic, nats/token", "inelastic", "elastic is better by"]
+    header += ["frugal is better by"]
     header += ["specialist is better by", "defaults of `train` are better by"]
     header += ["lost by elastic", "lost by ERNIE 5.0"]
     rows = []
@@ -47,6 +49,7 @@ def science_table(summary: Summary, text: str) -> str:
             _spread(p["elastic"]),
             _spread(p["inelastic"]),
             _gain(p["elastic_gain"]),
+            _gain(p["frugal_gain"]),
             special,
             _spread_or_pair(p["drawn_gain"]),
             _spread(lost, sign="+"),
@@ -60,13 +63,14 @@ def science_words(summary: Summary) -> Iterator[str]:
     """Seeds, cost of elasticity on every text, compute, and the bars that are not met."""
     seeds = ", ".join(f"{name} {len(found)}" for name, found in summary["seeds"].items() if found)
     yield f"Trained on {summary['tokens']:,} tokens each; seeds: {seeds}."
-    for name, text in summary["texts"].items():
-        gain = text["points"]["full"]["elastic_gain"]
-        if gain is not None:
-            yield (
-                f"Elasticity costs the full network {_cost(gain, sign=-1)} nats per token on "
-                f"{name} ({_of_seeds(gain)}; the bar judges the mean alone)."
-            )
+    for family in WORDS:
+        for name, text in summary["texts"].items():
+            gain = text["points"]["full"][f"{family}_gain"]
+            if gain is not None:
+                yield (
+                    f"{WORDS[family]} costs the full network {_cost(gain, sign=-1)} nats per token "
+                    f"on {name} ({_of_seeds(gain)}; the bar judges the mean alone)."
+                )
     for name, text in summary["texts"].items():
         cost = text["points"]["full"].get("drawn_cost")
         if cost is not None:
@@ -166,7 +170,7 @@ def _gains(summary: Summary) -> Iterator[Mapping[str, Any]]:
     for text in summary["texts"].values():
         for point, p in text["points"].items():
             special = p["specialist_gain"] if point != "full" else None
-            shown = (p["elastic_gain"], special, p["drawn_gain"])
+            shown = (p["elastic_gain"], p["frugal_gain"], special, p["drawn_gain"])
             yield from (gain for gain in shown if gain is not None)
 
 

@@ -33,18 +33,21 @@ RECENT_STEPS = 50
 
 # What the steps of each family run: the fields of the plan in which families differ. The elastic
 # one runs the full network on three quarters of every step's text, and on the rest one that is
-# drawn, whose reduced depths are first layers. The drawn one has the defaults of `elastic-moe
-# train`, as ERNIE 5.0: one network a step by independent chances, a quarter of the reduced depths
-# random layers. The specialist at full size is the inelastic network.
+# drawn, whose reduced depths are first layers; in the frugal one that rest is an eighth. The drawn
+# one has the defaults of `elastic-moe train`, as ERNIE 5.0: one network a step by independent
+# chances, a quarter of the reduced depths random layers. The specialist at full size is the
+# inelastic network.
 RECIPE = ("sampling", "split", "distill")
 FAMILIES: dict[str, dict[str, Any]] = {
     "elastic": {"sampling": SamplingPlan(prefix=1.0), "split": 0.75},
+    "frugal": {"sampling": SamplingPlan(prefix=1.0), "split": 0.875},
     "drawn": {"sampling": SamplingPlan()},
     "inelastic": {"sampling": SamplingPlan(fixed="full")},
     "depth9": {"sampling": SamplingPlan(fixed="L9")},
     "pool8": {"sampling": SamplingPlan(fixed="p8")},
 }
 SPECIALISTS = {"depth9": "L9", "pool8": "p8"}  # the one point that each is for
+SPLITS = ("elastic", "frugal")  # what the bars judge, each against the inelastic one
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ RUNS = tuple(
     for families, seeds in (
         (("elastic", "inelastic", "depth9", "pool8"), (0,)),
         (("elastic", "inelastic"), (1, 2)),
+        (("frugal",), (0, 1, 2)),
         (("depth9", "pool8"), (1, 2)),
         (("drawn",), (0,)),
     )

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.science.runs import FAMILIES, SPECIALISTS
+from benchmarks.science.runs import FAMILIES, SPECIALISTS, SPLITS
 from elastic_moe.lab.quality import weighted_mean
 
 # Point -> which axis it reduces, and to what share of the full value.
@@ -32,7 +32,7 @@ POINTS = {
     "p8": ("pool", 0.5),
     "w4": ("width", 0.5),
 }
-BETTER_AT = ("L9", "L6", "p8", "w4")  # where elastic has to beat inelastic; k as found
+BETTER_AT = ("L9", "L6", "p8", "w4")  # where a split has to beat inelastic; k as found
 SEEDS_NEEDED, SEED_SDS_NEEDED, COST_ALLOWED = 3, 2.0, 0.05
 
 # ERNIE 5.0, arXiv:2602.04705: held-out loss of its ablation, 64 experts and k = 8, in nats.
@@ -138,7 +138,7 @@ def point_summary(point: str, lines: Sequence[Line], text: str) -> dict[str, Any
             [one.nats_per_token - full[seed].nats_per_token for seed, one in of(family).items()]
         )
 
-    elastic, inelastic = of("elastic"), of("inelastic")
+    elastic, frugal, inelastic = of("elastic"), of("frugal"), of("inelastic")
     named = [family for family, own in SPECIALISTS.items() if own == point]
     family = "inelastic" if point == "full" else named[0] if named else None
     special = of(family) if family else {}
@@ -148,10 +148,12 @@ def point_summary(point: str, lines: Sequence[Line], text: str) -> dict[str, Any
         "axis": axis,
         "share": share,
         "elastic": nats(elastic),
+        "frugal": nats(frugal),
         "inelastic": nats(inelastic),
         "specialist": None if told is None else {"family": family, **told},
-        "lost": {family: lost(family) for family in ("elastic", "inelastic", "drawn")},
+        "lost": {family: lost(family) for family in ("elastic", "frugal", "inelastic", "drawn")},
         "elastic_gain": compare(inelastic, elastic),
+        "frugal_gain": compare(inelastic, frugal),
         "specialist_gain": compare(elastic, special),
         "drawn_gain": compare(elastic, of("drawn")),
         "drawn_cost": compare(of("drawn"), inelastic),
@@ -191,7 +193,10 @@ def summarise(lines: Sequence[Line]) -> dict[str, Any]:
 
 
 def judge(texts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Hold the bars against a summary's `texts`. Fewer than three seeds of both decide nothing."""
+    """Hold the bars against a summary's `texts`, for every split that was trained.
+
+    Fewer than three seeds of both decide nothing.
+    """
     bars: list[dict[str, Any]] = []
 
     def bar(text: str, what: str, needed: str, gain: Any, value: float | None, ok: bool) -> None:
@@ -202,18 +207,22 @@ def judge(texts: Mapping[str, Any]) -> list[dict[str, Any]]:
             | {"met": met}
         )
 
-    for name, text in texts.items():
-        for point in BETTER_AT:
-            gain = text["points"][point]["elastic_gain"]
-            sds = None if gain is None else gain["in_seed_sds"]
-            what = f"{point}: inelastic minus elastic, in seed standard deviations"
-            better = sds is not None and sds > SEED_SDS_NEEDED
-            bar(name, what, f"> {SEED_SDS_NEEDED:g}", gain, sds, better)
-        gain = text["points"]["full"]["elastic_gain"]
-        cost = None if gain is None else -gain["mean"]
-        what = "full: elastic minus inelastic, nats"
-        cheap = cost is not None and cost <= COST_ALLOWED
-        bar(name, what, f"<= {COST_ALLOWED:g}", gain, cost, cheap)
+    for family in SPLITS:
+        for name, text in texts.items():
+            gains = {point: at[f"{family}_gain"] for point, at in text["points"].items()}
+            if not any(gains.values()):
+                continue
+            for point in BETTER_AT:
+                gain = gains[point]
+                sds = None if gain is None else gain["in_seed_sds"]
+                what = f"{point}: inelastic minus {family}, in seed standard deviations"
+                better = sds is not None and sds > SEED_SDS_NEEDED
+                bar(name, what, f"> {SEED_SDS_NEEDED:g}", gain, sds, better)
+            gain = gains["full"]
+            cost = None if gain is None else -gain["mean"]
+            what = f"full: {family} minus inelastic, nats"
+            cheap = cost is not None and cost <= COST_ALLOWED
+            bar(name, what, f"<= {COST_ALLOWED:g}", gain, cost, cheap)
     return bars
 
 

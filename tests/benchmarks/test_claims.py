@@ -75,6 +75,7 @@ def summary() -> dict[str, Any]:
             },
             "drawn_cost": over_seeds(6 + index / 100, None, 1),
             "elastic_gain": compared(3 + index / 100),
+            "frugal_gain": compared(7 + index / 100),
             "specialist_gain": over_seeds(4 + index / 100, None, 1),
         }
     texts = {TEXT: {"points": points}}
@@ -256,7 +257,8 @@ def test_every_figure_of_the_science_has_its_place(folder: Path) -> None:
         "12 layers `L9`: +1.030",
         "12 layers `p8`: +1.050",
         # A gain of 3 is a cost of -3; its deviation is that of two different seeds.
-        "whole network: -3.000 ± 0.070 (3 seeds); one network a step, as there: +6.000 (1 seed)",
+        "whole network: -3.000 ± 0.070 (3 seeds), frugal: -7.000 ± 0.070 (3 seeds); one network",
+        "one network a step, as there: +6.000 (1 seed)",
         "half the width -3.060",
         "`L9` +4.030 (1 seed)",
         "`p8` +4.050 (1 seed)",

@@ -51,6 +51,7 @@ def point(
         "specialist": None,
         "lost": {"elastic": spread(0.125, 0.003), "inelastic": spread(0.5, 0.004)},
         "elastic_gain": elastic_gain,
+        "frugal_gain": None,
         "specialist_gain": specialist_gain,
         "drawn_gain": drawn_gain,
         "published": {"what": "depth 16 -> 12 layers", "lost": 0.196} if axis == "depth" else None,
@@ -76,14 +77,14 @@ def rows(table: str) -> list[list[str]]:
 def test_differences_of_one_seed_have_the_error_of_their_pair_and_a_mark() -> None:
     told = summary(gain(-0.02, 0.004), gain(0.25, 0.011), gain(0.07, 0.006))
     header, _, full, nine = rows(science_table(told, TEXTS[0]))
-    assert header[3:5] == ["elastic is better by", "specialist is better by"]
-    assert header[5] == "defaults of `train` are better by"
+    assert header[3:5] == ["elastic is better by", "frugal is better by"]
+    assert header[5:7] == ["specialist is better by", "defaults of `train` are better by"]
     # The specialist at full is the inelastic network, of which the column before tells.
     assert full == [
-        *("`full`", "4.500 ± 0.010", "4.750 ± 0.020", "-0.020 ± 0.004†", *["–"] * 4),
+        *("`full`", "4.500 ± 0.010", "4.750 ± 0.020", "-0.020 ± 0.004†", *["–"] * 5),
     ]
     assert nine == [
-        *("`L9` (depth 75%)", "4.500 ± 0.010", "4.750 ± 0.020", "+0.250 ± 0.011†"),
+        *("`L9` (depth 75%)", "4.500 ± 0.010", "4.750 ± 0.020", "+0.250 ± 0.011†", "–"),
         *("+0.070 ± 0.006†", "–", "+0.125 ± 0.003", "+0.196 (depth 16 -> 12 layers)"),
     ]
     marked = [line for line in science_words(told) if line.startswith("†")]
@@ -96,14 +97,14 @@ def test_differences_of_several_seeds_have_deviations_and_no_mark() -> None:
     told = summary(gain(-0.02, 0.1, 0.1, 0.1, seed_sd=0.0144), many, many)
     nine = rows(science_table(told, TEXTS[1]))[-1]
     # The deviation that two runs of different seeds would show, and not that of pairs, everywhere.
-    assert nine[3:5] == ["+0.250 (12.3 seed SDs)", "+0.250 ± 0.020"]
+    assert (nine[3], nine[5]) == ("+0.250 (12.3 seed SDs)", "+0.250 ± 0.020")
     assert not any("†" in line for line in science_words(told))
 
 
 def test_a_difference_that_is_not_there_or_of_one_window_has_no_mark() -> None:
     told = summary(None, gain(0.25, None), None)
     full, nine = rows(science_table(told, TEXTS[0]))[2:]
-    assert (full[3:5], nine[3:5]) == (["–", "–"], ["+0.250", "–"])
+    assert (full[3:6], nine[3:6]) == (["–", "–", "–"], ["+0.250", "–", "–"])
     assert list(science_words(told)) == [
         "Trained on 9,998,336 tokens each; seeds: elastic 2, inelastic 1."
     ]
@@ -116,7 +117,15 @@ def test_the_run_of_one_drawn_network_a_step_stands_beside_the_elastic_one() -> 
     told = summary(None, None, None)
     nine = point("depth", 0.75, None, None, gain(-0.125, 0.004))
     told["texts"][TEXTS[0]]["points"]["L9"] = nine
-    assert rows(science_table(told, TEXTS[0]))[-1][5] == "-0.125 ± 0.004†"
+    assert rows(science_table(told, TEXTS[0]))[-1][6] == "-0.125 ± 0.004†"
+    assert sum(line.startswith("†") for line in science_words(told)) == 1
+
+
+def test_the_frugal_recipe_stands_beside_the_elastic_one() -> None:
+    told = summary(None, None, None)
+    nine = point("depth", 0.75, None, None) | {"frugal_gain": gain(-0.125, 0.004)}
+    told["texts"][TEXTS[0]]["points"]["L9"] = nine
+    assert rows(science_table(told, TEXTS[0]))[-1][4] == "-0.125 ± 0.004†"
     assert sum(line.startswith("†") for line in science_words(told)) == 1
 
 

@@ -65,8 +65,9 @@ def test_one_of_each_comes_first_then_what_the_bars_need() -> None:
     names = [run.name for run in RUNS]
     assert names[:4] == ["elastic-0", "inelastic-0", "depth9-0", "pool8-0"]
     assert names[4:8] == ["elastic-1", "inelastic-1", "elastic-2", "inelastic-2"]
-    assert names[12:] == ["drawn-0"]
-    assert len(set(names)) == 13
+    assert names[8:11] == ["frugal-0", "frugal-1", "frugal-2"]
+    assert names[15:] == ["drawn-0"]
+    assert len(set(names)) == 16
 
 
 def test_a_run_has_as_many_whole_steps_as_its_tokens_fill() -> None:
@@ -85,6 +86,15 @@ def test_the_elastic_run_shares_every_step_and_the_drawn_one_has_one_network_a_s
         assert (reduced.weight, reduced.rows) == (0.25, slice(6, 8))
         assert len(drawn.passes(TINY.shape, step)) == 1
     assert replace(drawn, sampling=elastic.sampling, split=0.75) == elastic
+
+
+def test_the_frugal_run_has_one_sequence_of_eight_for_what_is_drawn() -> None:
+    frugal, elastic = Run("frugal", 1).plan(), Run("elastic", 1).plan()
+    for step in range(50):
+        full, reduced = frugal.passes(TINY.shape, step)
+        assert (full.subnet.name, full.weight, full.rows) == ("full", 0.875, slice(0, 7))
+        assert (reduced.weight, reduced.rows) == (0.125, slice(7, 8))
+    assert replace(frugal, split=0.75) == elastic
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,14 @@ from benchmarks.science.summary import (
 
 NAMES = ("python-language-reference", "held-out-authors")
 COUNTS = (16, 8, 8, 8)
-FLOPS = {"drawn": 7e14, "elastic": 8e14, "inelastic": 1e15, "depth9": 7.5e14, "pool8": 1e15}
+FLOPS = {
+    "elastic": 8e14,
+    "frugal": 9e14,
+    "drawn": 7e14,
+    "inelastic": 1e15,
+    "depth9": 7.5e14,
+    "pool8": 1e15,
+}
 
 
 def losses(nats: float, noise: int = 0) -> Losses:
@@ -187,9 +194,25 @@ def test_bars_are_met_by_three_seeds_far_apart() -> None:
     assert all(bar["met"] is True and bar["seeds"] == 3 for bar in found["bars"])
 
 
+def test_every_split_that_was_trained_is_judged_by_its_own_runs() -> None:
+    worse = runs({"frugal": [everywhere(4.58 + e, INELASTIC) for e in (0.0, 0.01, 0.02)]})
+    found = summary([*THREE, *worse])
+    told = {(bar["text"], bar["what"].partition(",")[0]): bar["met"] for bar in found["bars"]}
+    assert len(told) == 2 * 2 * (4 + 1)
+    for (_, what), met in told.items():
+        assert met is ("frugal" not in what)
+    nine = found["texts"][NAMES[0]]["points"]["L9"]
+    assert nine["frugal"]["mean"] == pytest.approx(4.59 + 0.5, abs=1e-4)
+    assert nine["frugal_gain"]["mean"] == pytest.approx(4.51 - 4.59, abs=1e-4)
+    assert nine["lost"]["frugal"]["mean"] == pytest.approx(0.5, abs=1e-4)
+    full = [word for word in science_words(found | {"tokens": 1}) if word.startswith("Frugal el")]
+    assert len(full) == 2
+    assert "Frugal elasticity costs the full network +0.080 ± 0.014 nats per token" in full[0]
+
+
 def bars(gains: dict[str, dict[str, Any] | None]) -> dict[str, bool | None]:
     usual = {"n": 3, "mean": 0.0, "in_seed_sds": 9.0}
-    points = {p: {"elastic_gain": gains.get(p, usual)} for p in POINTS}
+    points = {p: {"elastic_gain": gains.get(p, usual), "frugal_gain": None} for p in POINTS}
     return {bar["what"].partition(":")[0]: bar["met"] for bar in judge({"x": {"points": points}})}
 
 
@@ -214,6 +237,7 @@ def test_fewer_than_three_seeds_decide_nothing() -> None:
     assert summary(two)["seeds"] == {
         "elastic": [0, 1, 2],
         "inelastic": [0, 1],
+        "frugal": [],
         "drawn": [],
         "depth9": [0],
         "pool8": [],
@@ -225,6 +249,7 @@ def test_without_its_control_a_network_stands_alone() -> None:
     for p in summary(alone)["texts"][NAMES[1]]["points"].values():
         assert p["elastic"]["n"] == 3
         assert p["inelastic"] is p["lost"]["inelastic"] is p["elastic_gain"] is None
+        assert p["frugal"] is p["lost"]["frugal"] is p["frugal_gain"] is None
         assert p["specialist"] is p["specialist_gain"] is p["drawn_gain"] is None
         assert p["drawn_cost"] is p["lost"]["drawn"] is None
 
@@ -236,7 +261,7 @@ def test_the_tables_show_the_summary() -> None:
     assert rows[2].startswith("| `full` | 4.530 ± 0.010 | 4.510 ± 0.010 | -0.020 (-1.4 seed SDs) |")
     nine = next(row for row in rows if "`L9`" in row)
     assert nine == (
-        "| `L9` (depth 75%) | 4.630 ± 0.010 | 5.010 ± 0.010 | +0.380 (26.9 seed SDs) | "
+        "| `L9` (depth 75%) | 4.630 ± 0.010 | 5.010 ± 0.010 | +0.380 (26.9 seed SDs) | – | "
         "+0.070 ± 0.000† | – | +0.100 ± 0.000 | +0.196 (depth 16 -> 12 layers) |"
     )
     assert all(row.count("|") == rows[0].count("|") for row in rows)

@@ -17,12 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.science.runs import SPLITS
 from elastic_moe.errors import BenchmarkError, ElasticMoEError
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 AXES = {"none": "", "top_k": "k", "depth": "depth", "pool": "pool", "width": "width"}
 NOTHING, ONE_SEED = "–", "†"
-WORDS = {"elastic": "Elasticity", "frugal": "Frugal elasticity"}  # what it is that costs something
 
 Summary = Mapping[str, Any]
 
@@ -36,8 +36,8 @@ def read_summary(path: Path) -> Summary | None:
 def science_table(summary: Summary, text: str) -> str:
     """One row per point: both networks, their difference, the specialist, what is published."""
     header = ["sub-network", "elastic, nats/token", "inelastic", "elastic is better by"]
-    header += ["frugal is better by"]
-    header += ["specialist is better by", "defaults of `train` are better by"]
+    header += ["frugal is better by", "specialist is better by"]
+    header += ["defaults of `train` are better by"]
     header += ["lost by elastic", "lost by ERNIE 5.0"]
     rows = []
     for point, p in summary["texts"][text]["points"].items():
@@ -63,12 +63,12 @@ def science_words(summary: Summary) -> Iterator[str]:
     """Seeds, cost of elasticity on every text, compute, and the bars that are not met."""
     seeds = ", ".join(f"{name} {len(found)}" for name, found in summary["seeds"].items() if found)
     yield f"Trained on {summary['tokens']:,} tokens each; seeds: {seeds}."
-    for family in WORDS:
+    for family, word in SPLITS.items():
         for name, text in summary["texts"].items():
             gain = text["points"]["full"][f"{family}_gain"]
             if gain is not None:
                 yield (
-                    f"{WORDS[family]} costs the full network {_cost(gain, sign=-1)} nats per token "
+                    f"{word} costs the full network {_cost(gain, sign=-1)} nats per token "
                     f"on {name} ({_of_seeds(gain)}; the bar judges the mean alone)."
                 )
     for name, text in summary["texts"].items():

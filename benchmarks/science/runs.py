@@ -47,7 +47,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "pool8": {"sampling": SamplingPlan(fixed="p8")},
 }
 SPECIALISTS = {"depth9": "L9", "pool8": "p8"}  # the one point that each is for
-SPLITS = ("elastic", "frugal")  # what the bars judge, each against the inelastic one
+# What the bars judge, each against the inelastic one, and what it is called that costs something.
+SPLITS = {"elastic": "Elasticity", "frugal": "Frugal elasticity"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ nothing is loaded, for tests that use none of these.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,7 @@ OPTIONS = {  # --elastic-moe-NAME and the ini key elastic_moe_NAME -> default, m
     "routing": ("", "NAME", "sub-network of requests that ask for none, such as L24-k2"),
     "isa": ("", "LEVEL", "portable, avx2 or avx512: texts agree between machines on one level"),
     "dtype": ("", "DTYPE", "float32 or bfloat16"),
+    "seed": ("", "N", "of requests that name none, which else are drawn anew every time"),
     "alias": ("", "NAMES", "further names that the model answers to, separated by commas"),
     "api-key": ("", "KEY", "that requests need, where the tested program has one of its own"),
     "args": ("", "ARGS", "further arguments of `elastic-moe serve`"),
@@ -52,12 +54,16 @@ def elastic_moe_server(pytestconfig: pytest.Config) -> Iterator[ElasticMoEServer
         given = pytestconfig.getoption(f"--elastic-moe-{name}")
         return str(pytestconfig.getini(_ini(name)) if given is None else given)
 
+    seed = option("seed")
+    if seed and not re.fullmatch(r"[+-]?[0-9]+", seed):
+        pytest.fail(f"{_ini('seed')} must be an integer, got {seed!r}.", pytrace=False)
     here = pytestconfig.getoption("--elastic-moe-model") is not None  # on the command line
     starting = start_server(
         option("model"),
         routing=option("routing"),
         dtype=option("dtype"),
         isa=option("isa"),
+        seed=int(seed) if seed else None,
         aliases=[alias.strip() for alias in option("alias").split(",") if alias.strip()],
         api_key=option("api-key"),
         arguments=shlex.split(option("args")),

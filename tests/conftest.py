@@ -79,6 +79,12 @@ def make_tiny_folder(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def fixed_draws() -> None:
+    """What a test draws depends neither on the tests before it nor on the process it runs in."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Such a folder."""

@@ -138,7 +138,7 @@ def test_its_options_and_ini_keys_bear_its_name(pytester: pytest.Pytester) -> No
     }
 
 
-NAMES = ["model", "routing", "isa", "dtype", "alias", "api-key", "args"]
+NAMES = ["model", "routing", "isa", "dtype", "seed", "alias", "api-key", "args"]
 
 
 # --- what it gives
@@ -194,6 +194,9 @@ def test_options_reach_the_server(openai_env):
     raw = openai.OpenAI().completions.with_raw_response.create(model="mine", prompt="The")
     assert raw.headers["x-elastic-subnet"] == "L3"
     assert raw.parse().system_fingerprint == "em-cpu-portable-float32"
+    asked = {"model": "mine", "prompt": "The", "max_tokens": 12}
+    again = [openai.OpenAI().completions.create(**asked, **own) for own in ({}, {}, {"seed": 7})]
+    assert len({one.choices[0].text for one in again}) == 1
     with pytest.raises(openai.NotFoundError):
         ask(extra_body={"model": "ernie-5.1-prod"})
 
@@ -227,6 +230,7 @@ def test_that_does_not():
         elastic_moe_model = {os.path.relpath(tiny_folder, pytester.path)}
         elastic_moe_alias = yours, mine
         elastic_moe_dtype = bfloat16
+        elastic_moe_seed = 7
         elastic_moe_args = --routing L3
         addopts = --strict-config --strict-markers
         filterwarnings =
@@ -291,6 +295,14 @@ def test_a_server_that_does_not_start_is_a_plain_message(pytester: pytest.Pytest
     assert len(re.findall("ELASTIC_MOE_ISA must be one of portable.* got 'avx9000'", text)) == 1
     assert "the server has ended with exit status 1" in text
     assert "pytest_plugin.py" not in text
+
+
+def test_a_seed_that_is_none_is_a_plain_message(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("def test_it(openai_env): pass")
+    result = pytester.runpytest_subprocess("--elastic-moe-seed=x")
+    result.assert_outcomes(errors=1)
+    assert "elastic_moe_seed must be an integer, got 'x'." in report(result)
+    assert "pytest_plugin.py" not in report(result)
 
 
 def test_the_server_ends_with_pytest_however_that_ends(

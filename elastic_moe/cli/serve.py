@@ -39,7 +39,7 @@ BUNDLED_ALIAS = "ernie-5.1-prod"  # what ElasticRoutingConfig() asks for
 
 EXAMPLES = """examples:
   elastic-moe serve
-  elastic-moe serve --port 0 --alias gpt-4o --alias my-model
+  elastic-moe serve --port 0 --alias gpt-4o --alias my-model --seed 0
   elastic-moe serve ./olmoe --routing k4 --max-num-seqs 16
   elastic-moe serve --host 0.0.0.0 --api-keys keys.txt
   elastic-moe serve --max-depth 24 --max-top-k 2 --profiles profiles.toml
@@ -54,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_routing(parser)
     add_ranking(parser)
+    parser.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="of requests that name none, so that the same request gets the same answer "
+        "(default: each is drawn anew)",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     parser.add_argument(
         "--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)"
@@ -225,6 +232,7 @@ def run(args: argparse.Namespace) -> int:
         inject=args.inject,
         aliases=_aliases(args),
         routing=read_routing(args),
+        seed=args.seed,
         drain_seconds=args.drain_seconds,
         read_timeout_seconds=args.read_timeout,
         request_timeout_seconds=args.request_timeout,

@@ -16,6 +16,7 @@ def sampling_params(
     body: SamplingRequest,
     *,
     max_tokens: int,
+    seed: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
 ) -> SamplingParams:
@@ -23,6 +24,7 @@ def sampling_params(
 
     Args:
         max_tokens: tokens to write, at most.
+        seed: where the body names none; None draws one.
         logprobs, prompt_logprobs: as in `SamplingParams`.
 
     Raises:
@@ -33,8 +35,10 @@ def sampling_params(
         raise ApiError(
             400, f"stop must have at most {MAX_STOPS} texts, got {len(stop)}.", param="stop"
         )
-    # Without a seed every request is drawn anew, as from a remote API.
-    seed = secrets.randbits(64) if body.seed is None else body.seed % (1 << 64)
+    if body.seed is not None:
+        seed = body.seed
+    elif seed is None:
+        seed = secrets.randbits(64)  # drawn anew every time, as by a remote API
     json_object, schema = _json(body.response_format)
     return SamplingParams(
         max_tokens=max_tokens,
@@ -42,7 +46,7 @@ def sampling_params(
         top_p=_or(body.top_p, 1.0),
         top_k=max(0, body.top_k or 0),  # -1 is vLLM's word for all
         min_p=_or(body.min_p, 0.0),
-        seed=seed,
+        seed=seed % (1 << 64),
         stop=stop,
         stop_token_ids=body.stop_token_ids or (),
         frequency_penalty=_or(body.frequency_penalty, 0.0),

@@ -24,6 +24,7 @@ class ServerSettings:
         api_keys: any of them opens the server; none leaves it open to all who reach it.
         aliases: names that the model answers to, besides its own.
         routing: the sub-network of requests that ask for none; None for the whole network.
+        seed: of requests that name none; None draws one for each.
         max_body_bytes: of a request.
         drain_seconds: how long running requests may take to end when the server is told to.
         read_timeout_seconds: how long the body of a request may take to arrive.
@@ -41,6 +42,7 @@ class ServerSettings:
     api_keys: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     routing: Routing = None
+    seed: int | None = None
     max_body_bytes: int = 16 << 20
     drain_seconds: float = 30.0
     read_timeout_seconds: float = 60.0
@@ -54,6 +56,8 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 1 << 16:
             raise ServerError(f"port must be in [0, 65535], got {self.port}.")
+        if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 64:
+            raise ServerError(f"seed must be in [-2**63, 2**64 - 1], got {self.seed}.")
         if not 0 <= self.drain_seconds <= 86400:
             raise ServerError(f"drain_seconds must be in [0, 86400], got {self.drain_seconds}.")
         for name in ("read_timeout_seconds", "request_timeout_seconds"):

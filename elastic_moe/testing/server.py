@@ -168,6 +168,7 @@ def start_server(
     routing: str | None = None,
     dtype: str | None = None,
     isa: str | None = None,
+    seed: int | None = None,
     aliases: Sequence[str] = (),
     api_key: str | None = None,
     arguments: Sequence[str] = (),
@@ -181,6 +182,7 @@ def start_server(
         routing: the sub-network of requests that ask for none; None for the whole network.
         isa: the instruction-set level of its kernels: 'portable', 'avx2', 'avx512'; None for the
             environment's, or the best.
+        seed: of requests that name none; None draws one for each.
         aliases: other names that it answers to.
         api_key: that requests need; None makes one up.
         arguments: further ones of `elastic-moe serve`.
@@ -197,6 +199,7 @@ def start_server(
     options = [model, "--inject", "on", "--drain-seconds", "1"]
     options += ["--routing", routing] if routing else []
     options += ["--dtype", dtype] if dtype else []
+    options += ["--seed", str(seed)] if seed is not None else []
     for alias in aliases:
         options += ["--alias", alias]
     if isa:

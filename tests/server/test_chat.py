@@ -79,13 +79,12 @@ def test_a_stream_is_events_and_nothing_else(served: Running) -> None:
     assert bodies[-1]["choices"][0]["finish_reason"] == "length"
 
 
-def test_a_seed_makes_an_answer_again_and_its_absence_another(served: Running) -> None:
+def test_a_seed_makes_an_answer_again(served: Running) -> None:
     def text(**options: Any) -> str:
         long = {"max_tokens": 20, "extra_body": {"ignore_eos": True}}
         return ask(served, temperature=2.0, **long, **options).choices[0].message.content
 
     assert text(seed=7) == text(seed=7) != text(seed=8)
-    assert len({text() for _ in range(3)}) == 3
     assert text(seed=-1) == text(seed=2**64 - 1)
 
 

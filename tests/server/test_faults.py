@@ -92,7 +92,7 @@ def test_times_pass_where_they_were_asked_for(running: Running) -> None:
         assert 0.3 <= time.monotonic() - begun < 2.3 + 2 * usual
     # Whenever the client gets to read them, no event is there before its time.
     times: list[float] = []
-    asked = {"model": "tiny", "prompt": [5, 6], "max_tokens": 4, "ignore_eos": True, "stream": True}
+    asked = {"model": "tiny", "prompt": [5, 6], "max_tokens": 6, "temperature": 0, "stream": True}
     headers = {"x-inject-itl-ms": "60-80", "x-inject-ttft-ms": "200"}
     begun = time.monotonic()
     with running.http.stream("POST", PATH, json=asked, headers=headers) as answer:

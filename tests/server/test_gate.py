@@ -154,6 +154,9 @@ def test_settings_that_are_refused() -> None:
         ServerSettings(aliases=("a@b",))
     with pytest.raises(ServerError, match="port must be"):
         ServerSettings(port=1 << 16)
+    for seed in (-(1 << 63) - 1, 1 << 64):
+        with pytest.raises(ServerError, match=rf"seed must be in .*, got {seed}\."):
+            ServerSettings(seed=seed)
     with pytest.raises(ServerError, match="drain_seconds"):
         ServerSettings(drain_seconds=float("nan"))
 

@@ -52,7 +52,8 @@ def ask(url: str) -> str:
 
 def serve(folder: Path, *options: str) -> tuple[str, list[str]]:
     """What a server writes first, and then while it is asked, till it is told to end."""
-    command = [sys.executable, "-m", "elastic_moe.cli", "serve", str(folder), "--port", "0"]
+    command = [sys.executable, "-m", "elastic_moe.cli", "serve", str(folder)]
+    command += ["--port", "0", "--seed", "0"]
     with subprocess.Popen(
         [*command, *options], stderr=subprocess.PIPE, encoding="utf-8", errors="strict"
     ) as process:

@@ -24,7 +24,7 @@ SERVE = [sys.executable, "-m", "elastic_moe.cli", "serve"]
 @contextmanager
 def serving(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A process of its own, and its URL."""
-    command = [*SERVE, str(folder), "--port", "0", *options]
+    command = [*SERVE, str(folder), "--port", "0", "--seed", "0", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         line = process.stderr.readline()
@@ -52,6 +52,16 @@ def read_streams(url: str, count: int, tokens: int) -> tuple[list[threading.Thre
         thread.start()
     begun.wait()
     return threads, got
+
+
+def test_requests_without_a_seed_take_that_of_the_command(tiny_folder: Path) -> None:
+    body = {"model": "tiny", "prompt": "The", "max_tokens": 12, "ignore_eos": True}
+    with serving(tiny_folder, "--seed", "-7") as (_, url):
+        texts = [
+            httpx2.post(f"{url}/v1/completions", json=asked).json()["choices"][0]["text"]
+            for asked in (body, body, {**body, "seed": -7}, {**body, "seed": 7})
+        ]
+    assert texts[0] == texts[1] == texts[2] != texts[3]
 
 
 @pytest.mark.parametrize(("drain", "whole"), [("60", True), ("0", False)])

@@ -20,7 +20,7 @@ def test_its_file_is_there_while_it_is_ready_and_it_ends_with_its_input(
 ) -> None:
     url_file = tmp_path / "url"
     url_file.write_text("http://127.0.0.1:1\n")  # of a server that was killed
-    command = [*SERVE, str(tiny_folder), "--port", "0", "--url-file", str(url_file)]
+    command = [*SERVE, str(tiny_folder), "--port", "0", "--seed", "0", "--url-file", str(url_file)]
     with subprocess.Popen(
         [*command, "--end-with-stdin"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as process:

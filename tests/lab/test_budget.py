@@ -117,6 +117,7 @@ def test_scratch_tokens_scale_a_training_from_scratch() -> None:
     tokens = training().tokens
     budget = make_budget(training(), [(subnet, 0)], scratch_tokens=10 * tokens)
     assert budget["scratch_tokens"] == 10 * tokens
+    assert budget["context_tokens"] == SMALL_PLAN.stages[-1].length // 2
     assert budget["networks"][0]["scratch_flops"] == pytest.approx(10 * same)
     assert make_budget(training(), [(subnet, 0)])["networks"][0]["scratch_flops"] == same
 

@@ -85,6 +85,10 @@ def test_mean_experts_counts_what_ran(tiny: Engine, text: EvaluationSet) -> None
     assert sum(pool[6].expert_use[0]) == pytest.approx(1.0)
 
 
+def test_of_a_network_that_routes_nothing_no_expert_ran() -> None:
+    assert quality._ExpertUse().mean(6) == 0.0
+
+
 def test_the_standard_error_is_the_spread_between_windows(text: EvaluationSet) -> None:
     generator = np.random.default_rng(0)
     counts = np.array([w.scored for w in text.windows])

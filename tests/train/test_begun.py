@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,12 @@ def test_a_configuration_is_asked_for_again(root: Path, capsys: pytest.CaptureFi
     assert state(root)["model"]["model_type"] == "olmoe"
     recorded = json.loads((root / "run" / "options.json").read_text())["config"]
     assert recorded.startswith("olmoe sha256:")
+    raw = json.loads((root / "olmoe.json").read_text())
+    (root / "olmoe.json").write_text(
+        json.dumps(dict(reversed(raw.items())))
+    )  # the same, written otherwise
+    again = ("--config", root / "olmoe.json")
+    assert train(root, *again, "--minutes", 0, length=SHORT, model=()) == 0
     assert train(root, length=SHORT) == 2  # of equal sizes
     assert f"was begun with {recorded}, got none" in error(capsys)
     assert train(root, "--config", olmoe(root, rms_norm_eps=1e-4), length=SHORT, model=()) == 2
@@ -83,6 +90,21 @@ def test_a_run_that_an_earlier_version_began_goes_on(root: Path) -> None:
         del options[later]
     path.write_text(json.dumps(options))
     assert train(root, "--config", olmoe(root), length=SHORT, model=()) == 0
+
+
+def test_a_run_of_minutes_does_not_go_on_as_one_of_tokens(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*length: object) -> bool:
+        train(root, *length, length=("--batch-tokens", 512, "--length", 128))
+        return json.loads((root / "run" / "options.json").read_text())["minutes"]
+
+    assert told("--minutes", 0) is True
+    capsys.readouterr()
+    assert train(root, length=SHORT) == 2
+    assert "was begun without it, got 1024. Repeat" in error(capsys)
+    shutil.rmtree(root / "run")
+    assert told("--minutes", 0, "--tokens", 1024) is False
 
 
 @pytest.mark.parametrize("name", ["config.json", "log.jsonl", "log.csv", "data/mine.txt", "x"])

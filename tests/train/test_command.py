@@ -12,6 +12,7 @@ import pytest
 
 from elastic_moe.errors import TrainingError
 from elastic_moe.model.checkpoint import load_config, load_model
+from elastic_moe.train import command
 from elastic_moe.train.__main__ import main, make_parser
 from elastic_moe.train.checkpoint import load_state
 from elastic_moe.train.data import read_manifest
@@ -27,7 +28,7 @@ ONE_OF_EACH = ["--layers", "1", "--experts", "1", "--top-k", "1", "--granules", 
 
 
 def test_a_run_reads_the_texts_stops_and_goes_on_to_a_checkpoint(
-    root: Path, capsys: pytest.CaptureFixture[str]
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--corpus", root / "novels", "--with-library", "--seed", 3, "--json"]
     assert train(root, *options, "--minutes", 0) == 0
@@ -42,17 +43,27 @@ def test_a_run_reads_the_texts_stops_and_goes_on_to_a_checkpoint(
     share = manifest["stream_tokens_by_kind"]["chat"] / manifest["stream_tokens"]
     assert share == pytest.approx(0.05, abs=0.005)
     assert manifest["seed"] == 3
+    read = 3072 / manifest["stream_tokens"]
 
-    assert train(root, *options) == 0
+    with monkeypatch.context() as once:
+        once.setattr(command, "_prepare", lambda *_: pytest.fail("prepared again"))
+        assert train(root, *options) == 0
     assert state(root)["step"] == 6
     assert state(root)["plan"]["seed"] == state(root)["data"]["order"] == 3
     captured = capsys.readouterr()
+    assert "model: 6 layers, 8 experts of 16 channels, 3 per token, " in captured.err
+    text = f"{manifest['stream_tokens']:,}"
+    assert f"plan: 6 steps, 3,072 tokens, which is {read:.2f} of the text's {text}" in captured.err
     assert "step 1 of 6, loss " in captured.err
     assert "step 6 of 6, loss " in captured.err
     summary = json.loads(captured.out)
     assert summary["checkpoint"] == str(root / "run" / "checkpoint")
     assert (summary["complete"], summary["ended_by"]) == (True, "plan")
     assert summary["tokens"] == 6 * 512
+    logged = [json.loads(line) for line in (root / "run" / "log.jsonl").read_text().splitlines()]
+    seconds = sum(record["seconds"] for record in logged)
+    assert summary["training_seconds"] == pytest.approx(seconds, abs=0.06)
+    assert summary["tokens_per_second"] == pytest.approx(6 * 512 / seconds, abs=0.06)
     assert load_config(root / "run" / "checkpoint").num_layers == 6
 
     assert train(root, *options[:-1]) == 0  # there is nothing left to do but to say so
@@ -199,6 +210,8 @@ def test_a_tokenizer_of_ones_own_is_used_and_sets_the_vocabulary(root: Path) -> 
         (["--kv-heads", "3"], "--kv-heads must divide --heads 4, got 3"),
         (["--top-k", "9"], "--top-k must be at most --experts 8, got 9"),
         (["--hidden", "12"], "--head-dim must be even and at least 2, got 3, which is --hidden"),
+        (["--heads", "32"], "--head-dim must be even and at least 2, got 1, which is --hidden"),
+        (["--head-dim", "3"], "--head-dim must be even and at least 2, got 3.\n"),
         (["--granules", "3"], "--granules must divide --expert-hidden 16, got 3"),
         (["--layers", "2000"], "--layers must be in [1, 1024], got 2000"),
         (["--vocab-size", "100"], "--vocab-size must be in [300, 65536]"),

@@ -141,6 +141,22 @@ def test_control_tokens_in_a_text_are_letters(files: tuple, tmp_path: Path) -> N
     assert IM_START in given.encode(SPOKEN).tokens
 
 
+def test_a_tokenizer_that_the_model_has_no_room_for_is_refused(
+    files: tuple, tmp_path: Path
+) -> None:
+    large = train_tokenizer([SPOKEN * 9, "the number 1"], 320)
+    with pytest.raises(CorpusError, match="allow 299"):
+        prepare(tmp_path / "out", *files, MIXTURE, vocab_size=300, tokenizer=large)
+
+
+def test_docstrings_of_a_few_words_are_no_text_of_their_own(tmp_path: Path) -> None:
+    for functions, kinds in ((1, {"library"}), (9, {"library", "docstrings"})):
+        folder = tmp_path / str(functions)
+        folder.mkdir()
+        texts, _ = data.documents(library(folder, functions), [], MIXTURE, 0)
+        assert {kind for kind, _ in texts} == kinds
+
+
 def test_a_docstring_with_a_control_token_makes_no_chat() -> None:
     known = [
         Docstring("a.good", "function", "Return the number of things there are."),
@@ -267,7 +283,10 @@ def test_options_must_be_those_that_the_data_was_prepared_with(
     check_options(prepared, given, **{**same, "tokenizer": tokenizer})
     for change, message in (
         ({"seed": 1}, "--seed: .* was prepared with 0, got 1"),
-        ({"files": []}, r"--corpus: .* with 1 texts, got 0 .*differs: Dickens_X_1850\.txt"),
+        (
+            {"files": []},
+            r"--corpus: .* with 1 texts, got 0 .*differs: Dickens_X_1850\.txt\)\. Restore",
+        ),
         ({"files": [replace(texts[0], sha256="x")]}, "--corpus: .*differs: Dickens"),
         ({"library": False}, "--with-library: .* the Python library, got no Python library"),
         (
@@ -279,7 +298,7 @@ def test_options_must_be_those_that_the_data_was_prepared_with(
             "--corpus-fraction: .* with 1.0, got 0.1",
         ),
         ({"tokenizer": tokenizer}, "--tokenizer: .* one trained on the text, got another one"),
-        ({"vocab_size": 4096}, r"--vocab-size: .* was prepared with \d+, got 4096"),
+        ({"vocab_size": 4096}, r"--vocab-size: .* was prepared with \d+, got 4096\. Repeat"),
     ):
         with pytest.raises(CorpusError, match=message):
             check_options(prepared, manifest, **{**same, **change})

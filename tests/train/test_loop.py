@@ -126,6 +126,14 @@ def test_the_balance_loss_reaches_the_routers() -> None:
     assert not torch.equal(*routers)
 
 
+def test_the_balance_of_a_layer_is_told_whatever_their_number() -> None:
+    for name in ("L1", "full"):
+        it = trainer(
+            replace(PLAN, stages=parse_stages("6x6x1x128"), sampling=SamplingPlan(fixed=name))
+        )
+        assert it.train_step()["balance"] == pytest.approx(1.0, abs=0.25)
+
+
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 def test_rates_follow_the_schedule_of_the_plan(factor: float) -> None:
     plan = replace(PLAN, warmup_steps=10, adam_lr=0.003 * factor, muon_lr=0.01 * factor)

@@ -18,6 +18,14 @@ from tests.train.small import PLAN, stream
 BOS = 0
 
 
+def test_keys_that_do_not_fit_into_64_bits_are_refused() -> None:
+    rows = np.ones((2, 8), dtype=np.int64)
+    assert KneserNey(rows, 2**12, bos=BOS, order=5).bits * 5 == 60
+    with pytest.raises(TrainingError, match=r"order must be in \[1, 4\] for 8192 words, got 5"):
+        KneserNey(rows, 2**13, bos=BOS, order=5)
+    assert KneserNey(rows, 2**16, bos=BOS, order=4).bits * 4 == 64
+
+
 def textbook(sequences: list[list[int]], vocab: int, order: int, context: list[int]) -> list[float]:
     """P(. | context) by the definitions, with dictionaries."""
 

@@ -80,6 +80,9 @@ def test_a_plan_survives_json_and_reads_what_an_older_version_wrote() -> None:
         TrainingPlan.from_json({**data, "sampling": {"height": 1}})
 
 
+FROM_ZERO = ("muon_lr", "adam_lr", "weight_decay", "decay_fraction", "final_lr", "balance", "clip")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -116,6 +119,16 @@ def test_a_plan_survives_json_and_reads_what_an_older_version_wrote() -> None:
 def test_values_that_no_run_can_follow_are_refused(values: dict, message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         TrainingPlan(**{"stages": STAGES, **values})
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("warmup_steps", 1), ("save_every_steps", 1), *((name, 0) for name in FROM_ZERO)],
+)
+def test_the_least_value_is_taken_and_nothing_below_it(name: str, least: int) -> None:
+    assert getattr(TrainingPlan(stages=STAGES, **{name: least}), name) == least
+    with pytest.raises(TrainingError, match=f"{name} must be"):
+        TrainingPlan(stages=STAGES, **{name: least - 1})
 
 
 def test_what_a_model_lacks_is_refused() -> None:

@@ -128,6 +128,8 @@ def test_models_with_few_experts_and_granules_can_be_drawn_from() -> None:
         subnet = sample_subnet(small, always, [0], rng)
         assert (subnet.depth, len(subnet.uniform("pool"))) == (1, 1)
     assert smallest_subnet(small, always, [0]).uniform("pool") == (0,)
+    no_k = smallest_subnet(small, replace(always, top_k=0.0), [0])
+    assert (no_k.uniform("pool"), no_k.uniform("top_k")) == ((0,), 1)
 
 
 @pytest.mark.parametrize("layers", range(1, 17))
@@ -159,4 +161,5 @@ def test_a_reduced_depth_is_below_the_full_one(layers: int) -> None:
 def test_values_out_of_range_are_refused(values: dict, message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         SamplingPlan(**values)
+    assert SamplingPlan(depths=2).depths == 2
     assert SamplingPlan(full=1.0, **dict.fromkeys(AXES, 0)).can_reduce is False

@@ -35,6 +35,13 @@ def test_batches_cover_an_epoch_once_and_predict_the_next_token() -> None:
     second_epoch = stream.batch(10, 10, 512)[1]
     assert sorted(second_epoch.flatten().tolist()) == sorted(seen)
     assert second_epoch.flatten().tolist() != seen
+    resumed = TokenStream(tokens, bos=60000, seed=3).batch(10, 10, 512)[1]
+    assert (resumed == second_epoch).all()
+
+
+def test_words_keep_the_mark_before_them() -> None:
+    tokenizer = train_tokenizer(["(foo (foo (foo " * 50], 300)
+    assert tokenizer.encode("(foo", add_special_tokens=False).tokens == ["(foo"]
 
 
 def test_a_tokenizer_must_fit_the_model_and_the_stream() -> None:

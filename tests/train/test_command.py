@@ -290,6 +290,19 @@ def test_a_sandwich_distils_unless_it_is_told_not_to(tmp_path: Path) -> None:
     assert distill() == 0.0
 
 
+def test_heads_share_the_hidden_size_unless_they_are_given_one(tmp_path: Path) -> None:
+    def heads(*options: str) -> tuple[int, int]:
+        args = make_parser().parse_args(["--out", str(tmp_path / "none"), *options, *LENGTH])
+        config = read_settings(args).model.config
+        return config.num_heads, config.head_dim
+
+    usual, channels = heads()
+    assert heads("--hidden", "320") == (usual, 320 // usual)
+    assert heads("--heads", "2", "--kv-heads", "1", "--hidden", "320") == (2, 160)
+    assert heads("--hidden", "320", "--head-dim", "8") == (usual, 8)
+    assert heads("--layers", "7") == (usual, channels)
+
+
 def test_an_axis_of_one_value_is_never_drawn(tmp_path: Path) -> None:
     options = ["--top-k", "1", "--granules", "1", "--split", "0.5", *LENGTH]
     args = make_parser().parse_args(["--out", str(tmp_path / "none"), *options])

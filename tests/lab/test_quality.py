@@ -46,7 +46,7 @@ def slow_logprobs(
 def test_one_pass_measures_every_depth_as_scoring_alone_does(
     tiny: Engine, text: EvaluationSet
 ) -> None:
-    measured, _ = measure(tiny, text, tiny.resolve("full"), [6, 4, 2], None)
+    measured, kept = measure(tiny, text, tiny.resolve("full"), [6, 4, 2], None)
     reference, wanted = slow_logprobs(tiny, text, "full")
     for depth, name in ((6, "full"), (4, "L4"), (2, "L2")):
         quality = measured[depth]
@@ -62,6 +62,12 @@ def test_one_pass_measures_every_depth_as_scoring_alone_does(
         assert quality.bits_per_byte(text.scored_bytes) == pytest.approx(bits, rel=1e-5)
         assert sorted(quality.expert_use) == list(range(depth))
     assert measured[2].kl_to_full > 0.01  # the tiny model's layers matter
+    later, _ = measure(tiny, text, tiny.resolve("k1"), [6], kept)  # beside what was kept
+    expected, _ = slow_logprobs(tiny, text, "k1")
+    kl = (reference.exp() * (reference - expected)).sum(1).mean()
+    assert later[6].kl_to_full == pytest.approx(float(kl), abs=1e-4)
+    agreed = (expected.argmax(1) == reference.argmax(1)).double().mean()
+    assert later[6].top1_agreement == pytest.approx(float(agreed), abs=2e-3)
 
 
 def test_the_full_network_is_at_distance_zero_from_itself(

@@ -104,6 +104,12 @@ def test_a_run_of_minutes_does_not_go_on_as_one_of_tokens(
     assert train(root, length=SHORT) == 2
     assert "was begun without it, got 1024. Repeat" in error(capsys)
     shutil.rmtree(root / "run")
+    assert train(root, "--sandwich", "--minutes", 0, length=SHORT) == 0
+    assert train(root, length=SHORT) == 2
+    said = error(capsys)
+    assert "--sandwich: " in said
+    assert "begun with it, got none" in said
+    shutil.rmtree(root / "run")
     assert told("--minutes", 0, "--tokens", 1024) is False
 
 

@@ -227,6 +227,7 @@ def test_a_tokenizer_of_ones_own_is_used_and_sets_the_vocabulary(root: Path) -> 
             [*ONE_OF_EACH, "--split", "0.5"],
             "plan: split = 0.5 needs reduced networks, but sampling draws none",
         ),
+        (["--backend", "cpu"], "the C++ kernels cannot train this model: "),
         (["--seed", "-1"], "--seed must be in [0, 2^63 - 1], got -1"),
         (["--seed", str(2**70)], f"--seed must be in [0, 2^63 - 1], got {2**70}"),
     ],
@@ -428,6 +429,12 @@ def test_a_config_json_of_another_family_is_trained_and_exported_as_it_is(
     model = load_model(root / "run" / "checkpoint")
     biases = [p for name, p in model.named_parameters() if name.endswith("correction_bias")]
     assert any(bool(bias.any()) for bias in biases)
+    own = root / "run" / "config.json"
+    kept = own.read_bytes()
+    own.write_text(json.dumps({**json.loads(kept), "rms_norm_eps": 1e-4}))
+    with pytest.raises(TrainingError, match=r"config\.json is of another model than .*Restore"):
+        export(root / "run", root / "out")
+    own.write_bytes(kept)
     path.write_text(json.dumps({**ERNIE, "rms_norm_eps": 1e-4}))
     capsys.readouterr()
     assert train(root, *options, length=("--tokens", 1024), model=()) == 2

@@ -275,6 +275,7 @@ def test_two_steps_are_those_of_the_formulas(head_dim: int) -> None:
         real()
 
     it.muon.step = watched
+    assert it.adam.param_groups[0]["weight_decay"] == 0.0
     for step in (1, 2):
         it.train_step()
         for name, p in expected.items():

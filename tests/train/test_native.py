@@ -15,7 +15,7 @@ from torch import Tensor
 from elastic_moe.errors import TrainingError
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.routing import resolve
-from elastic_moe.train import native
+from elastic_moe.train import loss, native
 from elastic_moe.train.checkpoint import load_state
 from elastic_moe.train.loop import Trainer, run
 from elastic_moe.train.plan import TrainingPlan, parse_stages
@@ -46,6 +46,28 @@ def test_a_model_that_the_kernels_can_train_is_trained_on_them() -> None:
     assert Trainer(NATIVE, PLAN, stream()).backend == "cpu"
     assert Trainer(NATIVE, PLAN, stream(), backend="reference").backend == "reference"
     assert Trainer(NATIVE, PLAN, stream()).muon.native
+    assert not Trainer(NATIVE, PLAN, stream(), backend="reference").muon.native
+
+
+@pytest.mark.parametrize(("backend", "calls"), [("cpu", 1), ("reference", 0)])
+def test_a_step_runs_where_the_backend_says(
+    backend: str, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def watch(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def watched(*args: Any, **options: Any) -> Any:
+            ran.append(name)
+            return real(*args, **options)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(native, "last_state")
+    watch(loss.training, "head_loss")
+    Trainer(NATIVE, PLAN, stream(), backend=backend).train_step()
+    assert ran == ["last_state", "head_loss"] * calls
 
 
 @pytest.mark.parametrize(

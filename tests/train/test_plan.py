@@ -131,6 +131,10 @@ def test_the_least_value_is_taken_and_nothing_below_it(name: str, least: int) ->
         TrainingPlan(stages=STAGES, **{name: least - 1})
 
 
+def test_two_sequences_can_be_split() -> None:
+    assert TrainingPlan(stages=(Stage(1, 48, 1, 256),), split=0.5).stages[0].sequences == 2
+
+
 def test_what_a_model_lacks_is_refused() -> None:
     biased = replace(ELASTIC_MINI, model_type="ernie4_5_moe", selection_bias=True)
     plan = TrainingPlan(stages=STAGES, bias_rate=0.001)

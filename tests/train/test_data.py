@@ -255,6 +255,14 @@ def test_a_new_tokenizer_learns_from_a_part_of_many_texts(
     assert 10 <= known(tmp_path / "half") <= 30
 
 
+def test_a_new_tokenizer_learns_from_a_quarter_of_the_chats(files: tuple) -> None:
+    texts, known = data.documents(*files, MIXTURE, 0)
+    for mixture, chats in ((MIXTURE, len(known) // 4), (replace(MIXTURE, chat_fraction=0.0), 0)):
+        learns = list(data._sample(texts, known, mixture, 0))
+        assert sum(IM_START in text for text in learns) == chats
+    assert len(known) > 8
+
+
 def truncated(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
 

@@ -113,6 +113,29 @@ def test_what_a_later_step_leaves_out_goes_on_by_its_momentum_but_layers_do_not(
             torch.testing.assert_close(left_out, 0.95 * momenta[name][4:])
 
 
+def test_every_step_reads_the_pieces_after_those_of_the_step_before(tmp_path: Path) -> None:
+    plan = replace(PLAN, stages=parse_stages("2x2x2x128,6x2x1x256"))
+
+    def pieces(it: Trainer, steps: int) -> list[tuple[int, int, int]]:
+        asked: list[tuple[int, int, int]] = []
+        real = it.stream.batch
+
+        def watched(first: int, count: int, length: int) -> tuple:
+            asked.append((first, count, length))
+            return real(first, count, length)
+
+        it.stream.batch = watched
+        for _ in range(steps):
+            it.train_step()
+        return asked
+
+    begun, resumed = trainer(plan), trainer(plan)
+    assert pieces(begun, 3) == [(0, 2, 128), (2, 2, 128), (4, 1, 256)]
+    begun.save(tmp_path / "state.safetensors")
+    resumed.load(tmp_path / "state.safetensors")
+    assert pieces(resumed, 1) == [(5, 1, 256)]
+
+
 def muon_parameters(it: Trainer) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, p) for name, p in it.model.named_parameters() if p in it.muon.state]
 

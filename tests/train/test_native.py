@@ -15,7 +15,7 @@ from torch import Tensor
 from elastic_moe.errors import TrainingError
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.routing import resolve
-from elastic_moe.train import loss, native
+from elastic_moe.train import loss, native, optim
 from elastic_moe.train.checkpoint import load_state
 from elastic_moe.train.loop import Trainer, run
 from elastic_moe.train.plan import TrainingPlan, parse_stages
@@ -66,8 +66,9 @@ def test_a_step_runs_where_the_backend_says(
 
     watch(native, "last_state")
     watch(loss.training, "head_loss")
+    watch(optim.training, "muon_step")
     Trainer(NATIVE, PLAN, stream(), backend=backend).train_step()
-    assert ran == ["last_state", "head_loss"] * calls
+    assert ran == ["last_state", "head_loss", "muon_step"] * calls
 
 
 @pytest.mark.parametrize(

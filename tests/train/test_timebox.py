@@ -156,10 +156,18 @@ def test_the_pace_is_that_of_the_full_network_on_a_trainer_that_is_thrown_away(
     tmp_path: Path,
 ) -> None:
     made: list[Trainer] = []
+    sizes: list[int] = []  # of what was saved
 
     def make(plan: TrainingPlan) -> Trainer:
-        made.append(trainer(plan))
-        return made[-1]
+        made.append(it := trainer(plan))
+        save = it.save
+
+        def watched(path: Path) -> None:
+            save(path)
+            sizes.append(path.stat().st_size)
+
+        it.save = watched
+        return it
 
     before = list(tmp_path.iterdir())
     pace = measure_pace(make, PLAN, tmp_path, seconds=1e9)
@@ -168,6 +176,7 @@ def test_the_pace_is_that_of_the_full_network_on_a_trainer_that_is_thrown_away(
     assert {made[0].plan.subnet(made[0].config.shape, step).name for step in range(8)} == {"full"}
     assert pace.step_seconds > 0
     assert pace.save_seconds > 0
+    assert len(sizes) == 1 < sizes[0]
     assert list(tmp_path.iterdir()) == before
     (tmp_path / ".timing-killed").mkdir()
     measure_pace(make, PLAN, tmp_path, seconds=1e-9)

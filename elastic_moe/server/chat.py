@@ -105,7 +105,7 @@ class Chat(Answering):
         params = sampling_params(
             body,
             max_tokens=named.pop() if named else limit - prompt_tokens,
-            seed=self.service.settings.seed,
+            default_seed=self.service.settings.seed,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
         return params if self._tools is None else self._tools.sampling(params)

@@ -75,7 +75,7 @@ class TextCompleting(Answering):
         return sampling_params(
             body,
             max_tokens=max_tokens,
-            seed=self.service.settings.seed,
+            default_seed=self.service.settings.seed,
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
         )

@@ -16,7 +16,7 @@ def sampling_params(
     body: SamplingRequest,
     *,
     max_tokens: int,
-    seed: int | None,
+    default_seed: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
 ) -> SamplingParams:
@@ -24,7 +24,7 @@ def sampling_params(
 
     Args:
         max_tokens: tokens to write, at most.
-        seed: where the body names none; None draws one.
+        default_seed: where the body names none; None draws one.
         logprobs, prompt_logprobs: as in `SamplingParams`.
 
     Raises:
@@ -35,9 +35,8 @@ def sampling_params(
         raise ApiError(
             400, f"stop must have at most {MAX_STOPS} texts, got {len(stop)}.", param="stop"
         )
-    if body.seed is not None:
-        seed = body.seed
-    elif seed is None:
+    seed = default_seed if body.seed is None else body.seed
+    if seed is None:
         seed = secrets.randbits(64)  # drawn anew every time, as by a remote API
     json_object, schema = _json(body.response_format)
     return SamplingParams(

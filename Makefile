@@ -84,9 +84,9 @@ bench: .venv/.installed  ## time the kernels beside their reference and the mach
 bench-serving: .venv/.installed  ## time what the server costs beyond its engine, and its first token
 	.venv/bin/python -m benchmarks.serving.run --out benchmarks/results/serving.jsonl $(ARGS)
 
-# Makes an environment in build/interop for each peer, from benchmarks/interop/requirements.
+# Makes an environment in build/interop for each peer, from tests/interop/requirements.
 interop: .venv/.installed  ## have openai's clients, lm-eval and schemathesis ask the server
-	.venv/bin/python -m benchmarks.interop.run --out benchmarks/results/interop.jsonl $(ARGS)
+	.venv/bin/python -m tests.interop.run --out benchmarks/results/interop.jsonl $(ARGS)
 
 # llama.cpp, built from the source package that also holds its converter.
 LLAMA_CPP := llama-cpp-python==0.3.36
@@ -105,7 +105,7 @@ $(LLAMA_DIR)/.installed: constraints.txt
 	touch $@
 
 interop-llama-cpp: .venv/.installed $(LLAMA_DIR)/.installed  ## compare extracted checkpoints with llama.cpp
-	.venv/bin/python benchmarks/interop/llama_cpp/compare.py --python $(LLAMA_DIR)/venv/bin/python \
+	.venv/bin/python tests/interop/llama_cpp/compare.py --python $(LLAMA_DIR)/venv/bin/python \
 		--source "$$(echo $(LLAMA_DIR)/llama_cpp_python-*/vendor/llama.cpp)" \
 		--out benchmarks/results/interop-llama-cpp.jsonl
 

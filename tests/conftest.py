@@ -19,11 +19,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 import torch
 
 from elastic_moe.engine import Engine
+from elastic_moe.model.checkpoints.folder import BUNDLED
+from elastic_moe.model.checkpoints.saving import save_checkpoint
 from elastic_moe.model.config import ElasticBlock
 from elastic_moe.model.families import write_config
-from elastic_moe.model.folder import BUNDLED
-from elastic_moe.model.saving import save_checkpoint
-from elastic_moe.model.transformer import ElasticTransformer
+from elastic_moe.model.reference.transformer import ElasticTransformer
 from elastic_moe.train.mini import ELASTIC_MINI
 
 # Property tests take the same examples in every run, so that a change alone turns one red;

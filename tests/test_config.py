@@ -21,7 +21,7 @@ from pydantic.alias_generators import to_camel
 from elastic_moe.config import ElasticRoutingConfig, resolve_routing
 from elastic_moe.errors import RoutingError
 from elastic_moe.routing import Subnet, as_float32, parse_name, resolve
-from tests.shapes import MINI, OLMOE
+from tests.routing.shapes import MINI, OLMOE
 
 # As JSON.stringify writes them.
 LAYERS_32 = ",".join(str(layer) for layer in range(32))

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.science.report import read_summary, science_table, science_words
-from benchmarks.science.summary import BETTER_AT, COST_ALLOWED
 from elastic_moe.cli.sweep import show
+from experiments.science.report import read_summary, science_table, science_words
+from experiments.science.summary import BETTER_AT, COST_ALLOWED
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

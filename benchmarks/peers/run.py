@@ -25,8 +25,8 @@ from benchmarks.peers.engine_stage import EngineStage
 from benchmarks.peers.slowdown import SLOWER
 from benchmarks.peers.stages import THREADS, LayerStage, ModelStage, Places
 from elastic_moe.files import write_text
-from elastic_moe.lab.record import describe_commit, describe_machine, describe_versions
-from elastic_moe.model.folder import BUNDLED
+from elastic_moe.lab.sweeps.record import describe_commit, describe_machine, describe_versions
+from elastic_moe.model.checkpoints.folder import BUNDLED
 
 Stage = ModelStage | LayerStage | EngineStage
 STAGES: dict[str, tuple[Callable[[Places], Stage], tuple[str, ...]]] = {

@@ -23,11 +23,11 @@ from timed_native import TimedNative
 from worker import Ids, serve
 
 from elastic_moe.engine import Engine, SamplingParams
-from elastic_moe.engine.loading import load_runner
-from elastic_moe.engine.native_runner import NativeRunner
-from elastic_moe.engine.options import EngineOptions
-from elastic_moe.lab.record import describe_commit, describe_machine, describe_versions
-from elastic_moe.model.tokenizer import Tokenizer
+from elastic_moe.engine.config import EngineOptions
+from elastic_moe.engine.running.loading import load_runner
+from elastic_moe.engine.running.native import NativeRunner
+from elastic_moe.lab.sweeps.record import describe_commit, describe_machine, describe_versions
+from elastic_moe.model.text.tokenizer import Tokenizer
 
 
 class Step(NamedTuple):

@@ -54,7 +54,7 @@ class Ours:
     """The packed experts; `twice` runs the kernel again each time, to see that the bars notice."""
 
     def __init__(self, layers: Layers, twice: bool) -> None:
-        from elastic_moe.lab.layer import LayerWeights, NativeExperts
+        from elastic_moe.lab.bench.layer import LayerWeights, NativeExperts
 
         self.layers, self.times = layers, 2 if twice else 1
         self.native, F = [], layers.channels
@@ -66,7 +66,7 @@ class Ours:
         self.inputs: list[Any] = []
 
     def prepare(self, rows: int, _: str = "") -> int:
-        from elastic_moe.lab.layer import LayerInputs, pad_rows
+        from elastic_moe.lab.bench.layer import LayerInputs, pad_rows
 
         layers = self.layers
         layers.prepare(rows)
@@ -186,7 +186,7 @@ def identify() -> dict[str, Any]:
     """What runs, and where."""
     from elastic_moe_kernels import cpu
 
-    from elastic_moe.lab.record import describe_commit, describe_machine
+    from elastic_moe.lab.sweeps.record import describe_commit, describe_machine
 
     return {
         "backend": "cpu",

@@ -7,7 +7,7 @@ import sys
 import torch
 from worker import serve
 
-from elastic_moe.lab.limits import LimitsProbe
+from elastic_moe.lab.bench.limits import LimitsProbe
 
 
 def main() -> None:

@@ -20,12 +20,12 @@ from worker import Ids, model_handlers, serve
 
 from elastic_moe.config import resolve_routing
 from elastic_moe.engine import Engine, SamplingParams
-from elastic_moe.engine.loading import Backend, load_runner
-from elastic_moe.engine.native_runner import NativeRunner
-from elastic_moe.lab.batch import Batch
-from elastic_moe.lab.record import describe_commit, describe_machine, describe_versions
-from elastic_moe.model.checkpoint import load_model
-from elastic_moe.model.tokenizer import Tokenizer
+from elastic_moe.engine.running.loading import Backend, load_runner
+from elastic_moe.engine.running.native import NativeRunner
+from elastic_moe.lab.bench.batch import Batch
+from elastic_moe.lab.sweeps.record import describe_commit, describe_machine, describe_versions
+from elastic_moe.model.checkpoints.checkpoint import load_model
+from elastic_moe.model.text.tokenizer import Tokenizer
 from elastic_moe.routing import Subnet
 
 

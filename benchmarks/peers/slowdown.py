@@ -11,9 +11,9 @@ from elastic_moe_kernels.step import CpuModel
 from elastic_moe_kernels.step_result import StepResult
 from torch import Tensor
 
-from elastic_moe.lab.layer import LayerInputs, LayerWeights, NativeExperts
-from elastic_moe.model.moe import MoE
-from elastic_moe.model.transformer import DecoderLayer, ElasticTransformer
+from elastic_moe.lab.bench.layer import LayerInputs, LayerWeights, NativeExperts
+from elastic_moe.model.reference.moe import MoE
+from elastic_moe.model.reference.transformer import DecoderLayer, ElasticTransformer
 
 SLOWER = ("experts",)
 

@@ -20,7 +20,7 @@ Ids = Sequence[Sequence[int]]
 
 
 class Contestant(Protocol):
-    """A way to run a model: as `elastic_moe.lab.batch.Batch`, with arrays for logits."""
+    """A way to run a model: as `elastic_moe.lab.bench.batch.Batch`, with arrays for logits."""
 
     def start(self, contexts: Ids, keep: bool) -> np.ndarray: ...
 

@@ -20,8 +20,8 @@ import torch
 from benchmarks.peers.bars import MIN_ROUNDS, Verdict
 from benchmarks.result_file import replace_lines
 from benchmarks.serving import cpu, first_token, throughput
-from elastic_moe.lab.limits import LimitsProbe
-from elastic_moe.lab.record import describe_commit, describe_machine, describe_versions
+from elastic_moe.lab.bench.limits import LimitsProbe
+from elastic_moe.lab.sweeps.record import describe_commit, describe_machine, describe_versions
 
 FIRST_TOKEN_ROUNDS = 5
 CASES = {"throughput": throughput.BARS, "cpu": cpu.BARS, "first-token": first_token.BARS}

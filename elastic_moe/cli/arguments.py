@@ -112,7 +112,7 @@ def load_engine(args: argparse.Namespace, *, rank: bool = True, **options: Any) 
         **options,
     )
     if rank and args.rank_channels is not None:
-        from elastic_moe.lab.text import read_corpus
+        from elastic_moe.lab.sweeps.text import read_corpus
 
         engine.rank_channels(read_corpus(args.rank_channels).text)
     return engine

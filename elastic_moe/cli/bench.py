@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from elastic_moe.cli.arguments import add_execution, add_model_name
 
 if TYPE_CHECKING:
-    from elastic_moe.lab.limits import Limits
-    from elastic_moe.model.transformer import ElasticTransformer
+    from elastic_moe.lab.bench.limits import Limits
+    from elastic_moe.model.reference.transformer import ElasticTransformer
 
 EXAMPLES = """examples:
   elastic-moe bench
@@ -54,13 +54,13 @@ def run(args: argparse.Namespace) -> int:
     import torch  # deferred: slow to load
 
     from elastic_moe.config import resolve_routing
-    from elastic_moe.engine.loading import load_runner
-    from elastic_moe.engine.reference_runner import ReferenceRunner
-    from elastic_moe.lab.batch import Batch
-    from elastic_moe.lab.bench import bench, check_batch, describe_run
-    from elastic_moe.lab.kernels import load_kernel
-    from elastic_moe.model.checkpoint import load_model
-    from elastic_moe.model.folder import checkpoint_name, find_checkpoint
+    from elastic_moe.engine.running.loading import load_runner
+    from elastic_moe.engine.running.reference import ReferenceRunner
+    from elastic_moe.lab.bench.batch import Batch
+    from elastic_moe.lab.bench.bench import bench, check_batch, describe_run
+    from elastic_moe.lab.bench.kernels import load_kernel
+    from elastic_moe.model.checkpoints.checkpoint import load_model
+    from elastic_moe.model.checkpoints.folder import checkpoint_name, find_checkpoint
 
     kernel = None
     if args.kernel is not None:
@@ -106,8 +106,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_kernel(args: argparse.Namespace, model: ElasticTransformer, kernel: Any) -> int:
-    from elastic_moe.lab.kernels import bench_kernel
-    from elastic_moe.lab.record import describe_commit, describe_machine, describe_versions
+    from elastic_moe.lab.bench.kernels import bench_kernel
+    from elastic_moe.lab.sweeps.record import describe_commit, describe_machine, describe_versions
 
     records = bench_kernel(model, kernel, quick=args.quick, progress=_progress)
     line = {
@@ -128,9 +128,9 @@ def _run_kernel(args: argparse.Namespace, model: ElasticTransformer, kernel: Any
 def _ids(folder: Path, vocab_size: int) -> tuple[list[int], str]:
     """Token ids to run on, and where they are from: text, so that routing is that of text."""
     from elastic_moe.errors import CheckpointError, CorpusError
-    from elastic_moe.lab.bench import random_ids
-    from elastic_moe.lab.text import language_reference
-    from elastic_moe.model.tokenizer import Tokenizer
+    from elastic_moe.lab.bench.bench import random_ids
+    from elastic_moe.lab.sweeps.text import language_reference
+    from elastic_moe.model.text.tokenizer import Tokenizer
 
     if (folder / "tokenizer.json").is_file():
         try:

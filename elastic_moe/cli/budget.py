@@ -77,8 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
-    from elastic_moe.lab.budget import make_budget  # deferred: loads torch
-    from elastic_moe.lab.trained import read_training
+    from elastic_moe.lab.cost.budget import make_budget  # deferred: loads torch
+    from elastic_moe.lab.cost.trained import read_training
     from elastic_moe.routing import parse_name
 
     training = read_training(args.trained, download=args.download)
@@ -114,7 +114,7 @@ def show(budget: dict[str, Any]) -> None:
 
 def _about_training(budget: dict[str, Any]) -> Iterator[str]:
     """Lines about the super-network: its trainings, and an inelastic one beside them."""
-    from elastic_moe.lab.frontier import format_si
+    from elastic_moe.lab.view.frontier import format_si
 
     trained = budget["super_network"]
     parts = [one for one in budget["trainings"] if one["part"] == "super-network"]
@@ -162,7 +162,7 @@ def _about_training(budget: dict[str, Any]) -> Iterator[str]:
 
 
 def _about_one(one: dict[str, Any]) -> str:
-    from elastic_moe.lab.frontier import format_si
+    from elastic_moe.lab.view.frontier import format_si
 
     return (
         f"{one['name']} ({one['kind']}): {one['steps']:,} of {one['planned_steps']:,} steps, "
@@ -171,7 +171,7 @@ def _about_one(one: dict[str, Any]) -> str:
 
 
 def _measured(measured: dict[str, Any] | None) -> str:
-    from elastic_moe.lab.frontier import format_si
+    from elastic_moe.lab.view.frontier import format_si
 
     if measured is None:
         return "Time: not measured."
@@ -186,7 +186,7 @@ def _table(budget: dict[str, Any]) -> Table:
     from rich import box
     from rich.table import Table
 
-    from elastic_moe.lab.frontier import format_si
+    from elastic_moe.lab.view.frontier import format_si
 
     rows = [*budget["networks"]]
     if len(rows) > 1:
@@ -218,7 +218,7 @@ def _table(budget: dict[str, Any]) -> Table:
 
 def _about_networks(budget: dict[str, Any]) -> Iterator[str]:
     """Lines that put the shares in their place, and say what was counted."""
-    from elastic_moe.lab.frontier import format_si
+    from elastic_moe.lab.view.frontier import format_si
 
     flops = budget["super_network"]["flops"]
     refined = [row for row in budget["networks"] if row["refinement_tokens"]]
@@ -270,7 +270,7 @@ def _percent(ratio: float) -> str:
 
 
 def _networks(text: str) -> int:
-    from elastic_moe.lab.budget import MOST_NETWORKS  # deferred: loads torch
+    from elastic_moe.lab.cost.budget import MOST_NETWORKS  # deferred: loads torch
 
     short = len(text) <= 20  # Python reads no integer of more than 4300 digits
     number = int(text) if short and text.isdecimal() else 0

@@ -66,15 +66,15 @@ def run(args: argparse.Namespace) -> int:
 
         raise RoutingError("name the sub-network: NAME or --routing-config FILE, one of the two.")
     routing: Any = read_routing(args)
-    from elastic_moe.model.checkpoint import load_config  # deferred: loads torch
-    from elastic_moe.model.extract import extract
-    from elastic_moe.model.folder import find_checkpoint
+    from elastic_moe.model.checkpoints.checkpoint import load_config  # deferred: loads torch
+    from elastic_moe.model.checkpoints.extract import extract
+    from elastic_moe.model.checkpoints.folder import find_checkpoint
 
     folder = find_checkpoint(args.model, download=args.download)
     order = None
     if args.rank_channels is not None:
         from elastic_moe.engine import Engine
-        from elastic_moe.lab.text import read_corpus
+        from elastic_moe.lab.sweeps.text import read_corpus
 
         with Engine.from_pretrained(folder) as engine:
             order = engine.rank_channels(read_corpus(args.rank_channels).text)

@@ -46,9 +46,9 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
     from elastic_moe_kernels import ops  # deferred: loads torch
 
     from elastic_moe.config import resolve_routing
-    from elastic_moe.lab.record import describe_machine, describe_versions
-    from elastic_moe.model.checkpoint import load_config
-    from elastic_moe.model.folder import checkpoint_name, find_checkpoint
+    from elastic_moe.lab.sweeps.record import describe_machine, describe_versions
+    from elastic_moe.model.checkpoints.checkpoint import load_config
+    from elastic_moe.model.checkpoints.folder import checkpoint_name, find_checkpoint
 
     folder = find_checkpoint(args.model, download=args.download)
     config = load_config(folder)
@@ -106,7 +106,7 @@ def show(info: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from elastic_moe.lab.frontier import format_si
+    from elastic_moe.lab.view.frontier import format_si
 
     console = Console(highlight=False, markup=False, emoji=False)  # names are not ours
     model, subnet = info["model"], info["subnet"]

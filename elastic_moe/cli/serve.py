@@ -24,7 +24,7 @@ from elastic_moe.errors import ServerError
 from elastic_moe.server.starting import end_with_stdin, url_file
 
 if TYPE_CHECKING:
-    from elastic_moe.server.limits import Limits
+    from elastic_moe.server.routing.limits import Limits
 
 KEYS = "ELASTIC_MOE_API_KEYS"
 ADMIN_KEYS = "ELASTIC_MOE_ADMIN_KEYS"
@@ -187,7 +187,7 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
 
 def read_limits(args: argparse.Namespace) -> Limits:
     """What these options say."""
-    from elastic_moe.server.limits import Limits  # deferred: loads pydantic
+    from elastic_moe.server.routing.limits import Limits  # deferred: loads pydantic
 
     bounds: dict[str, Any] = {
         axis: (getattr(args, f"min_{name}"), getattr(args, f"max_{name}"))
@@ -216,7 +216,7 @@ def read_keys(path: Path | None, variable: str = KEYS, flag: str = "--api-keys")
 
 def run(args: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
-    from elastic_moe.server import logs
+    from elastic_moe.server.observe import logs
     from elastic_moe.server.run import Server, listen, url_of  # deferred: loads torch, FastAPI
     from elastic_moe.server.settings import ServerSettings
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from elastic_moe.cli.arguments import add_model, add_ranking, load_engine, positive_integer
 
 if TYPE_CHECKING:
-    from elastic_moe.lab.sweep import Progress
+    from elastic_moe.lab.sweeps.sweep import Progress
 
 EXAMPLES = """examples:
   elastic-moe sweep                                     the default grid on the bundled model
@@ -70,8 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
-    from elastic_moe.lab.results import prepare_folder  # deferred: loads torch
-    from elastic_moe.lab.sweep import sweep
+    from elastic_moe.lab.sweeps.results import prepare_folder  # deferred: loads torch
+    from elastic_moe.lab.sweeps.sweep import sweep
 
     prepare_folder(args.out)  # before the model, which may take minutes to load
     engine = load_engine(args, rank=False)
@@ -105,7 +105,7 @@ def show(result: dict[str, Any], out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from elastic_moe.lab.frontier import decode_speed, format_error, format_si
+    from elastic_moe.lab.view.frontier import decode_speed, format_error, format_si
 
     full = next(point for point in result["points"] if point["name"] == "full")
     points = [point for point in result["points"] if point["pareto"] or point is full]

@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from elastic_moe.train.memory import keep_freed_memory
 from elastic_moe.train.options import add_arguments as add_options
 from elastic_moe.train.options import share_the_machine
-from elastic_moe.train.progress import StepReport, clock
+from elastic_moe.train.runs.memory import keep_freed_memory
+from elastic_moe.train.runs.progress import StepReport, clock
 
 EXAMPLES = """examples:
   elastic-moe train --minutes 5                             a small model, in five minutes
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _draw(out: Path) -> str:
-    from elastic_moe.lab.loss_curve import write_loss_png  # deferred: loads matplotlib
+    from elastic_moe.lab.view.loss_curve import write_loss_png  # deferred: loads matplotlib
 
     write_loss_png(out, out / "loss.png")
     return str(out / "loss.png")

@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from elastic_moe.engine.block_manager import BlockManager
-from elastic_moe.engine.generation import Piece
+from elastic_moe.engine.generation.generation import Piece
 from elastic_moe.engine.job import Job, Sink, Text
-from elastic_moe.engine.runner import Chunk, Runner, StepOutput, Wanted
-from elastic_moe.engine.scheduler import Plan, Scheduler
+from elastic_moe.engine.running.runner import Chunk, Runner, StepOutput, Wanted
+from elastic_moe.engine.scheduling.block_manager import BlockManager
+from elastic_moe.engine.scheduling.scheduler import Plan, Scheduler
 from elastic_moe.engine.sequence import Sequence
 from elastic_moe.engine.stats import EngineStats, StepRecord
 from elastic_moe.errors import EngineError, QueueFullError

@@ -24,25 +24,25 @@ import torch
 from torch import Tensor
 
 from elastic_moe.config import Routing, resolve_routing
-from elastic_moe.engine.block_manager import PAGE_TOKENS
+from elastic_moe.engine.config import EngineOptions
 from elastic_moe.engine.core import CLOSED, EngineCore
 from elastic_moe.engine.job import Job, Sink
-from elastic_moe.engine.loading import Backend, check_device, choose_backend, load_runner
-from elastic_moe.engine.options import EngineOptions
 from elastic_moe.engine.outputs import Completion, Delta, Embedding
 from elastic_moe.engine.prompts import Request, is_batch, pair, token_ids
 from elastic_moe.engine.request_maker import RequestMaker
-from elastic_moe.engine.runner import Runner
+from elastic_moe.engine.running.loading import Backend, check_device, choose_backend, load_runner
+from elastic_moe.engine.running.runner import Runner
+from elastic_moe.engine.running.scoring import embed, score
 from elastic_moe.engine.sampling_params import SamplingParams
-from elastic_moe.engine.scoring import embed, score
+from elastic_moe.engine.scheduling.block_manager import PAGE_TOKENS
 from elastic_moe.engine.sequence import pages_for
 from elastic_moe.engine.stats import EngineStats
 from elastic_moe.engine.streams import AsyncPieces, DeltaStream, LoopMails, Pieces, WholeText
 from elastic_moe.errors import ContextLengthError, EngineError, RequestError
-from elastic_moe.model.checkpoint import DTypeName
-from elastic_moe.model.folder import checkpoint_name, find_checkpoint
-from elastic_moe.model.tokenizer import Tokenizer
-from elastic_moe.model.weights import TensorFiles
+from elastic_moe.model.checkpoints.checkpoint import DTypeName
+from elastic_moe.model.checkpoints.folder import checkpoint_name, find_checkpoint
+from elastic_moe.model.checkpoints.weights import TensorFiles
+from elastic_moe.model.text.tokenizer import Tokenizer
 from elastic_moe.routing import Subnet
 
 Prompt = str | Sequence[int]

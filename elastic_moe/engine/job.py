@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from elastic_moe.engine.generation import Ending, Generation, Piece
+from elastic_moe.engine.generation.generation import Ending, Generation, Piece
+from elastic_moe.engine.generation.sampler import Logits, token_logprob
 from elastic_moe.engine.outputs import AppliedRouting, TokenLogprob, Usage
-from elastic_moe.engine.paged import ManagedSequence
-from elastic_moe.engine.sampling import Logits, token_logprob
+from elastic_moe.engine.running.paged import ManagedSequence
 from elastic_moe.engine.sampling_params import SamplingParams
 from elastic_moe.engine.sequence import Sequence
 from elastic_moe.routing import Subnet

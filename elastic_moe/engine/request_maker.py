@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from elastic_moe.engine.generation import Generation
+from elastic_moe.engine.generation.generation import Generation
+from elastic_moe.engine.generation.json_grammar import JsonGrammars
+from elastic_moe.engine.generation.sampler import Sampler
 from elastic_moe.engine.job import Job, Sink
-from elastic_moe.engine.json_constraint import JsonGrammars
-from elastic_moe.engine.runner import Runner
-from elastic_moe.engine.sampling import Sampler
+from elastic_moe.engine.running.runner import Runner
 from elastic_moe.engine.sampling_params import SamplingParams
 from elastic_moe.errors import RequestError
-from elastic_moe.model.tokenizer import Tokenizer
+from elastic_moe.model.text.tokenizer import Tokenizer
 from elastic_moe.routing import Subnet, shorten
 
 

@@ -6,7 +6,7 @@ import hashlib
 from array import array
 from typing import Any
 
-from elastic_moe.engine.block_manager import PAGE_TOKENS, Page
+from elastic_moe.engine.scheduling.block_manager import PAGE_TOKENS, Page
 
 
 class Sequence:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from weakref import WeakValueDictionary
 
-from elastic_moe.engine.generation import Piece
+from elastic_moe.engine.generation.generation import Piece
 from elastic_moe.engine.outputs import Completion, Delta
 from elastic_moe.errors import EngineError
 

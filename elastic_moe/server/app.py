@@ -16,18 +16,18 @@ from elastic_moe import __version__, protocol
 from elastic_moe.engine import Engine
 from elastic_moe.errors import ElasticMoEError
 from elastic_moe.protocol.sampling import SamplingRequest
-from elastic_moe.server import admin, small
-from elastic_moe.server.account import ACCOUNT
-from elastic_moe.server.chat import Chat
-from elastic_moe.server.choosing import Wish
-from elastic_moe.server.completions import TextCompleting
-from elastic_moe.server.embeddings import embeddings
+from elastic_moe.server.api import admin, small
+from elastic_moe.server.api.chat import Chat
+from elastic_moe.server.api.completions import TextCompleting
+from elastic_moe.server.api.embeddings import embeddings
 from elastic_moe.server.errors import ApiError, tell_failure, tell_http, tell_invalid
-from elastic_moe.server.events import ClientGone
-from elastic_moe.server.gate import Gate
-from elastic_moe.server.injector import INJECTION, Injector
+from elastic_moe.server.middleware.gate import Gate
+from elastic_moe.server.middleware.injector import INJECTION, Injector
+from elastic_moe.server.observe.account import ACCOUNT
+from elastic_moe.server.routing.choose import Wish
 from elastic_moe.server.service import Service
 from elastic_moe.server.settings import ServerSettings
+from elastic_moe.server.sse import ClientGone
 
 _FAILURES = {
     400: "the request cannot be served as it is written",

@@ -22,7 +22,7 @@ from elastic_moe.errors import (
     RoutingError,
 )
 from elastic_moe.routing import shorten
-from elastic_moe.server.ratelimits import retry_after
+from elastic_moe.server.middleware.rate_limits import retry_after
 
 _log = logging.getLogger("elastic_moe.server")
 INVALID = "invalid_request_error"

@@ -15,7 +15,7 @@ import uvicorn
 from elastic_moe.engine import Engine
 from elastic_moe.errors import ServerError
 from elastic_moe.server.app import create_app
-from elastic_moe.server.connection import Connection
+from elastic_moe.server.middleware.connection import Connection
 from elastic_moe.server.settings import ServerSettings
 
 BACKLOG = 2048

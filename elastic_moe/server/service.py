@@ -14,14 +14,14 @@ from elastic_moe.protocol.faults import FaultPlan
 from elastic_moe.protocol.models import ElasticAxes, ModelCard
 from elastic_moe.protocol.routing import RoutingConfig
 from elastic_moe.routing import Subnet
-from elastic_moe.server.choosing import Chosen, Wish, check_profile, resolve_config
+from elastic_moe.server.api.logprobs import LogprobWriter
 from elastic_moe.server.errors import ApiError
-from elastic_moe.server.faults import FaultBook, Injection
-from elastic_moe.server.limits import values
-from elastic_moe.server.logprobs import LogprobWriter
-from elastic_moe.server.metrics import Metrics
-from elastic_moe.server.profiles import ProfileBook
-from elastic_moe.server.record import RequestLog
+from elastic_moe.server.middleware.faults import FaultBook, Injection
+from elastic_moe.server.observe.metrics import Metrics
+from elastic_moe.server.observe.record import RequestLog
+from elastic_moe.server.routing.choose import Chosen, Wish, check_profile, resolve_config
+from elastic_moe.server.routing.limits import values
+from elastic_moe.server.routing.profiles import ProfileBook
 from elastic_moe.server.settings import ServerSettings
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from elastic_moe.config import Routing
 from elastic_moe.errors import ServerError
-from elastic_moe.server.limits import Limits
+from elastic_moe.server.routing.limits import Limits
 
 _KEY = re.compile(r"[\x21-\x7e]{1,512}")
 

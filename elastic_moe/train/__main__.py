@@ -24,8 +24,8 @@ import time
 from collections.abc import Sequence
 
 from elastic_moe.errors import ElasticMoEError, OptionError
-from elastic_moe.train.memory import keep_freed_memory
 from elastic_moe.train.options import add_arguments, share_the_machine
+from elastic_moe.train.runs.memory import keep_freed_memory
 
 
 def make_parser() -> argparse.ArgumentParser:

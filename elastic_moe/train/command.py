@@ -16,20 +16,18 @@ import torch
 
 from elastic_moe.errors import NotGrownError
 from elastic_moe.files import write_text
-from elastic_moe.model.checkpoint import Checkpoint
-from elastic_moe.model.folder import CONFIG, checkpoint_name, find_checkpoint
-from elastic_moe.train.begun import has_begun, record
-from elastic_moe.train.checkpoint import load_state
-from elastic_moe.train.corpus import SourceFile, library_files
-from elastic_moe.train.data import MANIFEST, open_stream, prepare
+from elastic_moe.model.checkpoints.checkpoint import Checkpoint
+from elastic_moe.model.checkpoints.folder import CONFIG, checkpoint_name, find_checkpoint
 from elastic_moe.train.export import STATE, export
 from elastic_moe.train.ledger import replay
-from elastic_moe.train.lock import holding
-from elastic_moe.train.log import LOG, last_loss, read_log, split_records, write_table
-from elastic_moe.train.loop import Trainer, run
 from elastic_moe.train.parents import keep_parent
-from elastic_moe.train.plan import TrainingPlan
-from elastic_moe.train.progress import Note, StepReport, clock
+from elastic_moe.train.runs.checkpoint import load_state
+from elastic_moe.train.runs.folder import has_begun, record
+from elastic_moe.train.runs.lock import holding
+from elastic_moe.train.runs.log import LOG, last_loss, read_log, split_records, write_table
+from elastic_moe.train.runs.progress import Note, StepReport, clock
+from elastic_moe.train.runs.stopping import StoppableTrainer, Stopped, stopping
+from elastic_moe.train.runs.timebox import Pace, fit_steps, measure_pace
 from elastic_moe.train.settings import (
     CHECKPOINT,
     PLAN,
@@ -37,9 +35,11 @@ from elastic_moe.train.settings import (
     describe_texts,
     read_settings,
 )
-from elastic_moe.train.stopping import StoppableTrainer, Stopped, stopping
-from elastic_moe.train.timebox import Pace, fit_steps, measure_pace
-from elastic_moe.train.tokens import TokenStream
+from elastic_moe.train.step.loop import Trainer, run
+from elastic_moe.train.step.plan import TrainingPlan
+from elastic_moe.train.text.corpus import SourceFile, library_files
+from elastic_moe.train.text.prepare import MANIFEST, open_stream, prepare
+from elastic_moe.train.text.tokens import TokenStream
 
 Report = Callable[[str], None]
 

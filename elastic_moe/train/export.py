@@ -28,18 +28,18 @@ from tokenizers import Tokenizer
 
 from elastic_moe.errors import ElasticMoEError, NotGrownError, TrainingError
 from elastic_moe.files import exchanging_folder, write_text
+from elastic_moe.model.checkpoints.folder import CONFIG, MANIFEST, read_json, read_training_manifest
+from elastic_moe.model.checkpoints.saving import MAX_SHARD_BYTES, save_checkpoint
 from elastic_moe.model.config import ElasticBlock, ModelConfig
 from elastic_moe.model.families import read_config, write_config
-from elastic_moe.model.folder import CONFIG, MANIFEST, read_json, read_training_manifest
-from elastic_moe.model.saving import MAX_SHARD_BYTES, save_checkpoint
-from elastic_moe.train.checkpoint import check_same_run, load_state
-from elastic_moe.train.data import TOKENIZER, read_manifest
 from elastic_moe.train.ledger import Ledger, replay
 from elastic_moe.train.models import config_from_json
 from elastic_moe.train.options import add_shard_size
 from elastic_moe.train.parents import read_parent, tokens_before
-from elastic_moe.train.plan import TrainingPlan
-from elastic_moe.train.tokens import BOS, END, IM_END, PAD, SPECIAL_TOKENS, special_id
+from elastic_moe.train.runs.checkpoint import check_same_run, load_state
+from elastic_moe.train.step.plan import TrainingPlan
+from elastic_moe.train.text.prepare import TOKENIZER, read_manifest
+from elastic_moe.train.text.tokens import BOS, END, IM_END, PAD, SPECIAL_TOKENS, special_id
 
 STATE = "state.safetensors"
 # What an export writes, and what is not carried over from an earlier one.

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from elastic_moe.routing import ModelShape, Subnet
-from elastic_moe.train.plan import TrainingPlan
+from elastic_moe.train.step.plan import TrainingPlan
 
 _ROUTED = ("top_k", "width", "pool", "threshold")  # axes that dense layers do not have
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from elastic_moe.errors import CheckpointError, OptionError
+from elastic_moe.model.checkpoints.config_keys import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE
+from elastic_moe.model.checkpoints.folder import CONFIG, find_checkpoint, read_json
 from elastic_moe.model.config import ElasticBlock, ModelConfig
 from elastic_moe.model.families import read_config
-from elastic_moe.model.folder import CONFIG, find_checkpoint, read_json
-from elastic_moe.model.keys import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE
 from elastic_moe.train.mini import ELASTIC_MINI
 
 SMALL = "small"  # elastic-mini with a quarter of its layers: what minutes on a CPU suffice for

@@ -10,11 +10,11 @@ from typing import Any
 
 from elastic_moe.errors import OptionError
 from elastic_moe.files import parse_size
-from elastic_moe.model.folder import BUNDLED
-from elastic_moe.train.data import Mixture
+from elastic_moe.model.checkpoints.folder import BUNDLED
 from elastic_moe.train.models import MODELS, SIZES, SMALL
-from elastic_moe.train.plan import BALANCE, DTYPES, PIECE_TOKENS, SAVE_EVERY_STEPS
-from elastic_moe.train.sampling import SamplingPlan
+from elastic_moe.train.step.plan import BALANCE, DTYPES, PIECE_TOKENS, SAVE_EVERY_STEPS
+from elastic_moe.train.step.sampling import SamplingPlan
+from elastic_moe.train.text.prepare import Mixture
 
 OUT = Path("train-out")
 TOKENS = 3_000_000  # about one pass over the Python library

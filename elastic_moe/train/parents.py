@@ -8,7 +8,11 @@ from typing import Any
 
 from elastic_moe.errors import TrainingError
 from elastic_moe.files import write_text
-from elastic_moe.model.folder import MANIFEST, is_training_manifest, read_training_manifest
+from elastic_moe.model.checkpoints.folder import (
+    MANIFEST,
+    is_training_manifest,
+    read_training_manifest,
+)
 
 PARENT = "parent-manifest.json"
 

@@ -20,17 +20,9 @@ from elastic_moe.errors import (
     RoutingError,
     TrainingError,
 )
-from elastic_moe.model.folder import BUNDLED, find_checkpoint
+from elastic_moe.model.checkpoints.folder import BUNDLED, find_checkpoint
 from elastic_moe.routing import parse_name
-from elastic_moe.train.begun import (
-    OPTIONS,
-    check_config,
-    check_folder,
-    check_recorded,
-    to_record,
-)
-from elastic_moe.train.corpus import Listing, SourceFile, text_files
-from elastic_moe.train.data import MANIFEST, TOKENIZER, Mixture, check_options, read_manifest
+from elastic_moe.train.experts.native import choose_backend
 from elastic_moe.train.export import check_target
 from elastic_moe.train.models import (
     MODELS,
@@ -41,11 +33,25 @@ from elastic_moe.train.models import (
     model_from_file,
     sized_model,
 )
-from elastic_moe.train.native import choose_backend
 from elastic_moe.train.options import CHANCES, SHARES, check, filled, flag
-from elastic_moe.train.plan import PIECE_TOKENS, Stage, TrainingPlan, parse_stages
-from elastic_moe.train.sampling import SamplingPlan
-from elastic_moe.train.tokens import check_tokenizer
+from elastic_moe.train.runs.folder import (
+    OPTIONS,
+    check_config,
+    check_folder,
+    check_recorded,
+    to_record,
+)
+from elastic_moe.train.step.plan import PIECE_TOKENS, Stage, TrainingPlan, parse_stages
+from elastic_moe.train.step.sampling import SamplingPlan
+from elastic_moe.train.text.corpus import Listing, SourceFile, text_files
+from elastic_moe.train.text.prepare import (
+    MANIFEST,
+    TOKENIZER,
+    Mixture,
+    check_options,
+    read_manifest,
+)
+from elastic_moe.train.text.tokens import check_tokenizer
 
 PLAN = "plan.json"
 CHECKPOINT = "checkpoint"  # in the folder of a run

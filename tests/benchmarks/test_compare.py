@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.compare import compare, main
+from benchmarks.kernels.compare import compare, main
 
 
 def write(path: Path, medians: dict[str, float], limit: float | None = 0.5) -> str:

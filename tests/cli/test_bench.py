@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from elastic_moe.cli import main
-from elastic_moe.lab.batch import Batch
+from elastic_moe.lab.bench.batch import Batch
 
 RATES = ("prefill", "decode", "decode16")
 GOOD = """

@@ -14,10 +14,10 @@ import pytest
 
 from elastic_moe.cli import main
 from elastic_moe.cli.budget import EXAMPLES
-from elastic_moe.lab.frontier import format_percent, format_si
-from elastic_moe.lab.trained import read_training
-from elastic_moe.train.plan import parse_stages
-from elastic_moe.train.sampling import SamplingPlan
+from elastic_moe.lab.cost.trained import read_training
+from elastic_moe.lab.view.frontier import format_percent, format_si
+from elastic_moe.train.step.plan import parse_stages
+from elastic_moe.train.step.sampling import SamplingPlan
 from tests.train.small import PLAN, trainer
 
 

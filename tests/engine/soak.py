@@ -24,11 +24,11 @@ from unittest import mock
 import numpy as np
 
 from elastic_moe import Completion, Engine, SamplingParams
-from elastic_moe.engine.generation import Generation
+from elastic_moe.engine.generation.generation import Generation
 from elastic_moe.errors import ElasticMoEError
 from elastic_moe.routing import Subnet
 from tests.conftest import make_tiny_folder
-from tests.engine.test_invariance import random_subnet
+from tests.engine.running.test_invariance import random_subnet
 
 SCHEMA = {
     "type": "object",

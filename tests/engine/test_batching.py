@@ -18,11 +18,11 @@ import pytest
 from elastic_moe_kernels import cpu
 
 from elastic_moe import Completion, Engine, SamplingParams
-from elastic_moe.engine import flat_batch
+from elastic_moe.engine.running import batch as flat_batch
 from elastic_moe.engine.stats import StepRecord
 from elastic_moe.routing import Subnet
 from tests.engine.holding import held
-from tests.engine.test_invariance import random_subnet
+from tests.engine.running.test_invariance import random_subnet
 
 pytestmark = pytest.mark.skipif(bool(cpu.missing()), reason="the C++ kernels are not installed")
 
@@ -174,7 +174,7 @@ def test_the_comparison_sees_two_rows_that_exchange_their_subnetworks(
                 distinct[first], distinct[second] = distinct[second], distinct[first]
         return arrays, {f"{i}{name}": subnet for i, (name, subnet) in enumerate(distinct.items())}
 
-    monkeypatch.setattr("elastic_moe.engine.native_runner.flatten", exchanged)
+    monkeypatch.setattr("elastic_moe.engine.running.native.flatten", exchanged)
     engine = Engine.from_pretrained(tiny_folder, backend="cpu", dtype="float32")
     params = SamplingParams(max_tokens=6, ignore_eos=True, logprobs=0)
     alone = [engine.generate([7, 8, 9, 10], name, params) for name in ("k1", "k2")]

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from elastic_moe import Engine, SamplingParams
-from elastic_moe.engine.generation import Generation
+from elastic_moe.engine.generation.generation import Generation
 from elastic_moe.engine.stats import StepRecord
 from elastic_moe.errors import EngineError, QueueFullError, RequestError
 from tests.engine.holding import held

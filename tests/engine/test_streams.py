@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from elastic_moe.engine.generation import Piece
+from elastic_moe.engine.generation.generation import Piece
 from elastic_moe.engine.streams import AsyncPieces, LoopMails
 
 

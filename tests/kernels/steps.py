@@ -13,9 +13,9 @@ from elastic_moe_kernels.table import SubnetTable
 from torch import Tensor
 
 from elastic_moe.model.config import ElasticBlock
-from elastic_moe.model.layers import rotary_angles
-from elastic_moe.model.native import pack_model
-from elastic_moe.model.transformer import ElasticTransformer, Trace, build_table
+from elastic_moe.model.pack import pack_model
+from elastic_moe.model.reference.layers import rotary_angles
+from elastic_moe.model.reference.transformer import ElasticTransformer, Trace, build_table
 from elastic_moe.routing import Subnet, resolve
 from tests.model.tiny import tiny_model
 

@@ -8,7 +8,7 @@ import torch
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.prepared import BatchArrays, PreparedStep
 
-from elastic_moe.model.transformer import ElasticTransformer
+from elastic_moe.model.reference.transformer import ElasticTransformer
 from tests.kernels.compare import assert_same_bits
 from tests.kernels.steps import Piece, Runner, arrays_of, make_model, runner_of, subnets_of
 

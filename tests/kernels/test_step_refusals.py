@@ -13,7 +13,7 @@ from elastic_moe_kernels.step import CpuModel
 from elastic_moe_kernels.table import SubnetTable
 from elastic_moe_kernels.weights import LayerTensors, ModelDims
 
-from elastic_moe.model.transformer import build_table
+from elastic_moe.model.reference.transformer import build_table
 from elastic_moe.routing import resolve
 from tests.kernels.steps import Runner, make_model, runner_of
 

@@ -12,10 +12,10 @@ from elastic_moe_kernels.errors import KernelError
 from torch import Tensor, nn
 
 from elastic_moe.model.config import ModelConfig
-from elastic_moe.model.layers import rotary_angles
-from elastic_moe.model.transformer import DecoderLayer, build_table
+from elastic_moe.model.reference.layers import rotary_angles
+from elastic_moe.model.reference.transformer import DecoderLayer, build_table
 from elastic_moe.routing import Subnet, resolve
-from elastic_moe.train.optim import Muon
+from elastic_moe.train.step.optim import Muon
 from tests.conftest import TINY
 
 # Sizes that are no power of two, and granules of 12 channels.

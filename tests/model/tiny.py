@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from elastic_moe.model.config import ElasticBlock, ModelConfig
-from elastic_moe.model.transformer import ElasticTransformer
+from elastic_moe.model.reference.transformer import ElasticTransformer
 from elastic_moe.routing import ModelShape, Subnet, resolve
 
 # Every size differs from every other that it could be mistaken for.

@@ -31,10 +31,10 @@ import numpy as np
 
 from benchmarks.result_file import replace_lines
 from elastic_moe import Completion, Engine, SamplingParams
-from elastic_moe.lab.record import describe_commit, describe_machine, describe_versions
+from elastic_moe.lab.sweeps.record import describe_commit, describe_machine, describe_versions
 from elastic_moe.server.run import Server, listen
 from elastic_moe.server.settings import ServerSettings
-from tests.engine.test_invariance import random_subnet
+from tests.engine.running.test_invariance import random_subnet
 
 CLIENTS = Path(__file__).with_name("soak_clients.py")
 LEAVING = 0.3

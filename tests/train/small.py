@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from elastic_moe.train import corpus
-from elastic_moe.train.corpus import SourceFile
-from elastic_moe.train.loop import Trainer
-from elastic_moe.train.plan import TrainingPlan, parse_stages
-from elastic_moe.train.sampling import SamplingPlan
-from elastic_moe.train.tokens import TokenStream
+from elastic_moe.train.step.loop import Trainer
+from elastic_moe.train.step.plan import TrainingPlan, parse_stages
+from elastic_moe.train.step.sampling import SamplingPlan
+from elastic_moe.train.text import corpus
+from elastic_moe.train.text.corpus import SourceFile
+from elastic_moe.train.text.tokens import TokenStream
 from tests.conftest import TINY
 
 CONFIG = replace(TINY, vocab_size=64)

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 
 from elastic_moe.errors import TrainingError
-from elastic_moe.model.checkpoint import load_config, load_model
+from elastic_moe.model.checkpoints.checkpoint import load_config, load_model
 from elastic_moe.train import command
 from elastic_moe.train.__main__ import main, make_parser
-from elastic_moe.train.checkpoint import load_state
-from elastic_moe.train.data import read_manifest
 from elastic_moe.train.export import export
-from elastic_moe.train.plan import Stage, TrainingPlan
-from elastic_moe.train.sampling import SamplingPlan
+from elastic_moe.train.runs.checkpoint import load_state
 from elastic_moe.train.settings import read_settings
-from elastic_moe.train.tokens import train_tokenizer
+from elastic_moe.train.step.plan import Stage, TrainingPlan
+from elastic_moe.train.step.sampling import SamplingPlan
+from elastic_moe.train.text.prepare import read_manifest
+from elastic_moe.train.text.tokens import train_tokenizer
 from tests.train.commands import LENGTH, STAGES, TINY, error, state, train
 from tests.train.small import ERNIE
 

@@ -13,19 +13,19 @@ from safetensors.torch import save_file
 
 from elastic_moe.errors import TrainingError
 from elastic_moe.files import parse_size
-from elastic_moe.model.checkpoint import load_config, load_model
+from elastic_moe.model.checkpoints.checkpoint import load_config, load_model
+from elastic_moe.model.checkpoints.saving import Item, _share_out
 from elastic_moe.model.config import ElasticBlock
 from elastic_moe.model.families import parameter_shapes
-from elastic_moe.model.saving import Item, _share_out
 from elastic_moe.train import export as export_module
-from elastic_moe.train.checkpoint import load_state
-from elastic_moe.train.data import Mixture, open_stream, prepare
 from elastic_moe.train.export import export, main, trained_axes
 from elastic_moe.train.ledger import replay
-from elastic_moe.train.loop import Trainer, run
 from elastic_moe.train.mini import ELASTIC_MINI
-from elastic_moe.train.plan import TrainingPlan, parse_stages
-from elastic_moe.train.sampling import SamplingPlan
+from elastic_moe.train.runs.checkpoint import load_state
+from elastic_moe.train.step.loop import Trainer, run
+from elastic_moe.train.step.plan import TrainingPlan, parse_stages
+from elastic_moe.train.step.sampling import SamplingPlan
+from elastic_moe.train.text.prepare import Mixture, open_stream, prepare
 from tests.train.small import CONFIG, PLAN, library
 
 MODEL = replace(CONFIG, vocab_size=300)

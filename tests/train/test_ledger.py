@@ -7,10 +7,10 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from elastic_moe.model.checkpoint import load_config
+from elastic_moe.model.checkpoints.checkpoint import load_config
 from elastic_moe.train.ledger import replay
-from elastic_moe.train.plan import TrainingPlan, parse_stages
-from elastic_moe.train.sampling import SamplingPlan
+from elastic_moe.train.step.plan import TrainingPlan, parse_stages
+from elastic_moe.train.step.sampling import SamplingPlan
 from tests.train.commands import train
 from tests.train.small import CONFIG, ERNIE
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from elastic_moe.errors import CheckpointError
+from elastic_moe.model.checkpoints.config_keys import ConfigKeys
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.model.families.ernie4_5_moe import ERNIE4_5_MOE
 from elastic_moe.model.families.family import EXPERT_PARTS, Family, Source, parameter_shapes
 from elastic_moe.model.families.mixtral import MIXTRAL
 from elastic_moe.model.families.olmoe import OLMOE
 from elastic_moe.model.families.qwen3_moe import QWEN3_MOE, write_config
-from elastic_moe.model.keys import ConfigKeys
 from elastic_moe.routing import shorten
 
 FAMILIES: dict[str, Family] = {

@@ -1,0 +1,133 @@
+"""`EngineOptions`: how much an engine does at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from elastic_moe.engine.core import EngineCore
+from elastic_moe.engine.running.runner import Runner
+from elastic_moe.engine.sequence import pages_for
+from elastic_moe.engine.stats import StepRecord
+from elastic_moe.errors import EngineError
+from elastic_moe.routing.checks import as_index, shorten
+
+FREE_BYTES = 4 << 30  # where the system does not tell
+FULL_CONTEXTS = 8  # of the whole network, that the cache holds by default
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How much an engine does at once. Names as in vLLM where it has them.
+
+    Attributes:
+        max_num_seqs: sequences that run in one step, at most.
+        max_num_batched_tokens: tokens of one step, at most: a longer prompt takes several, and
+            others write in between.
+        max_queue: requests that may be unfinished at once; more are refused.
+        kv_cache_bytes: of keys and values; None for eight full contexts of the whole network, or a
+            quarter of the memory that is free, whichever is less. Memory that is not used yet is
+            not taken.
+        enable_prefix_caching: keep keys and values of texts that have ended, for those that begin
+            alike.
+        num_threads: for the kernels; None for as many as PyTorch uses.
+        on_step: called with a `StepRecord` before every step, on the engine's thread: it must not
+            call the engine.
+    """
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_queue: int = 1024
+    kv_cache_bytes: int | None = None
+    enable_prefix_caching: bool = True
+    num_threads: int | None = None
+    on_step: Callable[[StepRecord], None] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_queue"):
+            self._check_count(name, getattr(self, name))
+        for name in ("kv_cache_bytes", "num_threads"):
+            if getattr(self, name) is not None:
+                self._check_count(name, getattr(self, name))
+        if self.on_step is not None and not callable(self.on_step):
+            raise EngineError(f"on_step must be callable, got {shorten(self.on_step)}.")
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            raise EngineError(
+                f"max_num_seqs must be at most max_num_batched_tokens, as each sequence takes a "
+                f"token of a step, got {self.max_num_seqs} and {self.max_num_batched_tokens}."
+            )
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Self:
+        """Options by name.
+
+        Raises:
+            EngineError: a name is unknown, or a value outside its range.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise EngineError(
+                    f"there is no option {shorten(name)}. There are: {', '.join(known)}."
+                )
+        return cls(**options)
+
+    def num_blocks(self, runner: Runner) -> int:
+        """Blocks of keys and values that a runner's cache has."""
+        shape = runner.config.shape
+        most = FULL_CONTEXTS * shape.num_layers * pages_for(runner.config.max_positions)
+        if self.kv_cache_bytes is not None:
+            return self.kv_cache_bytes // runner.block_bytes
+        return max(
+            min(most, _free_bytes(runner.device) // 4 // runner.block_bytes), shape.num_layers
+        )
+
+    def start(self, runner: Runner, num_blocks: int) -> EngineCore:
+        """The thread that does it.
+
+        Raises:
+            EngineError: the memory for keys and values cannot be had.
+        """
+        try:
+            runner.reserve(num_blocks)
+        except (RuntimeError, MemoryError) as error:
+            raise EngineError(
+                f"{num_blocks * runner.block_bytes} bytes for keys and values cannot be had. "
+                f"Choose a smaller kv_cache_bytes."
+            ) from error
+        return EngineCore(
+            runner,
+            num_blocks=num_blocks,
+            max_step_tokens=self.max_num_batched_tokens,
+            max_sequences=self.max_num_seqs,
+            max_queue=self.max_queue,
+            prefix_caching=self.enable_prefix_caching,
+            num_threads=self.num_threads or torch.get_num_threads(),
+            on_step=self.on_step,
+        )
+
+    @staticmethod
+    def _check_count(name: str, value: object) -> None:
+        number = as_index(value)
+        if number is None or number < 1:
+            raise EngineError(f"{name} must be an integer of at least 1, got {shorten(value)}.")
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory that could be had now."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # no such thing on every system
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return FREE_BYTES

@@ -1,0 +1,1 @@
+"""From logits to text: sampler, JSON grammars, detokenizer."""

@@ -1,0 +1,1 @@
+"""Running a batch of tokens: one interface, the C++ step and the PyTorch reference behind it."""

@@ -1,0 +1,118 @@
+"""Chunks of several sequences as one flat batch, and decoding that goes on from one."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+from elastic_moe_kernels.prepared import BatchArrays, PreparedStep
+from elastic_moe_kernels.step_result import StepResult
+from torch import Tensor
+
+from elastic_moe.engine.running.paged import Ints
+from elastic_moe.engine.running.runner import Chunk
+from elastic_moe.routing import Subnet
+
+
+def flatten(chunks: Sequence[Chunk], sizes: Sequence[int]) -> tuple[BatchArrays, dict[str, Subnet]]:
+    """The chunks one after the other, and the sub-networks that their rows name by number.
+
+    Args:
+        sizes: tokens of each chunk.
+
+    Returns:
+        The arrays; and fingerprint -> sub-network, in the order of the numbers.
+    """
+    sequences = [chunk.sequence for chunk in chunks]
+    distinct = {s.subnet.fingerprint: s.subnet for s in sequences}
+    number = {fingerprint: i for i, fingerprint in enumerate(distinct)}
+    own = np.array([number[s.subnet.fingerprint] for s in sequences], dtype=np.int32)
+    lengths = np.array([s.length for s in sequences], dtype=np.int32)
+    ends = np.cumsum(sizes, dtype=np.int32)
+    starts = lengths - ends + np.array(sizes, dtype=np.int32)
+    arrays = BatchArrays(
+        token_ids=np.concatenate([np.asarray(c.token_ids, dtype=np.int32) for c in chunks]),
+        positions=np.arange(ends[-1], dtype=np.int32) + np.repeat(starts, sizes),
+        sequences=np.repeat(np.arange(len(chunks), dtype=np.int32), sizes),
+        subnets=np.repeat(own, sizes),
+        block_tables=_stack([s.tables for s in sequences]),
+        logits_rows=_wanted_rows(chunks, sizes),
+    )
+    return arrays, distinct
+
+
+class Decoding:
+    """A batch with one token of each sequence, from which the next step may go on.
+
+    Args:
+        step, chunks: that batch, which has run.
+        tables: the block tables that it reads.
+        blocks: the cache that it works in.
+        angles: positions whose rotary angles it knows.
+    """
+
+    def __init__(
+        self,
+        step: PreparedStep,
+        chunks: Sequence[Chunk],
+        tables: Ints,
+        blocks: Tensor,
+        angles: int,
+    ) -> None:
+        self._step, self._tables, self._blocks, self._angles = step, tables, blocks, angles
+        # Not the sequences themselves: their blocks are free as soon as nobody else has them.
+        self._sequences = [weakref.ref(chunk.sequence) for chunk in chunks]
+        self._wanted = [chunk.logits for chunk in chunks]
+        self._lengths = [chunk.sequence.length for chunk in chunks]
+
+    def advance(self, chunks: Sequence[Chunk]) -> StepResult | None:
+        """Run the next token of every sequence; None, and nothing ran, if it cannot go on so.
+
+        It cannot if these chunks are not one token of each of its sequences in their order, if
+        one has come to where the rotary angles end, or if new blocks moved the cache.
+        """
+        if len(chunks) != len(self._sequences):
+            return None
+        tokens = []
+        for i, (sequence, token_ids, wanted) in enumerate(chunks):
+            if (
+                sequence is not self._sequences[i]()
+                or len(token_ids) != 1
+                or wanted != self._wanted[i]
+                or sequence.length != self._lengths[i]
+                or sequence.length == self._angles
+            ):
+                return None
+            tokens.append(int(token_ids[0]))
+            if sequence.grow(1):
+                own = sequence.tables
+                self._tables[i, :, : own.shape[1]] = own
+        if chunks[0].sequence.pool.blocks is not self._blocks:
+            return None
+        result = self._step.advance(tokens)
+        for i, chunk in enumerate(chunks):
+            self._lengths[i] = chunk.sequence.length = self._lengths[i] + 1
+        return result
+
+
+def _stack(tables: Sequence[Ints]) -> Ints:
+    """Tables (L, B) of several sequences, padded to the longest: (S, L, B)."""
+    longest = max(table.shape[1] for table in tables)
+    stacked = np.full((len(tables), len(tables[0]), longest), -1, dtype=np.int32)
+    for row, table in zip(stacked, tables, strict=True):
+        row[:, : table.shape[1]] = table
+    return stacked
+
+
+def _wanted_rows(chunks: Sequence[Chunk], sizes: Sequence[int]) -> Ints:
+    """Which rows of the flat batch give logits."""
+    rows: list[int] = []
+    start = 0
+    for chunk, size in zip(chunks, sizes, strict=True):
+        if chunk.logits == "all":
+            rows.extend(range(start, start + size))
+        elif chunk.logits != "none":
+            rows.append(start + size - 1)
+        start += size
+    return np.array(rows, dtype=np.int32)

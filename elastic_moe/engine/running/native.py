@@ -1,0 +1,157 @@
+"""The C++ step behind the interface of `runner`: block tables, tables of sub-networks."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from elastic_moe_kernels.step import CpuModel
+from elastic_moe_kernels.step_result import StepResult
+from elastic_moe_kernels.table import SubnetTable
+from torch import Tensor
+
+from elastic_moe.engine.running.batch import Decoding, flatten
+from elastic_moe.engine.running.runner import (
+    NO_STATES,
+    Chunk,
+    ExpertCounts,
+    Progress,
+    Runner,
+    StepOutput,
+)
+from elastic_moe.errors import EngineError
+from elastic_moe.model.checkpoints.checkpoint import DTypeName, load_config, load_model
+from elastic_moe.model.pack import load_packed, pack_model
+from elastic_moe.model.reference.expert_ranking import rank_channels, reorder_channels
+from elastic_moe.model.reference.layers import rotary_angles
+from elastic_moe.model.reference.transformer import build_table
+from elastic_moe.routing import Subnet
+
+TABLES_KEPT = 64
+FIRST_ANGLES = 1024
+
+
+class NativeRunner(Runner):
+    """A packed model; steps mix sequences, chunk lengths and sub-networks freely."""
+
+    backend = "cpu"
+
+    def __init__(self, folder: Path, dtype: DTypeName = "auto", level: str | None = None) -> None:
+        self.folder = folder
+        self.config = load_config(folder)
+        self.model: CpuModel = load_packed(folder, dtype=dtype, level=level)
+        self.dtype = self.model.dtype
+        self.level = self.model.level
+        self.device = torch.device("cpu")
+        # Not a method of the model: channels that are ranked make it another one.
+        size = self.model.block_bytes
+        super().__init__(lambda count: torch.empty(count, size, dtype=torch.uint8))
+        self._angles = 0  # positions whose rotary angles the model has
+        self._tables: OrderedDict[tuple[str, ...], SubnetTable] = OrderedDict()  # by fingerprint
+        self._decoding: Decoding | None = None
+
+    def run(
+        self, chunks: Sequence[Chunk], *, states_after: Iterable[int] = (), trace: bool = False
+    ) -> StepOutput:
+        """As `Runner.run`; all chunks in one native step."""
+        if not chunks:
+            return StepOutput(torch.empty(0, self.config.vocab_size), [], [])
+        wanted = sorted(set(states_after))
+        result = None
+        if self._decoding is not None and not wanted and not trace:
+            result = self._decoding.advance(chunks)
+        if result is None:
+            result = self._start(chunks, wanted, trace)
+        if not wanted and not trace:
+            return StepOutput(
+                result.logits, result.best_ids, result.sequence_experts, result.counters
+            )
+        return StepOutput(
+            result.logits,
+            result.best_ids,
+            result.sequence_experts,
+            result.counters,
+            NO_STATES if result.states is None else dict(zip(wanted, result.states, strict=True)),
+            None if result.topk_ids is None else self._expert_counts(chunks, result.topk_ids),
+        )
+
+    def _start(self, chunks: Sequence[Chunk], wanted: list[int], trace: bool) -> StepResult:
+        """Run a batch that is not the one before, a token further."""
+        self._decoding = None
+        sizes = [len(chunk.token_ids) for chunk in chunks]
+        sequences = [chunk.sequence for chunk in chunks]
+        pool = sequences[0].pool
+        if any(sequence.pool is not pool for sequence in sequences):
+            raise EngineError("sequences of a step must have their blocks in one pool.")
+        for sequence, size in zip(sequences, sizes, strict=True):
+            sequence.grow(size)
+            self._extend_angles(sequence.length + size)
+        arrays, distinct = flatten(chunks, sizes)
+        step = self.model.prepare(
+            arrays,
+            self._table(distinct),
+            pool.blocks,
+            logits=any(chunk.logits in ("last", "all") for chunk in chunks),
+            states_after=wanted,
+            trace=trace,
+        )
+        result = step.run()
+        for sequence, size in zip(sequences, sizes, strict=True):
+            sequence.length += size
+        if not wanted and not trace and set(sizes) == {1}:
+            self._decoding = Decoding(step, chunks, arrays.block_tables, pool.blocks, self._angles)
+        return result
+
+    def _expert_counts(self, chunks: Sequence[Chunk], topk_ids: Tensor) -> ExpertCounts:
+        """Which experts ran, from the ids (L, T, K)."""
+        expert_counts = ExpertCounts()
+        sizes = [len(chunk.token_ids) for chunk in chunks]
+        for layer in sorted(self.config.moe_layers):
+            ran = [chunk.sequence.subnet.layers[layer].active for chunk in chunks]
+            if any(ran):
+                rows = torch.from_numpy(np.repeat(np.array(ran), sizes))
+                expert_counts.count(layer, topk_ids[layer][rows], self.config.num_experts)
+        return expert_counts
+
+    def logits(self, states: Tensor) -> Tensor:
+        return self.model.logits(states)
+
+    def final_states(self, states: Tensor) -> Tensor:
+        return self.model.final_states(states)
+
+    def rank_channels(
+        self, windows: Sequence[Sequence[int]], progress: Progress
+    ) -> dict[int, Tensor]:
+        # The reference ranks: this runs once, and packed weights are not for looking at.
+        name: DTypeName = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
+        model = load_model(self.folder, dtype=name)
+        order = rank_channels(model, windows, progress)
+        reorder_channels(model, order)
+        self.model = pack_model(model, self.level)
+        self._angles = 0
+        self._decoding = None
+        return order
+
+    def _extend_angles(self, positions: int) -> None:
+        """Have rotary angles for so many positions; long contexts need many and are rare."""
+        if positions > self._angles:
+            self._angles = max(positions, 2 * self._angles, FIRST_ANGLES)
+            every = torch.arange(self._angles)
+            self.model.set_angles(
+                *rotary_angles(every, self.config.head_dim, self.config.rope_theta)
+            )
+
+    def _table(self, distinct: dict[str, Subnet]) -> SubnetTable:
+        """The kernels' table of these sub-networks; making one takes longer than a small step."""
+        fingerprints = tuple(distinct)
+        table = self._tables.get(fingerprints)
+        if table is None:
+            table = self._tables[fingerprints] = build_table(list(distinct.values()))
+            if len(self._tables) > TABLES_KEPT:
+                self._tables.popitem(last=False)
+        else:
+            self._tables.move_to_end(fingerprints)
+        return table

@@ -1,0 +1,118 @@
+"""The PyTorch model behind the interface of `runner`: one sequence at a time, slow and readable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from elastic_moe.engine.running.paged import PagedSequence
+from elastic_moe.engine.running.runner import Chunk, ExpertCounts, Progress, Runner, StepOutput
+from elastic_moe.engine.scheduling.block_manager import PAGE_TOKENS
+from elastic_moe.model.reference.expert_ranking import rank_channels, reorder_channels
+from elastic_moe.model.reference.transformer import ElasticTransformer, Trace
+
+
+class ReferenceRunner(Runner):
+    """The model that everything faster is compared with."""
+
+    backend = "reference"
+
+    def __init__(self, model: ElasticTransformer) -> None:
+        self.model = model
+        self.config = model.config
+        self.dtype = model.input_dtype or torch.float32
+        self.device = model.embed_tokens.weight.device
+        # A block: keys or values, 16 positions, key/value heads, channels.
+        shape = (2, PAGE_TOKENS, self.config.num_kv_heads, self.config.head_dim)
+        dtype, device = self.dtype, self.device
+        super().__init__(lambda count: torch.empty((count, *shape), dtype=dtype, device=device))
+
+    def run(
+        self, chunks: Sequence[Chunk], *, states_after: Iterable[int] = (), trace: bool = False
+    ) -> StepOutput:
+        states: dict[int, list[Tensor]] = {layers: [] for layers in sorted(set(states_after))}
+        logits = [torch.empty(0, self.config.vocab_size, device=self.device)]
+        expert_counts = ExpertCounts() if trace else None
+        experts_run = [0] * len(chunks)
+        with torch.inference_mode():
+            for number, chunk in enumerate(chunks):
+                seen = Trace()
+                x = self._run_chunk(chunk, states, seen)
+                if chunk.logits != "none":
+                    logits.append(self.model.logits(x if chunk.logits == "all" else x[-1:]))
+                for layer in seen.layers:
+                    experts_run[number] += int((layer.topk_ids >= 0).sum())
+                    if expert_counts is not None:
+                        expert_counts.count(layer.layer, layer.topk_ids, self.config.num_experts)
+            every = torch.cat(logits)
+            best = every.argmax(-1).where(every.isfinite().all(-1), -1)
+            return StepOutput(
+                every if any(chunk.logits in ("last", "all") for chunk in chunks) else every[:0],
+                best.tolist(),
+                experts_run,
+                states={layers: torch.cat(parts) for layers, parts in states.items()},
+                expert_counts=expert_counts,
+            )
+
+    def logits(self, states: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return self.model.logits(states)
+
+    def final_states(self, states: Tensor) -> Tensor:
+        with torch.inference_mode():
+            normed: Tensor = self.model.norm(states)
+            return normed
+
+    def rank_channels(
+        self, windows: Sequence[Sequence[int]], progress: Progress
+    ) -> dict[int, Tensor]:
+        order = rank_channels(self.model, windows, progress)
+        reorder_channels(self.model, order)
+        return order
+
+    def _run_chunk(self, chunk: Chunk, states: dict[int, list[Tensor]], trace: Trace) -> Tensor:
+        """The stream (t, D) after the last layer; also kept after the layer counts of `states`."""
+        sequence = chunk.sequence
+        sequence.grow(len(chunk.token_ids))
+        ids = torch.tensor(list(map(int, chunk.token_ids)), device=self.device)
+        cache = _BlockCache(sequence)
+        x = torch.empty(0)
+        for layers, state in self.model.states(
+            ids.unsqueeze(0), sequence.subnet, cache=cache, trace=trace
+        ):
+            x = state[0]
+            if layers in states:
+                states[layers].append(x)
+        sequence.length = cache.length
+        return x
+
+
+class _BlockCache:
+    """A sequence's blocks as the model's `Cache`."""
+
+    def __init__(self, sequence: PagedSequence) -> None:
+        self.length = sequence.length
+        self._tables = torch.from_numpy(sequence.tables).long()  # (L, B)
+        self._blocks = sequence.pool.blocks
+
+    def layer(self, index: int) -> _LayerBlocks:
+        return _LayerBlocks(self._blocks, self._tables[index].to(self._blocks.device), self.length)
+
+
+class _LayerBlocks:
+    def __init__(self, blocks: Tensor, table: Tensor, length: int) -> None:
+        self._blocks, self._table, self._length = blocks, table, length
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        end = self._length + keys.shape[2]
+        at = torch.arange(self._length, end, device=self._table.device)
+        block, lane = self._table[at // PAGE_TOKENS], at % PAGE_TOKENS  # (T,)
+        used = self._table[: -(-end // PAGE_TOKENS)]
+        every = []
+        for side, new in enumerate((keys, values)):
+            self._blocks[block, side, lane] = new[0].transpose(0, 1).to(self._blocks.dtype)
+            stored = self._blocks[used, side].flatten(0, 1)[:end]  # (S, G, d)
+            every.append(stored.transpose(0, 1).unsqueeze(0).to(new.dtype))  # (1, G, S, d)
+        return every[0], every[1]

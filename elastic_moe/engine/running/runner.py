@@ -1,0 +1,159 @@
+"""Running a batch of tokens: the same interface over the PyTorch reference and the C++ step.
+
+A runner knows tokens, sub-networks and cached keys and values; nothing of text, sampling or
+requests. One thread at a time may call it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+import torch
+from elastic_moe_kernels.step_result import Counters
+from torch import Tensor
+
+from elastic_moe.engine.running.paged import (
+    BlockPool,
+    Ints,
+    ManagedSequence,
+    OwningSequence,
+    PagedSequence,
+)
+from elastic_moe.model.config import ModelConfig
+from elastic_moe.routing import Subnet
+
+Wanted = Literal["none", "best", "last", "all"]
+NO_STATES: Mapping[int, Tensor] = MappingProxyType({})
+Progress = Callable[[int, int], None] | None
+
+
+class Chunk(NamedTuple):  # a tuple: one is made for every token that is decoded
+    """The next tokens of one sequence.
+
+    Attributes:
+        token_ids: (t,) at least one.
+        logits: of which of them; 'best' asks for no more than the most likely token after the last.
+    """
+
+    sequence: PagedSequence
+    token_ids: Sequence[int] | Ints
+    logits: Wanted = "last"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCounts:
+    """What the routers of a step chose.
+
+    Attributes:
+        tokens_per_expert: layer -> (E,) how many tokens chose each expert.
+        rows: layer -> tokens that it routed.
+    """
+
+    tokens_per_expert: dict[int, Tensor] = field(default_factory=dict)
+    rows: dict[int, int] = field(default_factory=dict)
+
+    def add(self, layer: int, tokens: Tensor, rows: int) -> None:
+        """Add what one layer's router chose for some rows."""
+        self.tokens_per_expert[layer] = self.tokens_per_expert.get(layer, 0) + tokens
+        self.rows[layer] = self.rows.get(layer, 0) + rows
+
+    def count(self, layer: int, topk_ids: Tensor, num_experts: int) -> None:
+        """Add the choices (n, K) of one layer's router, -1 where nothing ran."""
+        ids = topk_ids[topk_ids >= 0].long()
+        self.add(layer, torch.bincount(ids, minlength=num_experts).cpu(), len(topk_ids))
+
+
+class StepOutput(NamedTuple):  # a tuple, as Chunk
+    """What one step gave.
+
+    Attributes:
+        logits: (n, V) float32, in the order of the chunks and their tokens; (0, V) if no chunk
+            asked for more than the best.
+        best_ids: (n,) the most likely token after each of them, the first among equals; -1 if one
+            of its logits is not a number.
+        experts_run: for each chunk, (token, expert) pairs that ran in all layers.
+        counters: of the native step.
+        states: layers done -> (T, D) float32, the residual stream of all tokens; if asked for.
+        expert_counts: what the routers chose; if asked for.
+    """
+
+    logits: Tensor
+    best_ids: list[int]
+    experts_run: list[int]
+    counters: Counters | None = None
+    states: Mapping[int, Tensor] = NO_STATES
+    expert_counts: ExpertCounts | None = None
+
+
+class Runner(ABC):
+    """Executes steps of one loaded model.
+
+    Attributes:
+        backend: 'reference' or 'cpu'.
+        config: of the model.
+        dtype: what matrix inputs, keys and values are rounded to; float32 is not rounded.
+        device: where logits come out.
+        level: the instruction-set level of the C++ kernels; None where others run.
+    """
+
+    backend: Literal["reference", "cpu"]
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+    level: str | None = None
+
+    def __init__(self, new_blocks: Callable[[int], Tensor]) -> None:
+        """`new_blocks` makes room for so many blocks."""
+        self._own_pool = BlockPool(new_blocks)
+        self._managed_pool = BlockPool(new_blocks)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of keys and values of 16 positions in one layer."""
+        return self._own_pool.block_bytes
+
+    def open(self, subnet: Subnet, capacity: int) -> PagedSequence:
+        """A new sequence that may grow to `capacity` tokens; it takes blocks as it grows."""
+        return OwningSequence(subnet, capacity, self._own_pool)
+
+    def reserve(self, blocks: int) -> None:
+        """Have room for so many blocks, which a block manager gives out to managed sequences."""
+        self._managed_pool.reserve(blocks)
+
+    def open_managed(self, subnet: Subnet, capacity: int) -> ManagedSequence:
+        """A new sequence that is told which blocks it has."""
+        return ManagedSequence(subnet, capacity, self._managed_pool)
+
+    @abstractmethod
+    def run(
+        self, chunks: Sequence[Chunk], *, states_after: Iterable[int] = (), trace: bool = False
+    ) -> StepOutput:
+        """Run the next tokens of some sequences, each under its own sub-network.
+
+        Args:
+            chunks: at most one per sequence; all of `open`, or all of `open_managed`.
+            states_after: layer counts after which to return the residual stream.
+            trace: whether to count which experts ran.
+        """
+
+    @abstractmethod
+    def logits(self, states: Tensor) -> Tensor:
+        """Final norm and head: residual stream (n, D) -> (n, V) float32."""
+
+    @abstractmethod
+    def final_states(self, states: Tensor) -> Tensor:
+        """Final norm: residual stream (n, D) -> (n, D) float32, which the head reads."""
+
+    @abstractmethod
+    def rank_channels(
+        self, windows: Sequence[Sequence[int]], progress: Progress
+    ) -> dict[int, Tensor]:
+        """Order every expert's channels by what they contribute on a text, in place.
+
+        Returns:
+            The order in terms of the checkpoint's channels: layer -> (E, F).
+        """

@@ -1,0 +1,1 @@
+"""Timing a checkpoint, its layers, and kernels of one's own."""

@@ -1,0 +1,87 @@
+"""Two calls that can be asked of any runner: read prompts, then one more token for each.
+
+What times or compares ways to run a model uses these, so that all of them are asked for the same
+work: the logits of the last row of every sequence, nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from elastic_moe_kernels.step_result import Counters
+from torch import Tensor
+
+from elastic_moe.engine.running.paged import PagedSequence
+from elastic_moe.engine.running.runner import Chunk, Runner
+from elastic_moe.errors import EngineError
+from elastic_moe.routing import Subnet
+
+Ids = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a call did, counted while it ran.
+
+    Attributes:
+        weight_bytes, kv_bytes: read; weights each once.
+        flops: 2 per multiply-add.
+        mean_experts: per token and MoE layer.
+    """
+
+    weight_bytes: int
+    kv_bytes: int
+    flops: int
+    mean_experts: float
+
+    @property
+    def touched_bytes(self) -> int:
+        return self.weight_bytes + self.kv_bytes
+
+
+class Batch:
+    """Sequences that advance together on one runner.
+
+    Attributes:
+        backend: "cpu" or "reference".
+        level: the instruction-set level that runs; None on the reference.
+    """
+
+    def __init__(self, runner: Runner, *, room: int = 64) -> None:
+        """`room`: most tokens that are decoded after the prompts."""
+        self.runner, self._room = runner, room
+        self.backend = runner.backend
+        self.level = runner.level
+        self._sequences: list[PagedSequence] = []
+        self._counters: Counters | None = None
+
+    def start(self, contexts: Ids, subnet: Subnet) -> Tensor:
+        """Forget all sequences and read these; last rows' logits (S, V)."""
+        self._sequences.clear()  # their blocks are free again
+        self._sequences = [self.runner.open(subnet, len(ids) + self._room) for ids in contexts]
+        return self._run(contexts)
+
+    def decode(self, ids: Sequence[int]) -> Tensor:
+        """One more token for every sequence; logits (S, V).
+
+        Raises:
+            EngineError: nothing was started, or there are not as many ids as sequences.
+        """
+        if len(ids) != len(self._sequences) or not ids:
+            raise EngineError(
+                f"{len(ids)} tokens for {len(self._sequences)} sequences. Give one for each that "
+                f"start has read."
+            )
+        return self._run([[token] for token in ids])
+
+    def work(self) -> Work | None:
+        """What the last call did; None where nothing counts."""
+        c = self._counters
+        return None if c is None else Work(c.weight_bytes, c.kv_bytes, c.flops, c.mean_experts)
+
+    def _run(self, ids: Ids) -> Tensor:
+        chunks = [Chunk(s, part) for s, part in zip(self._sequences, ids, strict=True)]
+        out = self.runner.run(chunks)
+        self._counters = out.counters
+        return out.logits

@@ -1,0 +1,73 @@
+"""How fast a sub-network runs: prefill and decode of one sequence, skipping work for real."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from elastic_moe.engine.running.runner import Chunk, Runner
+from elastic_moe.routing import Subnet
+
+PREFILL_TOKENS = 512
+DECODE_CONTEXT_TOKENS = 64
+
+
+def measure_speed(
+    runner: Runner,
+    subnets: Sequence[Subnet],
+    ids: Sequence[int],
+    *,
+    rounds: int,
+    decode_tokens: int,
+) -> Iterator[tuple[int, list[tuple[float, float]]]]:
+    """Time every sub-network in turn, round after round, so that a machine's drift hits all alike.
+
+    Args:
+        ids: at least 512 tokens of real text.
+        rounds: the median over this many counts.
+        decode_tokens: tokens decoded per round, after a context of 64.
+
+    Yields:
+        (measurements done, []) after each, and last (all, [(prefill, decode) tokens per second]).
+    """
+    prompt = list(ids[:PREFILL_TOKENS])
+    seconds: list[list[tuple[float, float]]] = [[] for _ in subnets]
+    done = 0
+    with torch.inference_mode():
+        _time_once(runner, subnets[0], prompt, 1)  # warms up
+    for _ in range(rounds):
+        for subnet, kept in zip(subnets, seconds, strict=True):
+            with torch.inference_mode():
+                measured = _time_once(runner, subnet, prompt, decode_tokens)
+            kept.append(measured)
+            done += 1
+            yield done, []
+    speeds = [
+        (
+            len(prompt) / statistics.median(prefill for prefill, _ in kept),
+            decode_tokens / statistics.median(decode for _, decode in kept),
+        )
+        for kept in seconds
+    ]
+    yield done, speeds
+
+
+def _time_once(
+    runner: Runner, subnet: Subnet, prompt: Sequence[int], decode_tokens: int
+) -> tuple[float, float]:
+    """Seconds of one prefill (last row's logits), and of decoding `decode_tokens` tokens."""
+    sequence = runner.open(subnet, len(prompt))
+    started = time.perf_counter()
+    _ = runner.run([Chunk(sequence, prompt)]).logits.argmax().item()
+    prefill = time.perf_counter() - started
+
+    context = prompt[:DECODE_CONTEXT_TOKENS]
+    sequence = runner.open(subnet, len(context) + decode_tokens)
+    token = int(runner.run([Chunk(sequence, context)]).logits.argmax())
+    started = time.perf_counter()
+    for _ in range(decode_tokens):
+        token = int(runner.run([Chunk(sequence, [token])]).logits.argmax())
+    return prefill, time.perf_counter() - started

@@ -1,0 +1,1 @@
+"""What a super-network cost to train, and each network that comes out of it."""

@@ -1,0 +1,1 @@
+"""A sweep: grid, quality, text, results."""

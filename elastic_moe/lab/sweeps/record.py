@@ -1,0 +1,164 @@
+"""The entries of `sweep.json`: points, and what they were measured on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from elastic_moe_kernels import ops
+
+from elastic_moe import __version__
+from elastic_moe.engine import Engine
+from elastic_moe.lab.sweeps.grid import is_trained
+from elastic_moe.lab.sweeps.quality import Quality, paired_difference
+from elastic_moe.lab.sweeps.text import WINDOW, EvaluationSet
+from elastic_moe.model.checkpoints.folder import file_in
+from elastic_moe.routing import Subnet
+
+SCHEMA_VERSION = 1
+POINT_FIELDS = tuple(
+    """
+    name depth top_k expert_width sparsity_threshold expert_pool trained active_params
+    active_params_max flops_per_token flops_per_token_max weight_bytes_per_token mean_experts
+    bits_per_byte nats_per_token perplexity delta_nats standard_error kl_to_full top1_agreement
+    prefill_tokens_per_second decode_tokens_per_second backend dtype pareto
+    """.split()  # noqa: SIM905  (one word each reads better)
+)
+BYTES_PER_WEIGHT = {"bfloat16": 2, "float32": 4}
+
+
+def describe_point(
+    subnet: Subnet, quality: Quality, full: Quality, text: EvaluationSet, engine: Engine
+) -> dict[str, Any]:
+    """One entry of `points`, its speeds still unknown (None).
+
+    Cost is that of a token with a whole window (512) of context, with the number of experts that
+    really ran; `active_params_max` is the bound that holds whatever the threshold drops.
+    """
+    delta, error = paired_difference(quality, full, text)
+    pool = subnet.uniform("pool")
+    experts = quality.mean_experts
+    return {
+        "name": subnet.name,
+        "depth": subnet.depth,
+        "top_k": subnet.uniform("top_k"),
+        "expert_width": subnet.uniform("width"),
+        "sparsity_threshold": subnet.uniform("threshold"),
+        "expert_pool": len(pool) if pool else None,
+        "trained": is_trained(subnet, engine.config.elastic),
+        "active_params": round(subnet.active_params_at(experts)),
+        "active_params_max": subnet.active_params,
+        "flops_per_token": round(subnet.flops_per_token(WINDOW, experts)),
+        "flops_per_token_max": round(subnet.flops_per_token(WINDOW)),
+        "weight_bytes_per_token": round(
+            subnet.weight_bytes_per_token(BYTES_PER_WEIGHT[engine.dtype], experts)
+        ),
+        "mean_experts": round(experts, 4),
+        "bits_per_byte": quality.bits_per_byte(text.scored_bytes),
+        "nats_per_token": quality.nats_per_token,
+        "perplexity": float(torch.tensor(quality.nats_per_token, dtype=torch.float64).exp()),
+        "delta_nats": delta,
+        "standard_error": error,
+        "kl_to_full": max(0.0, quality.kl_to_full),
+        "top1_agreement": quality.top1_agreement,
+        "prefill_tokens_per_second": None,
+        "decode_tokens_per_second": None,
+        "backend": engine.backend,
+        "dtype": engine.dtype,
+        "pareto": False,
+    }
+
+
+def describe_model(engine: Engine) -> dict[str, Any]:
+    """The `model` entry: name and sizes, and what the checkpoint says of its training."""
+    config, shape = engine.config, engine.shape
+    return {
+        "name": engine.name,
+        "model_type": config.model_type,
+        "num_layers": shape.num_layers,
+        "num_experts": shape.num_experts,
+        "max_top_k": shape.max_top_k,
+        "width_granules": shape.width_granules,
+        "expert_hidden": shape.expert_hidden,
+        "hidden_size": shape.hidden_size,
+        "total_params": shape.total_params,
+        "elastic_moe": config.elastic.to_json() if config.elastic else None,
+    }
+
+
+def describe_settings(engine: Engine, *, quick: bool, ranked_on: str | None) -> dict[str, Any]:
+    """The `settings` entry: with corpus, machine and versions, all that a point depends on.
+
+    Args:
+        ranked_on: name of the text that the channels were ranked on, where it is known.
+    """
+    return {
+        "weights_sha256": engine.weights_sha256,
+        "config_sha256": _sha256(engine, "config.json"),
+        "tokenizer_sha256": _sha256(engine, "tokenizer.json"),
+        "backend": engine.backend,
+        "dtype": engine.dtype,
+        "device": str(engine.runner.device),
+        "rank_channels": ranked_on,
+        "rank_channels_sha256": engine.calibration_sha256,
+        "quick": quick,
+    }
+
+
+def describe_expert_use(name: str, quality: Quality) -> dict[str, Any]:
+    """The `expert_use` entry: for each layer that routes, the share of each expert."""
+    ids = sorted(quality.expert_use)
+    return {"name": name, "layer_ids": ids, "layers": [quality.expert_use[i] for i in ids]}
+
+
+def _sha256(engine: Engine, name: str) -> str:
+    return hashlib.sha256(file_in(engine.folder, name).read_bytes()).hexdigest()
+
+
+def describe_machine() -> dict[str, Any]:
+    """The `machine` entry."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": next((b.level for b in ops.backends() if b.level), "none"),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def describe_versions() -> dict[str, str]:
+    """The `versions` entry."""
+    return {
+        "elastic_moe": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+
+
+def describe_commit() -> str | None:
+    """The commit of this project's clone that runs, wherever the command does; None outside one."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "--verify", "--quiet", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:  # no git here
+        return None
+    return done.stdout.strip() or None
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,134 @@
+"""The folder that a sweep writes to, and what an earlier sweep left there."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from elastic_moe.errors import ElasticMoEError
+from elastic_moe.lab.sweeps.record import POINT_FIELDS, SCHEMA_VERSION
+from elastic_moe.routing import shorten
+
+RESULT, PREVIOUS = "sweep.json", "sweep.previous.json"
+
+# Points are comparable only if all of this is equal.
+_MUST_AGREE = ("schema_version", "corpus", "settings", "machine", "versions")
+
+
+@dataclass(slots=True)
+class Earlier:
+    """What an earlier sweep left.
+
+    Attributes:
+        why_not: why it is not continued; "" where it is, or where there is nothing.
+        points, expert_use: what is taken over; nothing where it is not continued.
+    """
+
+    why_not: str = ""
+    points: list[dict[str, Any]] = field(default_factory=list)
+    expert_use: dict[str, Any] | None = None
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make `folder` and write to it for a try, so that a sweep does not fail after measuring.
+
+    Raises:
+        ElasticMoEError: it is a file, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"a try")
+    except OSError as error:
+        raise ElasticMoEError(
+            f"--out {folder}: the results cannot be written there: {error.strerror}. "
+            f"Name a folder that you may write to."
+        ) from error
+
+
+def read_earlier(folder: Path, present: Mapping[str, Any]) -> Earlier:
+    """What the sweep in `folder` has for the sweep that is about to run.
+
+    Args:
+        present: the result so far of the sweep that is about to run.
+
+    Raises:
+        ElasticMoEError: `sweep.json` is none.
+    """
+    path = folder / RESULT
+    if not path.exists():
+        return Earlier()
+    earlier = _read(path)
+    if not earlier["points"]:
+        return Earlier()
+    unlike = differences(earlier, present)
+    if unlike:
+        return Earlier("; ".join(unlike))
+    if earlier["complete"]:
+        return Earlier("it is complete")
+    return Earlier("", earlier["points"], earlier["expert_use"])
+
+
+def differences(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """What keeps the points of two sweeps apart, such as "dtype was 'float32', is 'bfloat16'"."""
+    found = []
+    for key in _MUST_AGREE:
+        old, new = earlier[key], present[key]
+        if not (isinstance(old, dict) and isinstance(new, dict)):
+            old, new, prefix = {key: old}, {key: new}, ""
+        else:
+            prefix = f"{key}."
+        found += [
+            f"{prefix}{name} was {_short(old.get(name))}, is {_short(new.get(name))}"
+            for name in [*new, *(name for name in old if name not in new)]
+            if old.get(name) != new.get(name)
+        ]
+    return found
+
+
+def keep_aside(folder: Path) -> None:
+    """Make way for a new `sweep.json`: the old one becomes `sweep.previous.json`."""
+    path = folder / RESULT
+    if path.exists():
+        path.replace(folder / PREVIOUS)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ElasticMoEError(f"{path} is no JSON ({error}). Move it away or use --out.") from error
+    problem = _problem(data)
+    if problem:
+        raise ElasticMoEError(f"{path} is no sweep: {problem}. Move it away or use --out.")
+    sweep: dict[str, Any] = data
+    return sweep
+
+
+def _problem(data: Any) -> str:
+    """Why this is no sweep; "" if it is one. Of another schema only what every one has."""
+    if not isinstance(data, dict):
+        return f"it must hold a JSON object, got {type(data).__name__}"
+    wanted = [*_MUST_AGREE, "points", "complete", "expert_use"]
+    lacking = [key for key in wanted if key not in data]
+    if lacking:
+        return f"it lacks {', '.join(lacking)}"
+    points = data["points"]
+    if not isinstance(points, list) or not all(isinstance(point, dict) for point in points):
+        return f"points must be a list of objects, got {shorten(points)}"
+    if data["schema_version"] != SCHEMA_VERSION:
+        return ""
+    for i, point in enumerate(points):
+        lacking = [key for key in POINT_FIELDS if key not in point]
+        if lacking:
+            return f"points[{i}] lacks {', '.join(lacking)}"
+    return ""
+
+
+def _short(value: object) -> str:
+    text = shorten(value)
+    return text if len(text) <= 40 else f"{text[:16]}..."

@@ -1,0 +1,257 @@
+"""The sweep: quality and cost of a grid of sub-networks of one checkpoint.
+
+Writes `sweep.json`, `frontier.png` and `report.html`. `sweep.json` is written after every group of
+sub-networks, so an interrupted sweep keeps what it finished, and the same call goes on from there.
+The results of another sweep in the folder are kept as `sweep.previous.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from elastic_moe.engine import Engine
+from elastic_moe.files import write_text
+from elastic_moe.lab.bench.speed import measure_speed
+from elastic_moe.lab.sweeps import record
+from elastic_moe.lab.sweeps.grid import Grid, default_grid, groups, product_grid
+from elastic_moe.lab.sweeps.quality import FullNetwork, Quality, measure_depths
+from elastic_moe.lab.sweeps.results import (
+    PREVIOUS,
+    RESULT,
+    keep_aside,
+    prepare_folder,
+    read_earlier,
+)
+from elastic_moe.lab.sweeps.text import (
+    EvaluationSet,
+    evaluation_set,
+    language_reference,
+    read_corpus,
+)
+from elastic_moe.lab.view.frontier import mark_pareto
+from elastic_moe.routing import Subnet
+
+Progress = Callable[[str, int, int], None]
+Notify = Callable[[str], None]
+
+
+def _silent(*_: object) -> None:
+    """The default for progress and notices: none."""
+
+
+def sweep(
+    model: str | Path | Engine = "elastic-mini",
+    *,
+    depth: Sequence[int] | None = None,
+    top_k: Sequence[int] | None = None,
+    expert_width: Sequence[int] | None = None,
+    sparsity: Sequence[float] | None = None,
+    expert_pool: Sequence[int] | None = None,
+    text: str | Path | None = None,
+    tokens: int | None = None,
+    out: str | Path = "sweep-out",
+    quick: bool = False,
+    rank_channels: str | Path | None = None,
+    progress: Progress = _silent,
+    notify: Notify = _silent,
+) -> dict[str, Any]:
+    """Measure a grid of sub-networks and write `sweep.json`, `frontier.png`, `report.html`.
+
+    Args:
+        model: a bundled name, a folder, or a loaded engine.
+        depth, top_k, expert_width, sparsity, expert_pool: values to combine, each with each; an
+            axis that is not given stays full. With none given: depth x top-k at quarters of the
+            model's own values, and every other axis alone.
+        text: a UTF-8 file to score; default is the language reference of the running Python.
+        tokens: tokens to score, at most (default 12,032; 1,024 with quick).
+        out: folder for the results; a sweep that was interrupted there is continued.
+        quick: fewer points and tokens: about a minute on two cores.
+        rank_channels: a UTF-8 file; each expert's channels are first ordered by their activation
+            on it, in the engine itself where one was passed.
+        progress: called with (stage, done, total).
+        notify: called with a line about earlier results in `out`, and about an interruption.
+
+    Returns:
+        The content of `sweep.json`.
+
+    Raises:
+        ElasticMoEError: the model, a text or `out` cannot be used.
+        KeyboardInterrupt: passed on, after the points that are done were written.
+    """
+    started = time.monotonic()
+    folder = Path(out)
+    prepare_folder(folder)
+    corpus = read_corpus(Path(text)) if text is not None else language_reference()
+    calibration = read_corpus(Path(rank_channels)) if rank_channels is not None else None
+    engine = model if isinstance(model, Engine) else Engine.from_pretrained(model)
+    if calibration is not None:
+        engine.rank_channels(calibration.text, progress=partial(progress, "ranking"))
+    if tokens is None:
+        tokens = 1_024 if quick else 12_032
+    text_set = evaluation_set(corpus, engine.tokenizer, tokens)
+    axes = {
+        "depth": depth,
+        "top_k": top_k,
+        "expert_width": expert_width,
+        "sparsity_threshold": sparsity,
+        "expert_pool": expert_pool,
+    }
+    given = {axis: values for axis, values in axes.items() if values is not None}
+    shape, elastic = engine.shape, engine.config.elastic
+    grid = product_grid(shape, given) if given else default_grid(shape, elastic, quick=quick)
+    ranked_on = calibration.name if calibration is not None else None
+    settings = record.describe_settings(engine, quick=quick, ranked_on=ranked_on)
+    run = _Run(engine, text_set, grid, settings, folder, progress)
+    if news := run.news():
+        notify(news)
+    try:
+        run.measure_quality()
+        decode_tokens = 16 if engine.backend == "reference" else 64  # a tenth of a second or so
+        run.measure_speed(
+            rounds=1 if quick else 3, decode_tokens=decode_tokens // 4 if quick else decode_tokens
+        )
+        run.result["complete"] = True
+    except KeyboardInterrupt:
+        notify(run.state())
+        raise
+    finally:
+        run.result["seconds"] = round(time.monotonic() - started, 1)
+        run.write()
+    return run.result
+
+
+class _Run:
+    """A sweep in progress and its result so far."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        text: EvaluationSet,
+        grid: Grid,
+        settings: dict[str, Any],
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        self.engine, self.text, self.grid = engine, text, grid
+        self.folder, self.progress = folder, progress
+        self.result: dict[str, Any] = {
+            "schema_version": record.SCHEMA_VERSION,
+            "model": record.describe_model(engine),
+            "corpus": text.describe(),
+            "machine": record.describe_machine(),
+            "versions": record.describe_versions(),
+            "settings": settings,
+            "skipped": grid.skipped,
+            "points": [],
+            "expert_use": None,
+            "complete": False,
+            "seconds": 0.0,
+        }
+        self.earlier = read_earlier(folder, self.result)
+        self.displace = bool(self.earlier.why_not)  # the old result, when there is a new one
+        self.result["points"] = self.earlier.points
+        self.result["expert_use"] = self.earlier.expert_use
+
+    def news(self) -> str:
+        """What becomes of the results that the folder held; "" where there were none."""
+        path, kept = self.folder / RESULT, len(self.earlier.points)
+        if self.earlier.why_not:
+            return f"{path} is not continued: {self.earlier.why_not}. It is kept as {PREVIOUS}."
+        if not kept:
+            return ""
+        wanted = {subnet.name for subnet in self.grid.subnets}
+        outside = sum(point["name"] not in wanted for point in self.earlier.points)
+        return f"{path} is continued: {kept} sub-networks are kept" + (
+            f", {outside} of them outside this grid." if outside else "."
+        )
+
+    def state(self) -> str:
+        """Where an interrupted sweep stands."""
+        count = len(self.result["points"])
+        if not count:
+            return f"No sub-network was finished; {self.folder} is as it was."
+        return (
+            f"{self.folder / RESULT} holds the {count} sub-networks that are done; "
+            f"the same command goes on from there."
+        )
+
+    def measure_quality(self) -> None:
+        """Fill in the points, bundle by bundle; the full network's bundle is first."""
+        have = {point["name"] for point in self.result["points"]}
+        bundles = groups(self.grid.subnets)
+        todo = [b for i, b in enumerate(bundles) if any(s.name not in have for s in b[1])]
+        if todo and todo[0] is not bundles[0]:  # what the others are compared with
+            todo.insert(0, bundles[0])
+        windows = len(self.text.windows)
+        total = windows * len(todo)
+        full = FullNetwork(self.text.scored_tokens, self.engine.config.vocab_size)
+        reference: Quality | None = None
+        for i, (deepest, members) in enumerate(todo):
+            measured: dict[int, Quality] = {}
+            depths = [subnet.depth for subnet in members]
+            passes = measure_depths(
+                self.engine.runner, self.text, deepest, depths, full, is_full=reference is None
+            )
+            for done, measured in passes:  # noqa: B007  (the last item is the result)
+                self.progress("quality", i * windows + done, total)
+            if reference is None:
+                reference = measured[deepest.depth]
+                self.result["expert_use"] = record.describe_expert_use(deepest.name, reference)
+            for subnet in members:
+                if subnet.name not in have:
+                    quality = measured[subnet.depth]
+                    self._add(
+                        record.describe_point(subnet, quality, reference, self.text, self.engine)
+                    )
+            self.write_json()
+
+    def _add(self, point: dict[str, Any]) -> None:
+        order = {subnet.name: i for i, subnet in enumerate(self.grid.subnets)}
+        points = [*self.result["points"], point]
+        points.sort(key=lambda p: order.get(p["name"], len(order)))  # outside the grid: last
+        self.result["points"] = points
+
+    def measure_speed(self, *, rounds: int, decode_tokens: int) -> None:
+        """Fill in both speeds of every point of the grid, measured in turn."""
+        by_name: dict[str, Subnet] = {subnet.name: subnet for subnet in self.grid.subnets}
+        points = [point for point in self.result["points"] if point["name"] in by_name]
+        subnets = [by_name[point["name"]] for point in points]
+        ids = [token for window in self.text.windows[::2] for token in window.inputs]
+        total = len(subnets) * rounds
+        speeds: list[tuple[float, float]] = []
+        timing = measure_speed(
+            self.engine.runner, subnets, ids, rounds=rounds, decode_tokens=decode_tokens
+        )
+        for done, speeds in timing:  # noqa: B007  (the last item is the result)
+            self.progress("speed", done, total)
+        for point, (prefill, decode) in zip(points, speeds, strict=True):
+            point["prefill_tokens_per_second"] = round(prefill, 2)
+            point["decode_tokens_per_second"] = round(decode, 2)
+
+    def write_json(self) -> None:
+        """Write what there is; never an empty result, which might replace one that is not."""
+        if not self.result["points"]:
+            return
+        if self.displace:
+            keep_aside(self.folder)
+            self.displace = False
+        mark_pareto(self.result["points"])
+        text = json.dumps(self.result, indent=1, ensure_ascii=False, allow_nan=False)
+        write_text(self.folder / RESULT, text + "\n")
+
+    def write(self) -> None:
+        """Write all three files, as far as there are points to show."""
+        from elastic_moe.lab.view.plots import (
+            write_frontier_png,  # deferred: matplotlib is slow to load
+        )
+        from elastic_moe.lab.view.report import write_report
+
+        self.write_json()
+        if self.result["points"]:
+            write_frontier_png(self.result, self.folder / "frontier.png")
+            write_report(self.result, self.folder / "report.html")

@@ -1,0 +1,1 @@
+"""What people see of a sweep or a run: frontier, plots, report."""

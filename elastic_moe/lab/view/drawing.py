@@ -1,0 +1,97 @@
+"""How every picture of this folder looks: style, colours, shapes, SVG."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib.style
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from elastic_moe.lab.view.frontier import Point, Sweep, changed_axes, full_values
+
+# One hex string per role: the report replaces each by a CSS variable, so that the same drawing
+# serves a dark page. Blue and vermilion: Okabe and Ito's palette, safe for colour-blind readers.
+INK, MUTED, GRID, PAPER = "#1c2127", "#5d6773", "#e3e7eb", "#fefefe"
+BLUE, VERMILION = "#0072b2", "#d55e00"
+LIGHT = {"ink": INK, "muted": MUTED, "grid": GRID, "paper": PAPER, "blue": BLUE, "red": VERMILION}
+
+# The shape says which axis besides depth and top-k was changed; a hexagon: more than one.
+SHAPES = {"": "o", "expert_width": "s", "sparsity_threshold": "^", "expert_pool": "D", "+": "h"}
+SHAPE_NAMES = {
+    "": "depth, top-k",
+    "expert_width": "narrower experts (w)",
+    "sparsity_threshold": "threshold (t)",
+    "expert_pool": "smaller pool (p)",
+    "+": "several of these",
+}
+
+
+@contextmanager
+def drawing_style() -> Iterator[None]:
+    """matplotlib's own defaults plus ours, whatever the user's matplotlibrc says, then restored.
+
+    Mathtext is off: a `$` in a file's name is a dollar sign. A character that the font lacks is
+    drawn as a box, without a warning. Not thread-safe, as matplotlib's settings are not.
+    """
+    ours: dict[str, Any] = {
+        "text.parse_math": False,
+        "font.size": 10,
+        "text.color": INK,
+        "axes.edgecolor": MUTED,
+        "axes.labelcolor": INK,
+        "axes.facecolor": PAPER,
+        "figure.facecolor": PAPER,
+        "savefig.facecolor": PAPER,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "xtick.labelcolor": INK,
+        "ytick.labelcolor": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": GRID,
+        "legend.frameon": False,
+        "svg.fonttype": "none",  # text stays text: searchable, and in the page's own font
+        "svg.hashsalt": "elastic-moe",  # equal input, equal ids
+    }
+    with matplotlib.style.context(["default", ours]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
+def depth_colours(depths: Sequence[int], *, dark: bool = False) -> dict[int, str]:
+    """A colour per depth, from viridis without the end that fades into the page."""
+    low, high = (0.22, 1.0) if dark else (0.0, 0.9)
+    ranks = sorted(set(depths))
+    span = max(1, len(ranks) - 1)
+    shades = [high - (high - low) * i / span for i in range(len(ranks))]
+    if dark:  # deepest: what stands out most, which is the brightest here
+        shades.reverse()
+    return {d: to_hex(colormaps["viridis"](s)) for d, s in zip(ranks, shades, strict=True)}
+
+
+def shape_of(point: Point, sweep: Sweep) -> str:
+    """The key in `SHAPES` for a point: '' for the depth and top-k grid."""
+    keys = [a.key for a in changed_axes(point, full_values(sweep["model"])) if a.key in SHAPES]
+    return "+" if len(keys) > 1 else "".join(keys)
+
+
+def marker_size(k: int | None, max_k: int) -> float:
+    """Diameter in typographic points; the area grows with k. None: no layer routes."""
+    return math.sqrt(18 + 66 * (k or 0) / max(1, max_k))
+
+
+def figure_to_svg(figure: Figure) -> str:
+    """The figure as one SVG document. Equal figures give equal text: no date, salted ids."""
+    buffer = io.StringIO()
+    with drawing_style():
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()

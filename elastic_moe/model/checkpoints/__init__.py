@@ -1,0 +1,1 @@
+"""Checkpoint folders: finding, reading, checking, writing, extracting."""

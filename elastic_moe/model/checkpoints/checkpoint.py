@@ -1,0 +1,196 @@
+"""Loading a checkpoint folder: which stored tensors make up which of our parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from elastic_moe.errors import CheckpointError
+from elastic_moe.model.checkpoints.folder import CONFIG, read_json
+from elastic_moe.model.checkpoints.weights import TensorFiles
+from elastic_moe.model.config import ModelConfig
+from elastic_moe.model.families import EXPERT_PARTS, FAMILIES, Source, parameter_shapes, read_config
+from elastic_moe.model.reference.transformer import ElasticTransformer
+
+DTypeName = Literal["auto", "float32", "bfloat16"]
+Progress = Callable[[int, int], None] | None
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """Read and check config.json."""
+    return read_config(read_json(folder, CONFIG), str(folder / CONFIG))
+
+
+class Checkpoint:
+    """A folder's configuration and tensors; nothing of the data is read before it is asked for.
+
+    Attributes:
+        raw: config.json as it stands.
+        config: what it means.
+        files: the stored tensors.
+        shapes: our parameters, by name, in the model's order.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or a tensor is missing, extra or misshaped.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.raw = read_json(folder, CONFIG)
+        self.config = read_config(self.raw, str(folder / CONFIG))
+        self.files = TensorFiles(folder)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._sources: dict[str, list[Source]] = {}
+        used: set[str] = set()
+        # One parameter at a time: sizes that the files do not bear out end this early.
+        for name, shape in parameter_shapes(self.config):
+            self.shapes[name] = shape
+            self._sources[name] = self._find(name, shape)
+            used.update(source.tensor for source in self._sources[name])
+        self._check_rest(used)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the file: that of its matrices."""
+        return self.files.dtype(self._sources["embed_tokens.weight"][0].tensor)
+
+    def sources(self, name: str) -> list[Source]:
+        """The stored tensors that make up one of our parameters."""
+        return self._sources[name]
+
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """One of our parameters, copied out of its files.
+
+        Args:
+            dtype: to convert the values to; None keeps that of the file.
+
+        Raises:
+            CheckpointError: a value is NaN or infinite, or of no supported dtype.
+        """
+        sources, shape = self.sources(name), self.shapes[name]
+        dtype = dtype or self.files.dtype(sources[0].tensor)
+        whole = torch.empty(shape, dtype=dtype, device=device)
+        parts = whole.unbind(0) if self._is_stacked(name) else [whole]
+        for part, source in zip(parts, sources, strict=True):
+            with self.files.mapped(source.tensor) as values:
+                part.copy_(values[source.index])
+        return whole
+
+    def read_expert(self, name: str, expert: int) -> Tensor:
+        """One expert's matrix of a stacked parameter such as `layers.0.mlp.experts.up_proj`.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        sources = self.sources(name)
+        source = sources[expert] if self._is_stacked(name) else sources[0]
+        with self.files.mapped(source.tensor) as values:
+            part = values[source.index] if self._is_stacked(name) else values[source.index][expert]
+            return part.clone()
+
+    def _is_stacked(self, name: str) -> bool:
+        """Whether every expert is a tensor of its own."""
+        return name.endswith(EXPERT_PARTS) and len(self.sources(name)[0].shape) == 2
+
+    def _find(self, name: str, shape: tuple[int, ...]) -> list[Source]:
+        """The first way of storing this parameter that the files bear out."""
+        stored = self.files.entries
+        ways = list(FAMILIES[self.config.model_type].sources(self.config, name, shape))
+        for way in ways:
+            if not self._misfit(way):
+                return way
+        nearest = next((way for way in ways if any(s.tensor in stored for s in way)), ways[0])
+        raise CheckpointError(self._misfit(nearest))
+
+    def _misfit(self, way: list[Source]) -> str:
+        """What of a way of storing a parameter the files do not bear out; "" if they do."""
+        for source in way:
+            got = self.files.entries.get(source.tensor)
+            if got is None:
+                return f"{self.files.path}: tensor {source.tensor!r} is missing."
+            if got.shape != source.shape:
+                return (
+                    f"{got.path}: tensor {source.tensor!r} has shape {got.shape}, config.json asks "
+                    f"for {source.shape}."
+                )
+        return ""
+
+    def _check_rest(self, used: set[str]) -> None:
+        """Refuse tensors that no parameter uses, unless they repeat one or are known not to run."""
+        ignored = FAMILIES[self.config.model_type].ignored
+        extra = {name for name in self.files.entries if not name.startswith(ignored or "\0")}
+        extra -= used
+        head, embeddings = "lm_head.weight", "model.embed_tokens.weight"
+        if self.config.tied_embeddings and head in extra:
+            with self.files.mapped(head) as a, self.files.mapped(embeddings) as b:
+                if not torch.equal(a, b):
+                    raise CheckpointError(
+                        f"{self.files.entry(head).path}: tensor {head!r} differs from "
+                        f"{embeddings!r}, but config.json ties them (tie_word_embeddings)."
+                    )
+            extra.remove(head)
+        if extra:
+            name = min(extra)
+            raise CheckpointError(
+                f"{self.files.entry(name).path}: {len(extra)} tensors that the model has no place "
+                f"for, such as {name!r}. The file belongs to another architecture or configuration."
+            )
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: DTypeName = "auto",
+    device: torch.device | str = "cpu",
+    progress: Progress = None,
+) -> ElasticTransformer:
+    """Load a checkpoint folder into the reference model, ready for inference.
+
+    Matrices keep the dtype of the file, so that memory holds the model once; what is small (norms,
+    routers, biases) is widened to float32.
+
+    Args:
+        dtype: what matrix inputs, keys and values are rounded to: 'bfloat16', 'float32' (not
+            rounded), or 'auto', the dtype of the file (float32 unless it is bf16). Under
+            'bfloat16' the matrices of another file are rounded to bf16 as well.
+        progress: called with (parameters read, all) as loading goes on.
+
+    Raises:
+        CheckpointError: a file or tensor is missing, extra, misshaped or not finite.
+    """
+    checkpoint = Checkpoint(folder)
+    with torch.device("meta"):
+        model = ElasticTransformer(checkpoint.config)
+    rounded = is_rounded(checkpoint, dtype)
+    state: dict[str, Tensor] = {}
+    for name in _in_order_of_files(checkpoint):
+        kept = torch.bfloat16 if rounded else None
+        wanted = torch.float32 if is_small(name, checkpoint.shapes[name]) else kept
+        state[name] = checkpoint.read(name, wanted, device)
+        if progress is not None:
+            progress(len(state), len(checkpoint.shapes))
+    model.load_state_dict(state, assign=True)
+    model.set_input_dtype(torch.bfloat16 if rounded else None)
+    return model.requires_grad_(False).eval()
+
+
+def is_rounded(checkpoint: Checkpoint, dtype: DTypeName) -> bool:
+    """Whether a dtype that was asked for means that matrix inputs are rounded to bf16."""
+    return checkpoint.dtype == torch.bfloat16 if dtype == "auto" else dtype == "bfloat16"
+
+
+def is_small(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is held in float32 whatever the file has: a vector or a router."""
+    return len(shape) == 1 or name.endswith("mlp.gate.weight")
+
+
+def _in_order_of_files(checkpoint: Checkpoint) -> Iterator[str]:
+    """Names of all parameters, in the order in which their first tensors lie on the disk."""
+    place = {name: i for i, name in enumerate(checkpoint.files.entries)}
+    yield from sorted(checkpoint.shapes, key=lambda n: place[checkpoint.sources(n)[0].tensor])

@@ -1,0 +1,1 @@
+"""The model in PyTorch: what every fast path is tested against."""

@@ -1,0 +1,1 @@
+"""The endpoints, each in the file that its path names."""

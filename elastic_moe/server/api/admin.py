@@ -1,0 +1,122 @@
+"""The admin endpoints: profiles, faults, and the record of requests. They want an admin key."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Header, Query, Response
+
+from elastic_moe.protocol import ErrorResponse
+from elastic_moe.protocol.faults import FaultPlan, FaultState, RequestRecords
+from elastic_moe.protocol.profiles import NamedProfile, Profile, ProfileList
+from elastic_moe.server.errors import ApiError
+from elastic_moe.server.middleware.etags import check_match, etag
+from elastic_moe.server.middleware.faults import FaultBook
+from elastic_moe.server.service import Service
+
+IfMatch = Annotated[str | None, Header()]
+Number = Annotated[int, Query(ge=0)]
+# What changes something may answer, beside what all endpoints may.
+_STALE: dict[int | str, dict[str, Any]] = {
+    412: {"model": ErrorResponse, "description": "somebody else changed it meanwhile"}
+}
+_NO_FILE: dict[int | str, dict[str, Any]] = {
+    409: {"model": ErrorResponse, "description": "there is no file that profiles are kept in"}
+}
+
+
+def add_endpoints(app: FastAPI, service: Service) -> None:
+    """Add them."""
+    _add_profiles(app, service)
+    _add_faults(app, service)
+
+
+def _add_profiles(app: FastAPI, service: Service) -> None:
+    profiles = service.profiles
+
+    @app.get("/admin/profiles")
+    async def list_profiles() -> ProfileList:
+        """All profiles."""
+        named = [NamedProfile(name=n, profile=p) for n, p in profiles.all().items()]
+        return ProfileList(profiles=named)
+
+    @app.get("/admin/profiles/{name}")
+    async def get_profile(name: str, response: Response) -> Profile:
+        """One of them, with its ETag."""
+        profile = profiles.get(name, status=404)
+        response.headers["etag"] = etag(profile)
+        return profile
+
+    @app.put(
+        "/admin/profiles/{name}",
+        responses={201: {"model": Profile, "description": "it was made"}, **_STALE, **_NO_FILE},
+    )
+    def put_profile(
+        name: str,
+        profile: Profile,
+        response: Response,
+        if_match: IfMatch = None,
+        if_none_match: IfMatch = None,
+    ) -> Profile:
+        """Set one, for all requests from now on; it is kept in the file of --profiles.
+
+        With If-Match, only if nobody else has changed it meanwhile.
+        """
+        if profiles.put(name, profile, if_match, if_none_match):
+            response.status_code = 201
+        response.headers["etag"] = etag(profile)
+        return profile
+
+    @app.delete("/admin/profiles/{name}", status_code=204, responses={**_STALE, **_NO_FILE})
+    def delete_profile(name: str, if_match: IfMatch = None) -> None:
+        """Take one away."""
+        profiles.delete(name, if_match)
+
+
+def _add_faults(app: FastAPI, service: Service) -> None:
+    def faults() -> FaultBook:
+        if service.faults is None:
+            raise ApiError(
+                404,
+                "faults are injected by a server that was started with --inject.",
+                code="no_inject",
+            )
+        return service.faults
+
+    @app.get("/admin/faults")
+    async def get_faults(response: Response) -> FaultState:
+        """What goes wrong on purpose, and how often it did."""
+        response.headers["etag"] = etag(faults().plan)
+        return faults().state()
+
+    @app.put("/admin/faults", responses=_STALE)
+    async def put_faults(
+        plan: FaultPlan, response: Response, if_match: IfMatch = None
+    ) -> FaultState:
+        """Replace the whole plan; all counting begins anew."""
+        book = faults()
+        check_match(etag(book.plan), if_match, None)
+        book.set(plan)
+        response.headers["etag"] = etag(plan)
+        return book.state()
+
+    @app.delete("/admin/faults", status_code=204, responses=_STALE)
+    async def delete_faults(if_match: IfMatch = None) -> None:
+        """Let nothing go wrong any more."""
+        book = faults()
+        check_match(etag(book.plan), if_match, None)
+        book.set(FaultPlan())
+
+    @app.get("/admin/requests")
+    async def get_requests(after: Number = 0) -> RequestRecords:
+        """The requests below /v1/ after this number, with their bodies; kept in memory alone."""
+        faults()
+        log = service.requests
+        told = [entry.told() for entry in log.since(after)]
+        return RequestRecords(requests=told, dropped=log.dropped)
+
+    @app.delete("/admin/requests", status_code=204)
+    async def delete_requests() -> None:
+        """Forget them."""
+        faults()
+        service.requests.clear()

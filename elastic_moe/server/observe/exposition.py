@@ -1,0 +1,228 @@
+"""/metrics: what was counted, under the names that Prometheus scrapes.
+
+Names that begin with `vllm:` mean what vLLM's mean, so that dashboards made for it work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from elastic_moe import __version__
+from elastic_moe.engine import Engine
+from elastic_moe.engine.stats import EngineStats
+from elastic_moe.errors import EngineError
+from elastic_moe.server.observe.metrics import Histogram, Metrics
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+# field of EngineStats -> names, help
+_GAUGES = {
+    "running": (
+        ("vllm:num_requests_running", "elastic_moe:requests_running"),
+        "Choices of requests that the engine writes.",
+    ),
+    "waiting": (
+        ("vllm:num_requests_waiting", "elastic_moe:requests_waiting"),
+        "Choices of requests that wait for their turn in the engine.",
+    ),
+    "unfinished": (
+        ("elastic_moe:requests_unfinished",),
+        "Requests that the engine took in and has not ended.",
+    ),
+    "num_blocks": (
+        ("elastic_moe:kv_blocks",),
+        "Blocks of keys and values, of 16 tokens in one layer.",
+    ),
+    "used_blocks": (("elastic_moe:kv_blocks_used",), "Blocks that a request holds."),
+}
+_COUNTERS = {
+    "preemptions": (
+        ("vllm:num_preemptions", "elastic_moe:preemptions"),
+        "Times that a choice was put back because blocks ran out.",
+    ),
+    "evicted_pages": (
+        ("elastic_moe:evicted_pages",),
+        "Pages of cached prefixes that made room for others.",
+    ),
+    "steps": (("elastic_moe:engine_steps",), "Steps of the engine."),
+    "prompt_tokens": (
+        ("vllm:prompt_tokens", "elastic_moe:prompt_tokens"),
+        "Tokens of prompts that were read, for generation.",
+    ),
+    "written_tokens": (
+        ("vllm:generation_tokens", "elastic_moe:generation_tokens"),
+        "Tokens that were written, for requests that were cancelled too.",
+    ),
+    "searched_tokens": (
+        ("vllm:prefix_cache_queries",),
+        "Tokens of prompts that the prefix cache was asked for.",
+    ),
+    "found_tokens": (("vllm:prefix_cache_hits",), "Tokens of prompts that the prefix cache had."),
+}
+# field of Metrics -> names, help
+_BETWEEN = "The mean of each generation, counted once for each of its pauses"
+_HISTOGRAMS = {
+    "first_token": (
+        ("vllm:time_to_first_token_seconds", "elastic_moe:time_to_first_token_seconds"),
+        "From the call to the first token.",
+    ),
+    "between_tokens": (
+        (
+            "vllm:inter_token_latency_seconds",
+            "vllm:time_per_output_token_seconds",
+            "elastic_moe:inter_token_latency_seconds",
+        ),
+        f"Between two tokens. {_BETWEEN}.",
+    ),
+    "per_token": (
+        ("vllm:request_time_per_output_token_seconds",),
+        "Between two tokens: the mean of each generation.",
+    ),
+    "whole": (("vllm:e2e_request_latency_seconds",), "From the call to the last token."),
+    "queued": (
+        ("vllm:request_queue_time_seconds", "elastic_moe:queue_time_seconds"),
+        "From the call to the first step of the engine.",
+    ),
+    "prefill": (
+        ("vllm:request_prefill_time_seconds",),
+        "From the first step of the engine to the first token.",
+    ),
+    "decode": (("vllm:request_decode_time_seconds",), "From the first token to the last."),
+    "inference": (
+        ("vllm:request_inference_time_seconds",),
+        "From the first step of the engine to the last token.",
+    ),
+    "prompt_tokens": (("vllm:request_prompt_tokens",), "Tokens of each prompt."),
+    "written_tokens": (
+        ("vllm:request_generation_tokens",),
+        "Tokens written for each prompt, in all choices.",
+    ),
+    "mean_experts": (
+        ("elastic_moe:mean_experts",),
+        "Experts that ran per token and MoE layer: the mean of each generation.",
+    ),
+}
+
+
+class Exposition(Collector):
+    """Tells what a server counted.
+
+    Attributes:
+        registry: of this server alone: one process may have several.
+    """
+
+    def __init__(self, engine: Engine, metrics: Metrics) -> None:
+        self._engine, self._metrics = engine, metrics
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
+        ProcessCollector(registry=self.registry)
+
+    def text(self) -> bytes:
+        """All of it."""
+        return generate_latest(self.registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """Metrics, as Prometheus' library wants them."""
+        model = {"model_name": self._engine.name}
+        with suppress(EngineError):  # closed, while answers leave: it tells nothing any more
+            yield from _of_engine(self._engine.stats(), model)
+        yield from self._of_requests(model)
+        for field, (names, told) in _HISTOGRAMS.items():
+            yield from _histograms(names, told, getattr(self._metrics, field), model)
+        about = {**model, "version": __version__, "backend": self._engine.backend}
+        info = InfoMetricFamily("elastic_moe:server", "What runs here.")
+        info.add_metric((), {**about, "dtype": self._engine.dtype})
+        yield info
+
+    def _of_requests(self, model: Mapping[str, str]) -> Iterator[Metric]:
+        metrics = self._metrics
+        yield _counter(
+            "vllm:request_success",
+            "Generations that ended, by reason; abort: cancelled, as the client went or the time "
+            "was up.",
+            [({**model, "finished_reason": why}, n) for why, n in metrics.finished.items()],
+        )
+        yield _counter(
+            "elastic_moe:requests",
+            "Requests by sub-network; 'other' is all that came after the first 100 names.",
+            [({**model, "subnet": name}, n) for name, n in metrics.subnets.items()],
+            ("model_name", "subnet"),
+        )
+        yield _counter(
+            "elastic_moe:http_responses",
+            "Answers by endpoint and status; 499: the client had gone.",
+            [({"endpoint": e, "status": str(s)}, n) for (e, s), n in metrics.responses.items()],
+            ("endpoint", "status"),
+        )
+        yield _counter(
+            "elastic_moe:timeouts",
+            "Requests that took too long; read: to send their body, request: to be answered.",
+            [({"limit": limit}, n) for limit, n in metrics.timeouts.items()],
+        )
+        for name, told, value in (
+            ("rejected_requests", "Requests that were answered 429.", metrics.rejected),
+            ("disconnected_clients", "Requests whose client went before the end.", metrics.gone),
+            ("broken_answers", "Answers that began and ended with an error.", metrics.broken),
+        ):
+            yield _counter(f"elastic_moe:{name}", told, [({}, value)])
+        yield _gauge(
+            "elastic_moe:queue_limit",
+            "Requests that may be unfinished; more are answered 429.",
+            self._engine.options.max_queue,
+            model,
+        )
+
+
+def _of_engine(stats: EngineStats, model: Mapping[str, str]) -> Iterator[Metric]:
+    for field, (names, told) in _GAUGES.items():
+        for name in names:
+            yield _gauge(name, told, getattr(stats, field), model)
+    for field, (names, told) in _COUNTERS.items():
+        for name in names:
+            yield _counter(name, told, [(model, getattr(stats, field))])
+    yield _gauge(
+        "vllm:kv_cache_usage_perc",
+        "Blocks of keys and values that a request holds, as a part of all: 1 is all of them.",
+        stats.used_blocks / stats.num_blocks,
+        model,
+    )
+
+
+def _gauge(name: str, told: str, value: float, labels: Mapping[str, str]) -> Metric:
+    family = GaugeMetricFamily(name, told, labels=list(labels))
+    family.add_metric(list(labels.values()), value)
+    return family
+
+
+def _counter(
+    name: str,
+    told: str,
+    values: list[tuple[Mapping[str, str], int]],
+    labels: Iterable[str] | None = None,
+) -> Metric:
+    """Args: labels: their names, where there may be no value yet."""
+    named = list(labels if labels is not None else values[0][0])
+    family = CounterMetricFamily(name, told, labels=named)
+    for own, value in values:
+        family.add_metric([own[label] for label in named], value)
+    return family
+
+
+def _histograms(
+    names: Iterable[str], told: str, histogram: Histogram, labels: Mapping[str, str]
+) -> Iterator[Metric]:
+    for name in names:
+        family = HistogramMetricFamily(name, told, labels=list(labels))
+        family.add_metric(list(labels.values()), histogram.buckets(), histogram.sum)
+        yield family

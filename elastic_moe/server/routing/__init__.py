@@ -1,0 +1,1 @@
+"""Which sub-network a request gets: its own wish, profiles, the operator's limits."""

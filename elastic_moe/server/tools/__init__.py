@@ -1,0 +1,1 @@
+"""Tool calls: what a request may call, schemas of arguments, calls found in a text."""

@@ -1,0 +1,1 @@
+"""Experts of a training step on every kind of hardware."""

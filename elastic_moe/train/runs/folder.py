@@ -1,0 +1,168 @@
+"""What a run was begun with: the same command goes on, another one is refused by its option.
+
+And a folder that holds something else is left as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from elastic_moe.errors import OptionError
+from elastic_moe.files import write_text
+from elastic_moe.model.checkpoints.folder import CONFIG, read_json
+from elastic_moe.train.text.prepare import MANIFEST, TOKENIZER, TOKENS
+from elastic_moe.train.export import STATE
+from elastic_moe.train.runs.lock import LOCK
+from elastic_moe.train.options import CHANCES, SHARES, flag
+
+OPTIONS = "options.json"
+_RECORDED = (
+    *("tokens", "batch_tokens", "length", "stages", "from"),
+    *("with_library", "corpus_fraction", "library_passes", "docstring_passes", "chat_fraction"),
+    *(f"reduce_{axis}" for axis in CHANCES),
+    *(*SHARES, "fixed", "sandwich", "distill", "split", "lr_scale", "bias_rate", "balance"),
+    *("seed", "dtype"),
+)
+
+
+# What `options.json` of earlier versions lacks; the state and config.json are compared anyway.
+_LATER = ("config", "balance", "split", *SHARES)
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a folder holds a run whose options or steps are on record."""
+    return (folder / OPTIONS).exists() or (folder / STATE).exists()
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds something else than a run, which training would write over.
+
+    A run that was stopped while its text was prepared may go on.
+
+    Raises:
+        OptionError: it does, or is no folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OptionError(f"--out {folder} is no folder. Name a new one, or that of a run.")
+    if not folder.is_dir() or has_begun(folder) or (folder / "data" / MANIFEST).exists():
+        return
+    strange = [path for path in sorted(folder.iterdir()) if not _is_leftover(path)]
+    if strange:
+        raise OptionError(
+            f"--out {folder} holds something else than a run ({strange[0].name}), which it would "
+            f"write over. Name a new folder, or that of a run."
+        )
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a run that was stopped before it began may have left it."""
+    if path.name == "data" and path.is_dir():
+        return all(p.name in (TOKENIZER, TOKENS) or _is_half(p) for p in path.iterdir())
+    return path.name == LOCK or _is_half(path)
+
+
+def _is_half(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".part")
+
+
+def check_config(folder: Path, raw: Mapping[str, Any] | None, option: str) -> None:
+    """Refuse a configuration that the run of a folder does not have, before it is written there.
+
+    Args:
+        raw: the config.json that the run is of; None for a model of sizes.
+        option: that it came from.
+
+    Raises:
+        OptionError: the run was begun with another one, or without one, or with one that is not
+            given now.
+    """
+    path = folder / CONFIG
+    there = read_json(folder, CONFIG) if path.is_file() else None
+    wanted = None if raw is None else json.loads(json.dumps(raw))
+    if there == wanted or (there is None and not has_begun(folder)):
+        return
+    remedy = "Repeat the command that began it, or begin another one in another folder with --out."
+    if raw is None:
+        raise OptionError(
+            f"{option}: {path} says what the run in {folder} trains, got none. {remedy} If it was "
+            f"begun without {option}, delete that file."
+        )
+    how = "without one" if there is None else f"with another configuration ({path})"
+    raise OptionError(f"{option}: the run in {folder} was begun {how}. {remedy}")
+
+
+def to_record(
+    args: argparse.Namespace, sizes: Mapping[str, int], raw: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What `options.json` keeps of filled options.
+
+    Texts and tokenizer are compared by their content, elsewhere. Left out is what decides no step:
+    `minutes` is kept only as whether it decided how many there are.
+
+    Args:
+        sizes: of the model, by option.
+        raw: the config.json that they are from; None for a model of sizes.
+    """
+    decided = args.minutes is not None and args.tokens is None and args.stages is None
+    config = None if args.config is None or raw is None else _config_name(raw)
+    own = {"config": config, **sizes, "minutes": decided}
+    return {**{name: getattr(args, name) for name in _RECORDED}, **own}
+
+
+def _config_name(raw: Mapping[str, Any]) -> str:
+    """Such as 'olmoe sha256:0123456789ab'."""
+    digest = hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
+    return f"{raw.get('model_type')} sha256:{digest[:12]}"
+
+
+def check_recorded(folder: Path, now: Mapping[str, Any]) -> None:
+    """Refuse options that the run of a folder was not begun with.
+
+    Raises:
+        OptionError: names the first that differs, with both values.
+    """
+    path = folder / OPTIONS
+    if not path.is_file():
+        return
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        names = dict.fromkeys([*now, *begun])
+    except (ValueError, TypeError) as error:
+        raise OptionError(
+            f"{path} is torn: {error}. Delete it, and only what the state says is compared."
+        ) from None
+    for name in names:
+        if name in _LATER and name not in begun:  # an earlier version began the run
+            continue
+        before, value = begun.get(name), now.get(name)
+        if name == "from" and value is not None and before == str(Path(value).resolve()):
+            continue  # a path that is gone cannot be told from an id
+        if before != value:
+            raise OptionError(
+                f"{flag(name)}: the run in {folder} was begun {_begun(before)}, got {_got(value)}. "
+                f"Repeat the command that began it, or begin another one in "
+                f"another folder with --out."
+            )
+
+
+def record(folder: Path, now: Mapping[str, Any]) -> None:
+    """Write `options.json`, once for a run."""
+    if not (folder / OPTIONS).exists():
+        write_text(folder / OPTIONS, json.dumps(now, indent=1) + "\n")
+
+
+def _begun(value: Any) -> str:
+    if value is None or value is False:
+        return "without it"
+    return "with it" if value is True else f"with {value}"
+
+
+def _got(value: Any) -> str:
+    if value is None or value is False:
+        return "none"
+    return "it" if value is True else str(value)

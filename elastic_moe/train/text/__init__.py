@@ -1,0 +1,1 @@
+"""The training text: corpus, tokenizer, batches."""

@@ -1,0 +1,368 @@
+"""From files to the folder that training reads: tokenizer.json, train.npy, manifest.json.
+
+The manifest is written last and names what the others hold, so a folder with one is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from elastic_moe.errors import CorpusError
+from elastic_moe.files import replacing, write_text
+from elastic_moe.train.step.plan import PIECE_TOKENS
+from elastic_moe.train.text.corpus import (
+    LIBRARY,
+    TEXTS,
+    Docstring,
+    SourceFile,
+    chat_turn,
+    docstrings,
+)
+from elastic_moe.train.text.tokens import (
+    BOS,
+    END,
+    SPECIAL_TOKENS,
+    TokenStream,
+    chat_text,
+    check_tokenizer,
+    special_id,
+    train_tokenizer,
+)
+
+MANIFEST, TOKENS, TOKENIZER = "manifest.json", "train.npy", "tokenizer.json"
+_KEYS = ("seed", "files", "stream_tokens", "stream_sha256", "tokenizer_sha256", "tokenizer_given")
+_BATCH = 512  # documents that are encoded at a time
+_SAMPLE_BYTES = 20_000_000  # of texts that a tokenizer learns from, which takes seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """How much of each kind of text is read, and how long the pieces are that get shuffled.
+
+    Attributes:
+        text_fraction: share of the pieces of every text.
+        library_passes, docstring_passes: how many times each is read.
+        chat_fraction: share of all tokens, whatever else there is; chats are made until it is met.
+            They are questions about the library's docstrings, which therefore has to be there.
+        piece_bytes: characters of a piece of a text.
+
+    Raises:
+        CorpusError: a value is out of its range.
+    """
+
+    text_fraction: float = 1.0
+    library_passes: int = 1
+    docstring_passes: int = 2
+    chat_fraction: float = 0.05
+    piece_bytes: int = 12_000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.text_fraction <= 1:
+            raise CorpusError(f"text_fraction must be in (0, 1], got {self.text_fraction}.")
+        if not 0 <= self.chat_fraction < 1:
+            raise CorpusError(f"chat_fraction must be in [0, 1), got {self.chat_fraction}.")
+        for name in ("library_passes", "docstring_passes"):
+            if getattr(self, name) < 0:
+                raise CorpusError(f"{name} must be at least 0, got {getattr(self, name)}.")
+
+
+MIXTURE_OPTIONS = {  # field -> option of the command
+    "text_fraction": "--corpus-fraction",
+    "library_passes": "--library-passes",
+    "docstring_passes": "--docstring-passes",
+    "chat_fraction": "--chat-fraction",
+}
+
+
+def documents(
+    library: Sequence[SourceFile], files: Sequence[SourceFile], mixture: Mixture, seed: int
+) -> tuple[list[tuple[str, str]], list[Docstring]]:
+    """(kind, text) of every document but chats, and the docstrings that chats can be about."""
+    rng = random.Random(seed)
+    texts: list[tuple[str, str]] = []
+    known: list[Docstring] = []
+    for source in library:
+        texts += [(LIBRARY, source.read())] * mixture.library_passes
+        found = list(docstrings(source))
+        known += found
+        prose = "\n\n".join(f"{d.name}\n\n{d.text}" for d in found)
+        if len(prose) > 200:
+            texts += [("docstrings", prose)] * mixture.docstring_passes
+    for file in files:
+        text = file.read()
+        for start in range(0, len(text), mixture.piece_bytes):
+            if rng.random() < mixture.text_fraction:
+                texts.append((TEXTS, text[start : start + mixture.piece_bytes]))
+    return texts, known
+
+
+def chats(known: Sequence[Docstring], seed: int) -> Iterator[str]:
+    """Chat turns without end: pass after pass over the docstrings, each with its own questions.
+
+    Docstrings with a special token in them are left out: it would be read as one.
+
+    Raises:
+        CorpusError: no docstring makes one.
+    """
+    rng = random.Random(f"{seed}/chat")
+    while True:
+        made = (chat_turn(docstring, rng) for docstring in known)
+        turns = [turn for turn in made if turn is not None and not _has_special_token(turn)]
+        if not turns:
+            raise CorpusError("no docstring is fit for a chat turn. Set chat_fraction to 0.")
+        rng.shuffle(turns)
+        yield from (chat_text(*turn) for turn in turns)
+
+
+def _has_special_token(parts: Iterable[str]) -> bool:
+    return any(token in part for part in parts for token in SPECIAL_TOKENS)
+
+
+def prepare(
+    folder: Path,
+    library: Sequence[SourceFile],
+    files: Sequence[SourceFile],
+    mixture: Mixture,
+    *,
+    vocab_size: int = 4096,
+    seed: int = 0,
+    tokenizer: Tokenizer | None = None,
+) -> dict[str, Any]:
+    """Write tokenizer, stream and manifest to `folder`; returns the manifest.
+
+    Args:
+        library: sources of the Python library, with docstrings and chats about them; may be empty.
+        files: other texts; may be empty.
+        vocab_size: of the model: ids of a tokenizer are below it, and a new one has as many.
+        tokenizer: None trains one on the text.
+
+    Raises:
+        CorpusError: there is no text, or too little of it, or the tokenizer does not suit the
+            model. Or the folder cannot be written.
+    """
+    given = tokenizer is not None
+    texts, known = documents(library, files, mixture, seed)
+    if not texts:
+        raise CorpusError("the mixture leaves nothing to read. Raise its shares and passes.")
+    if tokenizer is None:
+        size = min(vocab_size, 2**16)  # streams are stored as uint16
+        tokenizer = train_tokenizer(_sample(texts, known, mixture, seed), size)
+    check_tokenizer(tokenizer, vocab_size)
+    encoded: list[tuple[str, np.ndarray]] = []
+    with _as_text(tokenizer):
+        for kind in (LIBRARY, "docstrings", TEXTS):
+            of_kind = (text for one, text in texts if one == kind)
+            encoded += [(kind, ids) for ids in _encode(tokenizer, of_kind)]
+    total = sum(len(ids) for _, ids in encoded)
+    missing = round(total * mixture.chat_fraction / (1 - mixture.chat_fraction))
+    if missing:
+        for ids in _encode(tokenizer, chats(known, seed)):
+            encoded.append(("chat", ids))
+            missing -= len(ids)
+            if missing <= 0:
+                break
+    random.Random(f"{seed}/order").shuffle(encoded)
+    counts: dict[str, int] = {}
+    for kind, ids in encoded:
+        counts[kind] = counts.get(kind, 0) + len(ids)
+    stream = np.concatenate([ids for _, ids in encoded])
+    if len(stream) < PIECE_TOKENS:
+        raise CorpusError(
+            f"the text has {len(stream)} tokens, {PIECE_TOKENS} are the least. Add text, and "
+            f"repeat the command."
+        )
+    manifest: dict[str, Any] = {
+        "seed": seed,
+        "vocab_size": vocab_size,
+        "mixture": asdict(mixture),
+        "stream_tokens": len(stream),
+        "stream_tokens_by_kind": dict(sorted(counts.items())),
+        "stream_sha256": hashlib.sha256(stream.data).hexdigest(),
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "tokenizer_given": given,
+        "files": [
+            {"corpus": f.corpus, "name": f.name, "sha256": f.sha256, "bytes": f.num_bytes}
+            for f in [*library, *files]
+        ],
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / TOKENIZER, tokenizer.to_str(pretty=True))
+        with replacing(folder / TOKENS) as beside, beside.open("wb") as file:
+            np.save(file, stream)
+        write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    except OSError as error:
+        raise CorpusError(
+            f"{folder} cannot be written: {error}. Make room and see that the folder can be "
+            f"written to, then repeat the command."
+        ) from None
+    return manifest
+
+
+def _sample(
+    texts: list[tuple[str, str]], known: list[Docstring], mixture: Mixture, seed: int
+) -> Iterator[str]:
+    """What the tokenizer learns from: the library, some of the texts, a quarter of the chats."""
+    total = sum(len(text) for kind, text in texts if kind == TEXTS)
+    share = _SAMPLE_BYTES / max(1, total)
+    for kind, text in texts:
+        if kind != TEXTS or hash_fraction(text) < share:
+            yield text
+    if mixture.chat_fraction:
+        yield from islice(chats(known, seed), len(known) // 4)
+
+
+@contextmanager
+def _as_text(tokenizer: Tokenizer) -> Iterator[None]:
+    """Within it the tokenizer reads '<|im_start|>' and its like as the letters that they are.
+
+    A text may speak of them; as tokens they would end its document or begin a turn of a chat.
+    """
+    before = tokenizer.encode_special_tokens
+    tokenizer.encode_special_tokens = True
+    try:
+        yield
+    finally:
+        tokenizer.encode_special_tokens = before
+
+
+def _encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    """The ids of each text, and the token that ends a document."""
+    end = special_id(tokenizer, END)
+    rest = iter(texts)
+    while batch := list(islice(rest, _BATCH)):
+        for encoding in tokenizer.encode_batch(batch, add_special_tokens=False):
+            yield np.array([*encoding.ids, end], dtype=np.uint16)
+
+
+def hash_fraction(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone, to draw the same sample every time."""
+    return zlib.crc32(text.encode()) / 2**32
+
+
+def tokenizer_sha256(tokenizer: Tokenizer) -> str:
+    """Of what it does, not of how its file is laid out."""
+    return hashlib.sha256(tokenizer.to_str(pretty=False).encode()).hexdigest()
+
+
+# --- reading what was prepared
+
+
+def read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
+    """The manifest of a prepared folder, and the sha256 of its file.
+
+    Raises:
+        CorpusError: it is torn, or of another version.
+    """
+    path = folder / MANIFEST
+    data = path.read_bytes()
+    remedy = f"Delete {folder} to have the text prepared again."
+    try:
+        manifest = json.loads(data)
+    except ValueError as error:
+        raise CorpusError(f"{path} is torn: {error}. {remedy}") from None
+    missing = [key for key in _KEYS if not isinstance(manifest, dict) or key not in manifest]
+    if missing:
+        raise CorpusError(f"{path} lacks {missing[0]!r}: another version wrote it. {remedy}")
+    return manifest, hashlib.sha256(data).hexdigest()
+
+
+def check_options(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    *,
+    seed: int,
+    library: bool,
+    files: Sequence[SourceFile],
+    mixture: Mixture,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+) -> None:
+    """Refuse options that the prepared folder was not made with, rather than ignore them.
+
+    Args:
+        library: whether the Python library is read.
+        files: texts besides it.
+        vocab_size: of the model.
+
+    Raises:
+        CorpusError: names the option, what the folder has and what was asked for.
+    """
+    own = "one trained on the text"
+    had = {f["name"]: f["sha256"] for f in manifest["files"] if f["corpus"] != LIBRARY}
+    got = {f.name: f.sha256 for f in files}
+    changed = sorted(name for name in had | got if had.get(name) != got.get(name))
+    first = f" (the first that differs: {changed[0]})" if changed else ""
+    same_tokenizer = manifest["tokenizer_given"] == (tokenizer is not None) and (
+        tokenizer is None or manifest["tokenizer_sha256"] == tokenizer_sha256(tokenizer)
+    )
+    had_library = any(f["corpus"] == LIBRARY for f in manifest["files"])
+    has = {True: "the Python library", False: "no Python library"}
+    options = [
+        ("--seed", seed == manifest["seed"], str(manifest["seed"]), str(seed)),
+        ("--with-library", library == had_library, has[had_library], has[library]),
+        ("--corpus", not changed, f"{len(had)} texts", f"{len(got)} texts{first}"),
+        (
+            "--tokenizer",
+            same_tokenizer,
+            "a given one" if manifest["tokenizer_given"] else own,
+            "another one" if tokenizer is not None else own,
+        ),
+    ]
+    if "vocab_size" in manifest:  # which earlier versions did not write
+        had_size = manifest["vocab_size"]
+        options.append(("--vocab-size", vocab_size == had_size, str(had_size), str(vocab_size)))
+    mixed = manifest.get("mixture", {})
+    mixed = {"text_fraction": mixed.get("novel_fraction"), **mixed}  # its name before
+    for field, option in MIXTURE_OPTIONS.items():
+        read = files if field == "text_fraction" else library
+        before, now = mixed.get(field), getattr(mixture, field)
+        if read and before is not None:
+            options.append((option, before == now, str(before), str(now)))
+    for option, same, was, is_now in options:
+        if not same:
+            restore = "Restore the texts and repeat" if option == "--corpus" else "Repeat"
+            raise CorpusError(
+                f"{option}: {folder} was prepared with {was}, got {is_now}. "
+                f"{restore} the command that began the run, or name another folder with --out."
+            )
+
+
+def open_stream(folder: Path, seed: int) -> TokenStream:
+    """The tokens of a prepared folder, in the order of a seed.
+
+    Raises:
+        CorpusError: the files cannot be read, or are not those that the manifest names.
+    """
+    manifest, source = read_manifest(folder)
+    remedy = "Delete the folder to have the text prepared again."
+    try:
+        tokens = np.load(folder / TOKENS, mmap_mode="r")
+    except (OSError, EOFError, ValueError) as error:
+        raise CorpusError(f"{folder / TOKENS} cannot be read: {error}. {remedy}") from None
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+    except Exception as error:  # noqa: BLE001  (the library raises nothing narrower)
+        raise CorpusError(f"{folder / TOKENIZER} cannot be read: {error}. {remedy}") from None
+    found = {
+        "stream_sha256": hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest(),
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+    }
+    for key, value in found.items():
+        if manifest[key] != value:
+            raise CorpusError(
+                f"{folder}: {key} is {value}, the manifest says {manifest[key]}. {remedy}"
+            )
+    return TokenStream(tokens, special_id(tokenizer, BOS), seed, source=source)

@@ -1,0 +1,206 @@
+"""Steps on the C++ kernels are those of PyTorch, and resume to the bit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from elastic_moe_kernels import cpu
+from torch import Tensor
+
+from elastic_moe.errors import TrainingError
+from elastic_moe.model.config import ModelConfig
+from elastic_moe.routing import resolve
+from elastic_moe.train.experts import native
+from elastic_moe.train.runs.checkpoint import load_state
+from elastic_moe.train.runs.progress import Note
+from elastic_moe.train.step import loss, optim
+from elastic_moe.train.step.loop import Trainer, run
+from elastic_moe.train.step.plan import TrainingPlan, parse_stages
+from elastic_moe.train.step.sampling import SamplingPlan
+from tests.train.small import CONFIG, stream
+
+NATIVE = replace(CONFIG, head_dim=16)
+PLAN = TrainingPlan(
+    stages=parse_stages("2x3x1x128,6x6x1x128"),
+    sampling=SamplingPlan(depth=0.5, top_k=0.5, width=0.5, pool=0.5, threshold=0.5),
+    warmup_steps=2,
+    save_every_steps=3,
+)
+
+
+def awake(backend: str, plan: TrainingPlan = PLAN, config: ModelConfig = NATIVE) -> Trainer:
+    """A trainer whose every layer does something from the first step on."""
+    it = Trainer(config, plan, stream(), backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in it.model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+    return it
+
+
+def test_a_model_that_the_kernels_can_train_is_trained_on_them() -> None:
+    assert Trainer(NATIVE, PLAN, stream()).backend == "cpu"
+    assert Trainer(NATIVE, PLAN, stream(), backend="reference").backend == "reference"
+    assert Trainer(NATIVE, PLAN, stream()).muon.native
+    assert not Trainer(NATIVE, PLAN, stream(), backend="reference").muon.native
+
+
+@pytest.mark.parametrize(("backend", "calls"), [("cpu", 1), ("reference", 0)])
+def test_a_step_runs_where_the_backend_says(
+    backend: str, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def watch(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def watched(*args: Any, **options: Any) -> Any:
+            ran.append(name)
+            return real(*args, **options)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(native, "last_state")
+    watch(loss.training, "head_loss")
+    watch(optim.training, "muon_step")
+    Trainer(NATIVE, PLAN, stream(), backend=backend).train_step()
+    assert ran == ["last_state", "head_loss", "muon_step"] * calls
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {},
+        {"active_layers": [0, 2, 3], "top_k": [1, 2, 3, 1, 2, 3]},
+        {"expert_width": 1, "expert_pool": 4},
+        {"sparsity_threshold": 0.7, "top_k": 2},
+    ],
+    ids=["full", "layers-and-k", "narrow-in-a-pool", "threshold"],
+)
+def test_states_balance_loads_and_gradients_are_those_of_pytorch(axes: dict[str, Any]) -> None:
+    subnet = resolve(NATIVE.shape, **axes)
+    inputs = torch.from_numpy(stream().batch(0, 1, 128)[0])
+    found: dict[str, dict[str, Tensor]] = {}
+    loads = []
+    for backend in ("reference", "cpu"):
+        it = awake(backend)
+        states, balance, own = it.forward(inputs, subnet)
+        (states.square().mean() + balance).backward()
+        grads = {n: p.grad for n, p in it.model.named_parameters() if p.grad is not None}
+        found[backend] = {"states": states.detach(), "balance": balance.detach(), **grads}
+        loads.append(own)
+    assert loads[0].layers == loads[1].layers
+    assert torch.equal(loads[0].counts, loads[1].counts)
+    assert found["cpu"].keys() == found["reference"].keys()
+    for name, plain in found["reference"].items():
+        close = 2e-4 * float(plain.abs().max()) + 1e-7
+        assert float((found["cpu"][name] - plain).abs().max()) <= close, name
+
+
+def test_many_steps_stay_with_those_of_pytorch() -> None:
+    losses = {}
+    for backend in ("reference", "cpu"):
+        it = Trainer(NATIVE, PLAN, stream(), backend=backend)
+        losses[backend] = [it.train_step()["loss"] for _ in range(9)]
+    assert losses["cpu"] == pytest.approx(losses["reference"], abs=2e-3)
+    assert losses["cpu"][-1] < losses["cpu"][0] - 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "threads"),
+    [({}, 2), ({"split": 0.5}, 2), ({"distill": 0.5}, 1), ({"sandwich": True}, 1)],
+    ids=["plain", "split", "distilled", "sandwich"],
+)
+def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(
+    change: dict[str, Any], threads: int, tmp_path: Path
+) -> None:
+    """Plain steps on any number of threads, those with a teacher on as many as before."""
+    plan = replace(PLAN, **change)
+    torch.set_num_threads(threads)
+    straight = Trainer(NATIVE, plan, stream())
+    run(straight, tmp_path / "straight")
+    stopped = Trainer(NATIVE, plan, stream())
+    for _ in range(4):
+        stopped.train_step()
+    (tmp_path / "stopped").mkdir()
+    stopped.save(tmp_path / "stopped" / "state.safetensors")
+    torch.set_num_threads(1)
+    resumed = Trainer(NATIVE, plan, stream())
+    lines: list[str] = []
+    run(resumed, tmp_path / "stopped", report=lines.append)
+    assert resumed.backend == "cpu"
+    assert not any(isinstance(line, Note) for line in lines)
+    for (name, p), q in zip(
+        straight.model.named_parameters(), resumed.model.parameters(), strict=True
+    ):
+        assert torch.equal(p, q), name
+    for folder, expected in (("straight", threads), ("stopped", 1)):
+        log = (tmp_path / folder / "log.jsonl").read_text().splitlines()
+        assert [json.loads(line).get("threads") for line in log][:2] == [expected, None]
+        assert load_state(tmp_path / folder / "state.safetensors")[1]["threads"] == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "backend"),
+    [({"distill": 0.5}, "auto"), ({"sandwich": True, "distill": 1.0}, "auto"), ({}, "reference")],
+    ids=["distilled", "sandwich", "reference"],
+)
+def test_steps_whose_bits_depend_on_the_threads_say_when_those_are_others(
+    change: dict[str, Any], backend: str, tmp_path: Path
+) -> None:
+    plan = replace(PLAN, **change)
+    lines: list[str] = []
+    for threads, told in ((1, False), (2, True), (2, False)):
+        torch.set_num_threads(threads)
+        it = Trainer(NATIVE, plan, stream(), backend=backend)
+        lines.clear()
+        run(it, tmp_path, max_seconds=0, report=lines.append)
+        assert isinstance(lines[0], Note) == told
+        if told:
+            assert lines[0].startswith("goes on with 2 threads, where it had 1: steps in PyTorch")
+
+
+def test_a_run_that_goes_on_with_other_kernels_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    begun = Trainer(NATIVE, PLAN, stream(), backend="cpu")
+    begun.train_step()
+    begun.save(path)
+    assert Trainer(NATIVE, PLAN, stream(), backend="cpu").load(path) is None
+    note = Trainer(NATIVE, PLAN, stream(), backend="reference").load(path)
+    assert note is not None
+    assert note.startswith("goes on with backend reference, where it had cpu: steps then differ")
+
+
+@pytest.mark.parametrize(
+    ("config", "plan", "why"),
+    [
+        (CONFIG, PLAN, "head size must be a multiple of 16, got 8"),
+        (replace(NATIVE, qk_norm="all"), PLAN, "no norms over all heads"),
+        (NATIVE, replace(PLAN, dtype="bfloat16"), "they compute in float32"),
+    ],
+)
+def test_what_the_kernels_cannot_train_runs_in_pytorch(
+    config: ModelConfig, plan: TrainingPlan, why: str
+) -> None:
+    assert Trainer(config, plan, stream()).backend == "reference"
+    with pytest.raises(TrainingError, match=f"C\\+\\+ kernels cannot train this model: .*{why}"):
+        Trainer(config, plan, stream(), backend="cpu")
+
+
+def test_without_the_kernels_or_on_another_device_pytorch_trains(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "device is cuda" in str(native.refusal(NATIVE, torch.device("cuda"), "float32"))
+    monkeypatch.setattr(cpu, "levels", lambda: ())
+    assert Trainer(NATIVE, PLAN, stream()).backend == "reference"
+    assert not native.can_step([])
+
+
+def test_a_backend_that_is_none_is_refused() -> None:
+    with pytest.raises(TrainingError, match="backend must be auto, reference or cpu, got 'gpu'"):
+        Trainer(NATIVE, PLAN, stream(), backend="gpu")

@@ -133,7 +133,8 @@ def measure(
             iterations = max(1, round(MIN_CALL_SECONDS / once))
             rounds = round(SECONDS_PER_CASE / once / iterations)
             rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, rounds))
-            benchmark.pedantic(call, rounds=rounds, iterations=iterations, warmup_rounds=1)
+            pedantic: Callable[..., object] = benchmark.pedantic
+            pedantic(call, rounds=rounds, iterations=iterations, warmup_rounds=1)
         if benchmark.stats is not None:  # absent under --benchmark-disable
             median = benchmark.stats.stats.median
             record |= {

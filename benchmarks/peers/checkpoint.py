@@ -7,11 +7,12 @@ or odd numbers of experts, of experts per token, and of vectors and panels per r
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "standard": {
         "hidden_size": 1024,
         "intermediate_size": 512,
@@ -42,7 +43,7 @@ def main() -> None:
         eos_token_id=1,
         **SIZES[name],
     )
-    model = OlmoeForCausalLM(config).to(torch.bfloat16)
+    model = OlmoeForCausalLM(config).bfloat16()
     model.save_pretrained(folder)
     print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 

@@ -1,4 +1,4 @@
-"""Our side of the pipes: long-lived processes that do one thing when told to, and else are idle."""
+"""Processes of the contestants: each runs one request at a time and idles in between."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 class Process:
-    """One contestant's process.
+    """One contestant's process: `python -m benchmarks.peers.SCRIPT`, from the project's folder.
 
     Attributes:
         versions: what it runs on, by its own account.
@@ -22,10 +22,11 @@ class Process:
 
     def __init__(self, python: str | Path, script: str, *arguments: object) -> None:
         self._name = " ".join([script, *(str(a) for a in arguments)])
-        self._log = HERE.parents[1] / "build" / f"{script}.log"
+        self._log = ROOT / "build" / f"{script}.log"
         self._log.parent.mkdir(exist_ok=True)
         self._process = subprocess.Popen(
-            [str(python), str(HERE / script), *map(str, arguments)],
+            [str(python), "-m", f"benchmarks.peers.{script}", *map(str, arguments)],
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log.open("a"),

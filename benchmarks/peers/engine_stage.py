@@ -32,12 +32,12 @@ class EngineStage:
         self._processes = Processes()
         self.versions = self._processes.versions
         start = self._processes.start
-        self._limits = start(places.project, "run_limits.py", THREADS)
-        self._ours = start(places.project, "run_engine.py", places.standard, THREADS)
+        self._limits = start(places.project, "run_limits", THREADS)
+        self._ours = start(places.project, "run_engine", places.standard, THREADS)
         self.identity: dict[str, Any] = self._ours.ask("identify")
         self._llama = None
         if places.peers is not None and places.gguf is not None:
-            self._llama = start(places.peers, "run_llama_cpp.py", places.gguf, THREADS)
+            self._llama = start(places.peers, "run_llama_cpp", places.gguf, THREADS)
 
     def check(self) -> dict[str, float]:
         """Compare logits with llama.cpp's. Raises SystemExit."""

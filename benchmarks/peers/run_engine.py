@@ -19,9 +19,9 @@ import numpy as np
 import tokenizers
 import torch
 from elastic_moe_kernels.step_result import Counters
-from timed_native import TimedNative
-from worker import Ids, serve
 
+from benchmarks.peers.timed_native import TimedNative
+from benchmarks.peers.worker import Ids, serve
 from elastic_moe.engine import Engine, SamplingParams
 from elastic_moe.engine.config import EngineOptions
 from elastic_moe.engine.running.loading import load_runner
@@ -67,6 +67,8 @@ class Served:
         # As little as possible: what this takes counts as the engine's.
         before, start = self._timer.seconds, time.perf_counter()
         out = self._run(chunks, **options)
+        if out.counters is None:
+            raise SystemExit("the step counted nothing")
         self.steps.append(Step(start, chunks, self._timer.seconds - before, out.counters))
         return out
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from worker import layer_handlers, serve
+
+from benchmarks.peers.worker import layer_handlers, serve
 
 
 class Layers:
@@ -108,7 +109,7 @@ class Ours:
             x, out = self.layers.x.float(), torch.zeros(rows, self.layers.hidden)
             for e in range(self.layers.experts):
                 row, slot = (self.layers.ids[i] == e).nonzero(as_tuple=True)
-                gate, up = (x[row] @ gate_up[e].float().T).split(F, dim=1)
+                gate, up = (x[row] @ gate_up[e].float().T).tensor_split([F], dim=1)
                 y = (torch.nn.functional.silu(gate) * up) @ down[e].float().T
                 out.index_add_(0, row, y * self.layers.weights[i][row, slot, None])
             outputs.append(out.numpy())
@@ -202,8 +203,9 @@ def main() -> None:
     layers = Layers(**json.loads(sizes))
     if who == "ours":
         ours = Ours(layers, twice=sys.argv[4:] == ["experts"])
-        more = {"work": ours.work, "exact": ours.exact, "identify": identify}
-        serve({**layer_handlers(ours), **more}, {"torch": torch.__version__})
+        handlers = layer_handlers(ours)
+        handlers |= {"work": ours.work, "exact": ours.exact, "identify": identify}
+        serve(handlers, {"torch": torch.__version__})
     elif who == "zentorch":
         serve(layer_handlers(Zentorch(layers)), {"zentorch": version("zentorch")})
     else:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 import torch
-from worker import serve
 
+from benchmarks.peers.worker import serve
 from elastic_moe.lab.bench.limits import LimitsProbe
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import llama_cpp as llama
 import numpy as np
-from worker import Ids, model_handlers, serve
+
+from benchmarks.peers.worker import Ids, model_handlers, serve
 
 
 class LlamaCpp:

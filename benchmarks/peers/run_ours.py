@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from slowdown import SLOWER, TwiceTheExperts
-from timed_native import TimedNative
-from worker import Ids, model_handlers, serve
 
+from benchmarks.peers.slowdown import SLOWER, TwiceTheExperts
+from benchmarks.peers.timed_native import TimedNative
+from benchmarks.peers.worker import Ids, model_handlers, serve
 from elastic_moe.config import resolve_routing
 from elastic_moe.engine import Engine, SamplingParams
 from elastic_moe.engine.running.loading import Backend, load_runner
@@ -74,7 +74,7 @@ class Ours:
         deltas = engine.stream(contexts[0], None, sampling)
         next(deltas), next(deltas)  # the prompt, and a warm-up
         timer = packed.native = TimedNative(packed.native)
-        outside = []
+        outside: list[float] = []
         try:
             for _ in range(steps - 1):  # the last one ends the text
                 inside, start = timer.seconds, time.perf_counter()

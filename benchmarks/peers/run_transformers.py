@@ -11,21 +11,23 @@ import numpy as np
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
-from worker import Ids, model_handlers, serve
+
+from benchmarks.peers.worker import Ids, model_handlers, serve
 
 
 class Transformers:
     """Only the last row's logits; keys and values are kept only where tokens follow."""
 
     def __init__(self, folder: str, dtype: torch.dtype) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self.model = model.eval()
         self.cache: Any = None
 
     def start(self, contexts: Ids, keep: bool) -> np.ndarray:
         with torch.inference_mode():
             out = self.model(torch.tensor(contexts), use_cache=keep, logits_to_keep=1)
         self.cache = out.past_key_values
-        return out.logits[:, -1].float().numpy()
+        return last_logits(out.logits)
 
     def decode(self, ids: Sequence[int]) -> np.ndarray:
         with torch.inference_mode():
@@ -35,13 +37,18 @@ class Transformers:
                 use_cache=True,
                 logits_to_keep=1,
             )
-        return out.logits[:, -1].float().numpy()
+        return last_logits(out.logits)
 
     def choose(self, experts: str) -> None:
         self.model.set_experts_implementation(experts)
         got = self.model.config._experts_implementation
         if got != experts:
             raise SystemExit(f"transformers runs {got!r} experts, not {experts!r}")
+
+
+def last_logits(logits: torch.Tensor) -> np.ndarray:
+    """(S, V) of (S, T, V)."""
+    return logits[:, -1].float().numpy()
 
 
 def main() -> None:

@@ -137,22 +137,22 @@ class ModelStage:
         folder = {"standard": places.standard, "awkward": places.awkward, "mini": places.mini}[
             model
         ]
-        self._limits = start(places.project, "run_limits.py", THREADS)
+        self._limits = start(places.project, "run_limits", THREADS)
         slow = [] if places.slow is None else [places.slow]
-        self._ours = start(places.project, "run_ours.py", folder, THREADS, "cpu", *slow)
+        self._ours = start(places.project, "run_ours", folder, THREADS, "cpu", *slow)
         self.identity: dict[str, Any] = self._ours.ask("identify")
         self._peer: Process | None = None
         # Name of a contestant -> its process, and what its requests name besides.
         self._others: dict[str, tuple[Process, dict[str, str]]] = {}
         if model == "mini":
-            reference = start(places.project, "run_ours.py", folder, THREADS, "reference")
+            reference = start(places.project, "run_ours", folder, THREADS, "reference")
             self._others[REFERENCE] = (reference, {})
         if places.peers is not None:
-            self._peer = start(places.peers, "run_transformers.py", folder, THREADS)
+            self._peer = start(places.peers, "run_transformers", folder, THREADS)
             for name in TRANSFORMERS_SMALL if model == "mini" else TRANSFORMERS:
                 self._others[name] = (self._peer, {"experts": name.removeprefix("transformers ")})
             if model == "standard" and places.gguf is not None:
-                llama = start(places.peers, "run_llama_cpp.py", places.gguf, THREADS)
+                llama = start(places.peers, "run_llama_cpp", places.gguf, THREADS)
                 self._others[LLAMA] = (llama, {})
 
     def check(self) -> dict[str, float]:
@@ -173,7 +173,8 @@ class ModelStage:
             def logits(process: Process, do: str, **more: str) -> np.ndarray:
                 path = f"{folder}/logits.npy"
                 process.ask(do, **request, path=path, **more)
-                return np.load(path)
+                saved: np.ndarray = np.load(path)
+                return saved
 
             exact = logits(self._peer, "float32_logits")
             errors = {"ours": relative_error(logits(self._ours, "logits"), exact)}
@@ -206,10 +207,11 @@ class ModelStage:
         self._processes.stack.close()
 
     def _asks(self, do: str, request: dict[str, Any]) -> dict[str, Ask]:
-        asks: dict[str, Ask] = {"ours": lambda: self._ours.ask(do, **request)}
-        for name, (process, more) in self._others.items():
-            asks[name] = lambda process=process, more=more: process.ask(do, **request, **more)
-        return asks
+        def ask(process: Process, more: Mapping[str, str]) -> Ask:
+            return lambda: process.ask(do, **request, **more)
+
+        asks = {"ours": ask(self._ours, {})}
+        return asks | {name: ask(*other) for name, other in self._others.items()}
 
     def _subnets(
         self,
@@ -241,18 +243,18 @@ class LayerStage:
         self._processes = Processes()
         self.versions = self._processes.versions
         start = self._processes.start
-        self._limits = start(places.project, "run_limits.py", THREADS)
+        self._limits = start(places.project, "run_limits", THREADS)
         slow = [] if places.slow is None else [places.slow]
-        self._ours = start(places.project, "run_layer.py", "ours", THREADS, sizes, *slow)
+        self._ours = start(places.project, "run_layer", "ours", THREADS, sizes, *slow)
         self.identity: dict[str, Any] = self._ours.ask("identify")
         self._all = {"ours": self._ours}
         if model == "standard" and places.zentorch is not None:
-            zentorch = start(places.zentorch, "run_layer.py", ZENTORCH, THREADS, sizes)
+            zentorch = start(places.zentorch, "run_layer", ZENTORCH, THREADS, sizes)
             self._all[ZENTORCH] = zentorch
         if places.peers is not None:
             # One process for all of them: the weights are large.
             who = "grouped_mm" if model == "awkward" else "grouped_mm,eager"
-            peer = start(places.peers, "run_layer.py", who, THREADS, sizes)
+            peer = start(places.peers, "run_layer", who, THREADS, sizes)
             self._all |= {f"transformers {name}": peer for name in who.split(",")}
 
     def check(self) -> dict[str, float]:

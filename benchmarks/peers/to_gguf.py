@@ -12,7 +12,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 FLOAT32 = ("norm.weight", "gate_inp.weight")  # as llama.cpp wants them
 
@@ -20,8 +20,7 @@ FLOAT32 = ("norm.weight", "gate_inp.weight")  # as llama.cpp wants them
 def main() -> None:
     folder, out = Path(sys.argv[1]), sys.argv[2]
     config = json.loads((folder / "config.json").read_text())
-    tensors = safe_open(folder / "model.safetensors", "pt")
-    names = set(tensors.keys())
+    tensors = load_file(folder / "model.safetensors")
     writer = gguf.GGUFWriter(out, "olmoe")
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -47,21 +46,21 @@ def main() -> None:
     def experts(prefix: str, part: str) -> torch.Tensor:
         """(E, ., .) of one part, however the checkpoint stores it."""
         fused = f"{prefix}experts.gate_up_proj"
-        if fused in names:
+        if fused in tensors:
             if part == "down":
-                return tensors.get_tensor(f"{prefix}experts.down_proj")
-            gate, up = tensors.get_tensor(fused).chunk(2, dim=1)
+                return tensors[f"{prefix}experts.down_proj"]
+            gate, up = tensors[fused].chunk(2, dim=1)
             return gate if part == "gate" else up
         return torch.stack(
             [
-                tensors.get_tensor(f"{prefix}experts.{e}.{part}_proj.weight")
+                tensors[f"{prefix}experts.{e}.{part}_proj.weight"]
                 for e in range(config["num_experts"])
             ]
         )
 
-    add("token_embd.weight", tensors.get_tensor("model.embed_tokens.weight"))
-    add("output_norm.weight", tensors.get_tensor("model.norm.weight"))
-    add("output.weight", tensors.get_tensor("lm_head.weight"))
+    add("token_embd.weight", tensors["model.embed_tokens.weight"])
+    add("output_norm.weight", tensors["model.norm.weight"])
+    add("output.weight", tensors["lm_head.weight"])
     for i in range(config["num_hidden_layers"]):
         theirs, ours = f"blk.{i}.", f"model.layers.{i}."
         for there, here in (
@@ -75,7 +74,7 @@ def main() -> None:
             ("attn_k_norm", "self_attn.k_norm"),
             ("ffn_gate_inp", "mlp.gate"),
         ):
-            add(f"{theirs}{there}.weight", tensors.get_tensor(f"{ours}{here}.weight"))
+            add(f"{theirs}{there}.weight", tensors[f"{ours}{here}.weight"])
         for part in ("gate", "up", "down"):
             add(f"{theirs}ffn_{part}_exps.weight", experts(f"{ours}mlp.", part))
     writer.write_header_to_file()

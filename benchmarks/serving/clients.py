@@ -28,7 +28,7 @@ def run_batch(address: list[Any], requests: list[dict[str, Any]]) -> dict[str, A
         client = socket.create_connection((address[0], address[1]), TIMEOUT_SECONDS)
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         got[client] = []
-        chosen.register(client, selectors.EVENT_READ)
+        chosen.register(client, selectors.EVENT_READ, client)
     clients, first = list(got), {}
     begun = time.perf_counter()
     for client, data in zip(clients, asked, strict=True):
@@ -39,14 +39,14 @@ def run_batch(address: list[Any], requests: list[dict[str, Any]]) -> dict[str, A
         if not ready:
             raise SystemExit(f"{left} answers did not end")
         for key, _ in ready:
-            client: Any = key.fileobj
-            data = client.recv(1 << 16)
-            pieces = got[client]
+            reader: socket.socket = key.data
+            data = reader.recv(1 << 16)
+            pieces = got[reader]
             if not pieces:
-                first[client] = time.perf_counter() - begun
+                first[reader] = time.perf_counter() - begun
             pieces.append(data)
             if data.endswith(END) or not data:
-                chosen.unregister(client)
+                chosen.unregister(reader)
                 left -= 1
     seconds = time.perf_counter() - begun
     for client in clients:

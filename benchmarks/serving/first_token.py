@@ -18,7 +18,7 @@ from elastic_moe import Engine, SamplingParams
 
 MOST_SECONDS, GIVE_UP_SECONDS, POLL_SECONDS = 3.0, 60.0, 0.01
 MESSAGES = [{"role": "user", "content": "What is a list?"}]
-BODY = {
+BODY: dict[str, Any] = {
     "model": "elastic-mini",
     "messages": MESSAGES,
     "max_tokens": 4,
@@ -49,7 +49,7 @@ def first_token_seconds() -> tuple[float, str]:
     """Seconds until the first token has come, and the whole text."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    command = [Path(sys.executable).with_name("elastic-moe"), "serve", "--port", str(port)]
+    command = [str(Path(sys.executable).with_name("elastic-moe")), "serve", "--port", str(port)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ELASTIC_MOE_")}
     begun = time.perf_counter()
     server = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)

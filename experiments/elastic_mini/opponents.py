@@ -57,7 +57,7 @@ def read_trainings(checkpoint: Path) -> list[Training]:
         BenchmarkError: the manifest is not what the export of a training writes.
         CheckpointError: it is no JSON.
     """
-    manifest = read_json_if_there(checkpoint, MANIFEST)
+    manifest: dict[str, Any] | None = read_json_if_there(checkpoint, MANIFEST)
     found: list[Training] = []
     while manifest:
         try:

@@ -6,8 +6,10 @@ import json
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from checks import Tally
-from openai_asking import (
+from pydantic import BaseModel, Field
+
+from tests.interop.checks import Tally
+from tests.interop.openai_asking import (
     At,
     chat_arguments,
     routing_of,
@@ -16,7 +18,6 @@ from openai_asking import (
     same_routing,
     spellings,
 )
-from pydantic import BaseModel, Field
 
 
 class Thing(BaseModel):

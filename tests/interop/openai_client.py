@@ -1,6 +1,6 @@
 """Every endpoint and option through the `openai` Python client, 2.x or 3.x.
 
-    PYTHON tests/interop/openai_client.py --url URL --narrow-url URL --wanted FILE
+    PYTHON -m tests.interop.openai_client --url URL --narrow-url URL --wanted FILE
 
 Prints one JSON line per check. `tests.interop.run` starts the servers and makes FILE.
 """
@@ -11,14 +11,11 @@ import argparse
 import json
 from pathlib import Path
 
-import openai_chat
-import openai_errors
-import openai_many
-import openai_text
-import openai_tools
-from checks import run_checks
 from openai import OpenAI
-from openai_asking import TIMEOUT_SECONDS, At
+
+from tests.interop import openai_chat, openai_errors, openai_many, openai_text, openai_tools
+from tests.interop.checks import run_checks
+from tests.interop.openai_asking import TIMEOUT_SECONDS, At
 
 MODULES = (openai_chat, openai_text, openai_tools, openai_errors, openai_many)
 

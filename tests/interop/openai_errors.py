@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import openai
-from checks import Tally
-from openai_asking import At
+
+from tests.interop.checks import Tally
+from tests.interop.openai_asking import At
 
 
 def wrong_requests(at: At, tally: Tally) -> None:
     """errors: what cannot be served is a BadRequestError that names the parameter."""
     model = at.model
+    body: dict[str, Any]
     for param, body in (
         ("prompts", {"extra_body": {"prompts": 1}}),
         ("suffix", {"suffix": "end"}),
@@ -36,7 +39,7 @@ def wrong_requests(at: At, tally: Tally) -> None:
     ):
         own = {"model": model, "prompt": "The", "max_tokens": 1, **body}
         error = tally.raises(
-            openai.BadRequestError, lambda own=own: at.client.completions.create(**own), f"{body}"
+            openai.BadRequestError, partial(at.client.completions.create, **own), f"{body}"
         )
         if error is not None:
             tally.true((error.param or "").startswith(param), f"{body}: param {error.param}")
@@ -51,7 +54,7 @@ def wrong_requests(at: At, tally: Tally) -> None:
         own = {"model": model, "messages": at.wanted["messages"], **body}
         error = tally.raises(
             openai.BadRequestError,
-            lambda own=own: at.client.chat.completions.create(**own),
+            partial(at.client.chat.completions.create, **own),
             f"{body}",
         )
         if error is not None:
@@ -173,7 +176,7 @@ def faults(at: At, tally: Tally) -> None:
         told = {"x-inject-error": str(status)}
         tally.raises(
             kind,
-            lambda told=told: at.client.completions.create(**own, extra_headers=told),
+            partial(at.client.completions.create, **own, extra_headers=told),
             f"injected {status}",
         )
     dropped = {"x-inject-drop-after": "0"}

@@ -6,13 +6,15 @@ import asyncio
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 from urllib.request import Request, urlopen
 
 import openai
-from checks import Tally
-from openai_asking import At, arguments, chat_arguments, same_choices
-from openai_text import join
+
+from tests.interop.checks import Tally
+from tests.interop.openai_asking import At, arguments, chat_arguments, same_choices
+from tests.interop.openai_text import join
 
 IDLE_SECONDS = 10
 UNFINISHED = re.compile(r"^elastic_moe:requests_unfinished\{[^}]*\} (\S+)$", re.MULTILINE)
@@ -92,7 +94,7 @@ def timeouts(at: At, tally: Tally) -> None:
     for own in (_endless(at), {**_endless(at), "n": 4}):
         tally.raises(
             openai.APITimeoutError,
-            lambda own=own: at.client.completions.create(**own, timeout=0.3),
+            partial(at.client.completions.create, **own, timeout=0.3),
             "a timeout",
         )
         tally.true(_idle(at), "the server is idle after a timeout")

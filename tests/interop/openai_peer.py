@@ -12,7 +12,8 @@ from elastic_moe import Engine
 from tests.interop.references import references
 from tests.interop.served import ADMIN_KEY, KEYS, MODEL, served
 
-SCRIPT = Path(__file__).with_name("openai_client.py")
+SCRIPT = "tests.interop.openai_client"
+ROOT = Path(__file__).parents[2]
 LEAST_CHECKS = 30  # fewer, and the script ended early
 Line = dict[str, Any]
 
@@ -28,15 +29,16 @@ def check_openai(python: Path, work: Path) -> Iterator[Line]:
         served(work / "wide", "--inject") as wide,
         served(work / "narrow", "--max-queue", "1", "--max-num-seqs", "1") as narrow,
     ):
-        command = [python, SCRIPT, "--url", wide.url, "--narrow-url", narrow.url]
+        command: list[str | Path] = [python, "-m", SCRIPT]
+        command += ["--url", wide.url, "--narrow-url", narrow.url]
         command += ["--key", KEYS[0], "--admin-key", ADMIN_KEY, "--wanted", wanted]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         count = 0
         for count, told in enumerate(process.stdout, 1):  # noqa: B007  (looked at below)
             yield json.loads(told)
         status = process.wait()
     if status or count < LEAST_CHECKS:
-        raise SystemExit(f"{SCRIPT.name} told of {count} checks and ended with status {status}")
+        raise SystemExit(f"{SCRIPT} told of {count} checks and ended with status {status}")
     for server in (wide, narrow):
         yield server.verdict()

@@ -9,8 +9,8 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
-from checks import Tally
-from openai_asking import (
+from tests.interop.checks import Tally
+from tests.interop.openai_asking import (
     At,
     arguments,
     routing_of,

@@ -8,9 +8,10 @@ from typing import Any
 from urllib.parse import quote
 
 import openai
-from checks import Tally
-from openai_asking import At
 from pydantic import BaseModel
+
+from tests.interop.checks import Tally
+from tests.interop.openai_asking import At
 
 WEATHER = {
     "type": "function",
@@ -149,7 +150,8 @@ def helpers(at: At, tally: Tally) -> None:
 
 def same_streamed(at: At, tally: Tally, own: dict[str, Any], whole: Any) -> None:
     """A stream has the message of the whole answer, ids aside."""
-    content, reason, calls = "", None, {}
+    content, reason = "", None
+    calls: dict[int, SimpleNamespace] = {}
     for chunk in at.client.chat.completions.create(**own, stream=True):
         delta, reason = chunk.choices[0].delta, chunk.choices[0].finish_reason or reason
         content += delta.content or ""

@@ -65,8 +65,17 @@ def served(
     """
     where = work / "url"
     log = work / "server.log"
-    command = [Path(sys.executable).with_name("elastic-moe"), "serve", MODEL, "--port", "0"]
-    command += ["--url-file", where, "--end-with-stdin", "--log-level", "warning", *options]
+    command: list[str | Path] = [Path(sys.executable).with_name("elastic-moe"), "serve", MODEL]
+    command += [
+        "--port",
+        "0",
+        "--url-file",
+        where,
+        "--end-with-stdin",
+        "--log-level",
+        "warning",
+        *options,
+    ]
     environment = {
         **os.environ,
         "ELASTIC_MOE_API_KEYS": ",".join(keys),

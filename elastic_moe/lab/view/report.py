@@ -119,7 +119,7 @@ def write_report(sweep: Sweep, path: str | Path) -> None:
 
 def render_report(sweep: Sweep) -> str:
     """The page as text. The template holds the words; here are the numbers and the drawings."""
-    folder = resources.files("elastic_moe.lab")
+    folder = resources.files("elastic_moe.lab.view")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

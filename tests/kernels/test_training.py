@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from elastic_moe_kernels import cpu, training
 from elastic_moe_kernels.errors import KernelError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.model.reference.layers import rotary_angles
@@ -287,6 +289,109 @@ def test_gradients_have_the_same_bits_on_any_number_of_threads(level: str) -> No
             assert all(torch.equal(a, b) for a, b in zip(alone, once(), strict=True))
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def moved_and_poisoned() -> Iterator[Callable[[], None]]:
+    """Saved tensors come back as copies; the call given spoils everything that was saved."""
+    originals: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        originals.append(tensor)
+        return tensor.clone()
+
+    def poison() -> None:
+        with torch.no_grad():
+            for tensor in originals:  # ids stay in range: garbage in the result, not a crash
+                tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor.zero_()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
+        yield poison
+
+
+@contextmanager
+def saved_on_cpu() -> Iterator[Callable[[], None]]:
+    with torch.autograd.graph.save_on_cpu():
+        yield lambda: None
+
+
+@levels
+@pytest.mark.parametrize("saving", [moved_and_poisoned, saved_on_cpu])
+@pytest.mark.parametrize("block", ["attention", "experts", "head"])
+def test_the_backward_pass_reads_what_autograd_saved(
+    level: str, block: str, saving: Callable[[], AbstractContextManager[Callable[[], None]]]
+) -> None:
+    run, given = differentiable(block, level)
+    loss = run(given)
+    want = [loss.detach(), *torch.autograd.grad(loss, given)]
+    given = [t.detach().clone().requires_grad_() for t in given]
+    with saving() as poison:
+        loss = run(given)
+    poison()
+    got = [loss.detach(), *torch.autograd.grad(loss, given)]
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+@levels
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("block", ["attention", "experts", "head"])
+def test_activation_checkpointing_gives_the_same_bits(
+    level: str, block: str, use_reentrant: bool
+) -> None:
+    run, given = differentiable(block, level)
+    want = torch.autograd.grad(run(given), given)
+    given = [t.detach().clone().requires_grad_() for t in given]
+    loss = checkpoint(lambda *tensors: run(list(tensors)), *given, use_reentrant=use_reentrant)
+    # What the forward pass freed is given out again, and spoiled.
+    waste = [torch.full((200, size), torch.nan) for size in (3, 7, 48, 96, 192) for _ in range(20)]
+    loss.backward()
+    assert len(waste) == 100
+    assert all(torch.equal(a, b.grad) for a, b in zip(want, given, strict=True))
+
+
+def test_saved_tensors_of_another_kind_are_refused() -> None:
+    run, given = differentiable("attention", None)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.bfloat16()):
+        loss = run(given)
+    with pytest.raises(KernelError, match=r"saved tensor x must come back as torch\.float32"):
+        loss.backward()
+
+
+def differentiable(
+    block: str, level: str | None
+) -> tuple[Callable[[list[Tensor]], Tensor], list[Tensor]]:
+    """A function to a scalar, and what it is differentiable in."""
+    inputs = block_inputs()
+    x = inputs["x"].clone().requires_grad_()
+    # The gradient of a mean would be one number, which is as right after a mix-up.
+    scales = torch.randn_like(x)
+    if block == "head":
+        targets = torch.arange(len(x)) % CONFIG.vocab_size
+        head = torch.randn(CONFIG.vocab_size, CONFIG.hidden_size, requires_grad=True)
+        return lambda t: training.head_loss(*t, targets, level=level), [x, head]
+    if block == "experts":
+        names = ("norm", "router", "gate", "up", "down")
+        choice = choice_of(CONFIG, resolve(CONFIG.shape, expert_width=3), 3)
+
+        def experts(t: list[Tensor]) -> Tensor:
+            out, balance, _ = training.experts_block(*t, None, choice, 1e-6, level=level)
+            return (out * scales).sum() + balance
+
+        return experts, [x, *(inputs[name] for name in names)]
+    layer = single(dict(make_layer(CONFIG).self_attn.named_parameters()))
+    cos, sin = rotary_angles(torch.arange(100), CONFIG.head_dim, 1e4)
+    shape = training.AttentionShape(6, 3, 16, 1e-6)
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+
+    def attention(t: list[Tensor]) -> Tensor:
+        first, *rest = t
+        # Angles of this call alone: only autograd keeps them.
+        out = training.attention_block(
+            first.view(2, 100, -1), *rest, cos.clone(), sin.clone(), shape, level=level
+        )
+        return (out.flatten(0, 1) * scales).sum()
+
+    return attention, [x, inputs["norm"], *(layer[f"{name}.weight"] for name in names)]
 
 
 @pytest.mark.parametrize(

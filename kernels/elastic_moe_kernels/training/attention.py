@@ -10,7 +10,15 @@ from torch import Tensor
 
 from elastic_moe_kernels import cpu
 from elastic_moe_kernels.errors import KernelError
-from elastic_moe_kernels.training.checks import LANES, addresses, check, refusal
+from elastic_moe_kernels.training.checks import (
+    LANES,
+    addresses,
+    check,
+    gradients,
+    refusal,
+    restore,
+    save,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +91,9 @@ def attention_block(
     return out
 
 
-_ATTENTION_GRADS = ("grad_x", "grad_norm", "grad_q", "grad_k", "grad_v", "grad_o")
-_ATTENTION_NONE = dict.fromkeys(("grad_out", *_ATTENTION_GRADS, "grad_q_norm", "grad_k_norm"), 0)
+# The arguments that have gradients, in the order of `forward`.
+_LEARNED = ("x", "norm", "q", "k", "v", "o", "q_norm", "k_norm")
+_ATTENTION_NONE = dict.fromkeys(("grad_out", *(f"grad_{name}" for name in _LEARNED)), 0)
 
 
 class _Attention(torch.autograd.Function):
@@ -116,6 +125,7 @@ class _Attention(torch.autograd.Function):
         }
         out = torch.empty_like(x)
         given = {"x": x, "norm": norm, "q": q, "k": k, "v": v, "o": o, "cos": cos, "sin": sin}
+        norms = {"q_norm": q_norm, "k_norm": k_norm}
         numbers = {
             "rows": rows,
             "length": T,
@@ -126,27 +136,21 @@ class _Attention(torch.autograd.Function):
             "interleaved": shape.interleaved,
             "eps": shape.eps,
         }
-        arguments = numbers | addresses(**given, **saved, q_norm=q_norm, k_norm=k_norm, out=out)
+        arguments = numbers | addresses(**given, **norms, **saved, out=out) | _ATTENTION_NONE
         cpu.native().attention_training(
-            level, arguments | _ATTENTION_NONE | {"threads": torch.get_num_threads()}, False
+            level, arguments | {"threads": torch.get_num_threads()}, False
         )
-        ctx.save_for_backward(*given.values(), q_norm, k_norm, *saved.values())
-        ctx.arguments, ctx.level = arguments, level
+        save(ctx, {**given, **norms, **saved})
+        ctx.numbers, ctx.level = numbers, level
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad_outputs[0].contiguous()
-        x, norm, q, k, v, o, _, _, q_norm, k_norm, *_ = ctx.saved_tensors
-        found = [torch.empty_like(t) for t in (x, norm, q, k, v, o)]
-        norms = [None if t is None else torch.empty_like(t) for t in (q_norm, k_norm)]
-        arguments = ctx.arguments | addresses(
-            grad_out=grad,
-            **dict(zip(_ATTENTION_GRADS, found, strict=True)),
-            grad_q_norm=norms[0],
-            grad_k_norm=norms[1],
-        )
+        tensors = restore(ctx)
+        grads = gradients(tensors, _LEARNED)
+        arguments = ctx.numbers | addresses(**tensors, **grads, grad_out=grad, out=None)
         cpu.native().attention_training(
             ctx.level, arguments | {"threads": torch.get_num_threads()}, True
         )
-        return (*found, *norms, None, None, None, None)
+        return (*grads.values(), None, None, None, None)

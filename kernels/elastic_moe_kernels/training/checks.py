@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,3 +39,43 @@ def check(wanted: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
 def addresses(**tensors: Tensor | None) -> dict[str, int]:
     """Where each tensor lies; 0 for none."""
     return {name: 0 if t is None else t.data_ptr() for name, t in tensors.items()}
+
+
+def save(ctx: Any, tensors: Mapping[str, Tensor | None]) -> None:
+    """Keep every tensor that the backward pass reads, by name.
+
+    No address outlives the forward pass: checkpointing and saved-tensor hooks may free a tensor
+    and hand back another one in its place.
+    """
+    ctx.kinds = {name: None if t is None else (t.dtype, t.shape) for name, t in tensors.items()}
+    ctx.save_for_backward(*tensors.values())
+
+
+def restore(ctx: Any) -> dict[str, Tensor | None]:
+    """The tensors that `save` kept, contiguous.
+
+    Raises:
+        KernelError: a saved-tensor hook returned another dtype, shape or device.
+    """
+    found: dict[str, Tensor | None] = {}
+    for (name, kind), tensor in zip(ctx.kinds.items(), ctx.saved_tensors, strict=True):
+        if tensor is not None and (
+            (tensor.dtype, tensor.shape) != kind or tensor.device.type != "cpu"
+        ):
+            raise KernelError(
+                f"saved tensor {name} must come back as {kind[0]} {tuple(kind[1])} on the CPU, got "
+                f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}. Check the saved-tensor "
+                f"hooks around this block."
+            )
+        found[name] = None if tensor is None else tensor.contiguous()
+    return found
+
+
+def gradients(
+    tensors: Mapping[str, Tensor | None],
+    names: Sequence[str],
+    make: Callable[[Tensor], Tensor] = torch.empty_like,
+) -> dict[str, Tensor | None]:
+    """A tensor grad_NAME for each name, made like the tensor; None for none."""
+    found = ((name, tensors[name]) for name in names)
+    return {f"grad_{name}": None if tensor is None else make(tensor) for name, tensor in found}

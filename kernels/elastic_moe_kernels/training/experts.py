@@ -10,7 +10,15 @@ from torch import Tensor
 
 from elastic_moe_kernels import cpu
 from elastic_moe_kernels.errors import KernelError
-from elastic_moe_kernels.training.checks import LANES, addresses, check, refusal
+from elastic_moe_kernels.training.checks import (
+    LANES,
+    addresses,
+    check,
+    gradients,
+    refusal,
+    restore,
+    save,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +109,12 @@ def experts_block(
     return out, balance, Routed(router_logits, topk_ids)
 
 
-_EXPERT_GRADS = ("grad_x", "grad_norm", "grad_router", "grad_gate", "grad_up", "grad_down")
-_EXPERT_NONE = {**dict.fromkeys(("grad_out", *_EXPERT_GRADS), 0), "grad_balance": 0.0}
+# The arguments that have gradients, in the order of `forward`.
+_LEARNED = ("x", "norm", "router", "gate", "up", "down")
+_EXPERT_NONE: dict[str, float] = {
+    **dict.fromkeys(("grad_out", *(f"grad_{name}" for name in _LEARNED)), 0),
+    "grad_balance": 0.0,
+}
 
 
 class _Experts(torch.autograd.Function):
@@ -138,7 +150,7 @@ class _Experts(torch.autograd.Function):
         }
         out, balance = torch.empty_like(x), x.new_empty(())
         given = {"x": x, "norm": norm, "router": router, "gate": gate, "up": up, "down": down}
-        given |= {"pool": choice.pool}
+        given |= {"pool": choice.pool.contiguous()}
         numbers = {
             "rows": T,
             "hidden": D,
@@ -153,27 +165,27 @@ class _Experts(torch.autograd.Function):
             "min_experts": choice.min_experts,
             "threshold": choice.threshold,
         }
-        arguments = numbers | addresses(
+        arguments = numbers | _EXPERT_NONE
+        arguments |= addresses(
             **given, **saved, correction_bias=correction_bias, out=out, balance=balance
         )
         cpu.native().experts_training(
-            level, arguments | _EXPERT_NONE | {"threads": torch.get_num_threads()}, False
+            level, arguments | {"threads": torch.get_num_threads()}, False
         )
-        ctx.save_for_backward(*given.values(), correction_bias, *saved.values())
-        ctx.arguments, ctx.level = arguments, level
+        save(ctx, {**given, **saved, "correction_bias": correction_bias})
+        ctx.numbers, ctx.level = numbers, level
         ctx.mark_non_differentiable(saved["router_logits"], saved["topk_ids"])
         return out, balance, saved["router_logits"], saved["topk_ids"]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad_outputs[0].contiguous()
-        x, norm, router, gate, up, down, *_ = ctx.saved_tensors
-        found = [torch.empty_like(t) for t in (x, norm, router)]
-        # Zeros stay where a narrower network has no channels, and where nobody chose an expert.
-        found += [torch.zeros_like(t) for t in (gate, up, down)]
-        arguments = ctx.arguments | addresses(
-            grad_out=grad, **dict(zip(_EXPERT_GRADS, found, strict=True))
+        tensors = restore(ctx)
+        # Zeros stay where a narrower network has no channels, and where no token chose an expert.
+        grads = gradients(tensors, _LEARNED, torch.zeros_like)
+        arguments = ctx.numbers | addresses(
+            **tensors, **grads, grad_out=grad, out=None, balance=None
         )
         arguments |= {"grad_balance": float(grad_outputs[1]), "threads": torch.get_num_threads()}
         cpu.native().experts_training(ctx.level, arguments, True)
-        return (*found, None, None, None, None)
+        return (*grads.values(), None, None, None, None)

@@ -43,8 +43,9 @@ sweep: .venv/.installed  ## measure quality against cost on the bundled model, i
 	.venv/bin/elastic-moe sweep $(ARGS)
 
 # A file stays in one process, since its tests share what it made; ARGS="-n 0" takes one for all.
-test: .venv/.installed  ## run the tests, in as many processes as there are cores, 4 at most
-	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+test: .venv/.installed  ## run the tests in up to 4 processes; ARGS="-m 'not slow'" for the quick ones
+	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+		--durations 15 $(ARGS)
 
 explore: .venv/.installed  ## run the property tests on other examples than those of `make test`
 	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m hypothesis \

@@ -16,6 +16,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+pytestmark = pytest.mark.slow  # wheels are built and installed
+
 
 @dataclass(frozen=True)
 class Install:

@@ -60,6 +60,7 @@ def test_the_readme_has_the_two_set_up_commands_first() -> None:
     assert len(SNIPPETS) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", [c for c in COMMANDS if not c.startswith("make ") and c != SERVE]
 )
@@ -68,6 +69,7 @@ def test_commands_run_as_written(command: str, tmp_path: Path) -> None:
     assert done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_make_sweep_prints_the_frontier_and_writes_its_files(tmp_path: Path) -> None:
     if not (ROOT / ".venv" / ".installed").exists():
         pytest.skip("no .venv made by make: `make sweep` would build one; run `make test`")

@@ -155,6 +155,7 @@ def test_sweep_prints_the_frontier_table(
     assert json.loads(capsys.readouterr().out)["complete"] is True
 
 
+@pytest.mark.slow
 def test_control_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "elastic_moe.cli", "sweep", "--quick", "--out", str(tmp_path)]
     process = subprocess.Popen(

@@ -9,7 +9,10 @@ from elastic_moe_kernels import cpu
 
 from tests.engine import soak
 
-pytestmark = pytest.mark.skipif(bool(cpu.missing()), reason="the C++ kernels are not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(cpu.missing()), reason="the C++ kernels are not installed"),
+]
 
 
 def test_random_requests_through_a_small_cache_leave_nothing_and_are_answered_as_alone(

@@ -17,7 +17,7 @@ from elastic_moe.model.pack import pack_model
 from elastic_moe.model.reference.layers import rotary_angles
 from elastic_moe.model.reference.transformer import ElasticTransformer, Trace, build_table
 from elastic_moe.routing import Subnet, resolve
-from tests.model.tiny import tiny_model
+from tests.model.random_models import tiny_model
 
 BLOCK = 16
 

@@ -22,7 +22,8 @@ from elastic_moe.model.reference.kv_cache import KVCache
 from elastic_moe.model.reference.moe import MoE
 from elastic_moe.model.reference.transformer import ElasticTransformer, Trace
 from elastic_moe.routing import Subnet
-from tests.model.theirs import (
+from tests.model.random_models import tiny_model, tokens
+from tests.model.transformers_models import (
     ARCHITECTURES,
     VOCAB,
     assert_logits_agree,
@@ -30,7 +31,6 @@ from tests.model.theirs import (
     their_logits,
     their_model,
 )
-from tests.model.tiny import tiny_model, tokens
 
 IDS = tokens(2, 80, vocab_size=VOCAB)
 
@@ -46,7 +46,7 @@ class Saved:
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """Each architecture, as tests/model/theirs.py makes it."""
+    """Each architecture, as tests/model/transformers_models.py makes it."""
     return save(their_model(request.param), tmp_path_factory.mktemp(request.param))
 
 

@@ -15,14 +15,14 @@ from elastic_moe.model.reference.layers import Attention, RMSNorm
 from elastic_moe.model.reference.moe import MoE
 from elastic_moe.model.reference.transformer import ElasticTransformer
 from elastic_moe.routing import Subnet
-from tests.model.theirs import (
+from tests.model.random_models import tokens
+from tests.model.transformers_models import (
     ARCHITECTURES,
     VOCAB,
     assert_logits_agree,
     their_logits,
     their_model,
 )
-from tests.model.tiny import tokens
 
 IDS = tokens(2, 80, vocab_size=VOCAB)
 

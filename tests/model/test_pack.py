@@ -23,8 +23,8 @@ from elastic_moe.model.pack import load_packed, pack_model
 from elastic_moe.model.reference.layers import rotary_angles
 from elastic_moe.model.reference.transformer import ElasticTransformer, build_table
 from elastic_moe.routing import Subnet, resolve
-from tests.model.theirs import ARCHITECTURES, VOCAB, their_model
-from tests.model.tiny import TINY, tiny_model, tokens
+from tests.model.random_models import TINY, tiny_model, tokens
+from tests.model.transformers_models import ARCHITECTURES, VOCAB, their_model
 
 pytestmark = pytest.mark.skipif(bool(cpu.missing()), reason="the C++ kernels are not installed")
 
@@ -33,7 +33,7 @@ IDS = tokens(1, 70, vocab_size=VOCAB)[0]
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of transformers, as tests/model/theirs.py makes it."""
+    """A checkpoint of transformers, as tests/model/transformers_models.py makes it."""
     path = tmp_path_factory.mktemp(request.param)
     their_model(request.param).save_pretrained(path)
     return path

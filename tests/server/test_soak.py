@@ -9,7 +9,10 @@ from elastic_moe_kernels import cpu
 
 from tests.server import soak
 
-pytestmark = pytest.mark.skipif(bool(cpu.missing()), reason="the C++ kernels are not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(cpu.missing()), reason="the C++ kernels are not installed"),
+]
 
 
 def test_waves_of_clients_leave_nothing_and_are_answered_as_alone(

@@ -16,7 +16,7 @@ from elastic_moe.lab import sweep
 from elastic_moe.lab.view.details import expert_use_figure
 from elastic_moe.lab.view.report import summary
 from elastic_moe.model.checkpoints.folder import BUNDLED
-from tests.model.theirs import their_model
+from tests.model.transformers_models import their_model
 
 WORDS = " ".join(f"{n} squared is {n * n}," for n in range(300))
 

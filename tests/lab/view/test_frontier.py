@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import runpy
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -29,11 +27,7 @@ from elastic_moe.lab.view.frontier import (
     untrained_axes,
 )
 from elastic_moe.lab.view.labels import Box, place_labels
-
-# Tests are imported one by one (--import-mode=importlib), so a neighbour is run by its path.
-synthetic = runpy.run_path(str(Path(__file__).with_name("synthetic.py")))
-synthetic_sweep, synthetic_point = synthetic["synthetic_sweep"], synthetic["synthetic_point"]
-
+from tests.lab.view.synthetic import synthetic_point, synthetic_sweep
 
 # Few values, so that ties are common; null and NaN as a timing-free or broken run gives them.
 NUMBERS = st.sampled_from([1.0, 2.0, 3.0, 4.0, 5.0, None, math.nan])

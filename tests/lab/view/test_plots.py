@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import runpy
 import subprocess
 import sys
-from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib
@@ -23,10 +21,7 @@ from elastic_moe.lab.view.frontier import (
     full_values,
 )
 from elastic_moe.lab.view.plots import frontier_figure, write_frontier_png
-
-# Tests are imported one by one (--import-mode=importlib), so a neighbour is run by its path.
-synthetic = runpy.run_path(str(Path(__file__).with_name("synthetic.py")))
-synthetic_sweep = synthetic["synthetic_sweep"]
+from tests.lab.view.synthetic import synthetic_sweep
 
 
 def label_boxes(figure):

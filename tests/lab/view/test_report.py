@@ -6,7 +6,6 @@ import html.parser
 import json
 import math
 import re
-import runpy
 import shutil
 import subprocess
 import xml.etree.ElementTree as ET
@@ -16,8 +15,7 @@ import pytest
 
 from elastic_moe.lab.view.frontier import AXES
 from elastic_moe.lab.view.report import COLUMNS, render_report, summary, write_report
-
-synthetic_sweep = runpy.run_path(str(Path(__file__).with_name("synthetic.py")))["synthetic_sweep"]
+from tests.lab.view.synthetic import synthetic_sweep
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 VOID = {"meta", "link", "input", "br", "img", "hr"}

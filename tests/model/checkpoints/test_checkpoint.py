@@ -26,7 +26,7 @@ from elastic_moe.model.config import ElasticBlock, ModelConfig
 from elastic_moe.model.families import read_config, write_config
 from elastic_moe.model.text.tokenizer import Tokenizer
 from elastic_moe.routing import Subnet
-from tests.model.tiny import TINY, tiny_model, tokens
+from tests.model.random_models import TINY, tiny_model, tokens
 
 
 def config_json(config: ModelConfig = TINY, **changes: Any) -> dict[str, Any]:

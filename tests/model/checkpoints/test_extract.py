@@ -21,8 +21,8 @@ from elastic_moe.model.checkpoints.folder import BUNDLED
 from elastic_moe.model.checkpoints.weights import INDEX, TensorFiles
 from elastic_moe.model.reference.transformer import ElasticTransformer, Trace
 from elastic_moe.routing import Subnet, parse_name, resolve
-from tests.model.theirs import ARCHITECTURES, VOCAB, their_logits, their_model
-from tests.model.tiny import tokens
+from tests.model.random_models import tokens
+from tests.model.transformers_models import ARCHITECTURES, VOCAB, their_logits, their_model
 
 IDS = tokens(2, 70, vocab_size=VOCAB)
 SUBNETS = ["full", "L3", "L1", "Lxb", "k2", "k1", "w4", "w3", "p5", "L2-k1-w5-p4"]

@@ -26,7 +26,7 @@ from elastic_moe.model.checkpoints.folder import (
     read_json,
 )
 from elastic_moe.model.checkpoints.weights import INDEX, WEIGHTS, TensorFiles
-from tests.model.waiting import interrupted_after
+from tests.model.time_limit import interrupted_after
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -25,12 +25,14 @@ from elastic_moe.model.checkpoints.weights import WEIGHTS, TensorFiles
 from elastic_moe.model.families import write_config
 from tests.model.checkpoints import import_fuzz
 from tests.model.checkpoints.import_fuzz import KINDS
-from tests.model.tiny import TINY, tiny_model
+from tests.model.random_models import TINY, tiny_model
 
 CASES = 50  # of each kind
 TEXT = (
     "def f(x, y):\n    return x + y * 2 - 1  # a sum\n\nfor i in range(10):\n    print(f(i, i))\n"
 )
+
+pytestmark = pytest.mark.slow
 
 
 @dataclass

@@ -23,7 +23,7 @@ from elastic_moe.model.checkpoints.weights import (
     TensorFiles,
     read_header,
 )
-from tests.model.waiting import interrupted_after
+from tests.model.time_limit import interrupted_after
 
 GOOD: dict[str, Any] = {
     "__metadata__": {"format": "pt"},

@@ -19,7 +19,7 @@ from elastic_moe.model.checkpoints.extract import extract
 from elastic_moe.model.reference.expert_ranking import rank_channels, reorder_channels
 from elastic_moe.model.reference.transformer import ElasticTransformer
 from elastic_moe.routing import Subnet, parse_name
-from tests.model.tiny import TINY, assert_same, tiny_model, tokens
+from tests.model.random_models import TINY, assert_same, tiny_model, tokens
 
 SHAPE = TINY.shape
 
@@ -87,6 +87,7 @@ def test_an_expert_that_no_token_chose_is_ordered_by_its_weights() -> None:
     assert torch.equal(order[1][5], size.argsort(descending=True, stable=True))
 
 
+@pytest.mark.slow
 def test_elastic_mini_with_shuffled_channels_recovers_its_curve(tmp_path: Path) -> None:
     """Random-free: the order that training gave is known, is destroyed, and comes back.
 

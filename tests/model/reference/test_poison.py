@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from elastic_moe.model.reference.transformer import ElasticTransformer, Trace
 from elastic_moe.routing import LayerSubnet, Subnet, resolve
-from tests.model.tiny import IMPLEMENTATIONS, MIXED, TINY, subnets, tiny_model, tokens
+from tests.model.random_models import IMPLEMENTATIONS, MIXED, TINY, subnets, tiny_model, tokens
 
 MODEL = tiny_model(dtype=torch.float32)
 IDS = tokens(1, 9)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from elastic_moe.model.reference.transformer import ElasticTransformer, Trace
 from elastic_moe.routing import LayerSubnet, Subnet, resolve
-from tests.model.tiny import MIXED, TINY, assert_same, subnets, tiny_model, tokens
+from tests.model.random_models import MIXED, TINY, assert_same, subnets, tiny_model, tokens
 
 SHAPE = TINY.shape
 MODELS = {

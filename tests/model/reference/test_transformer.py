@@ -19,7 +19,7 @@ from elastic_moe.model.reference.kv_cache import KVCache
 from elastic_moe.model.reference.moe import Experts, run_experts
 from elastic_moe.model.reference.transformer import ElasticTransformer, Trace
 from elastic_moe.routing import Subnet, resolve
-from tests.model.tiny import (
+from tests.model.random_models import (
     DEVICES,
     MIXED,
     TINY,

@@ -1,0 +1,141 @@
+"""Is a commit as fast as another? python -m benchmarks.commits.run OLD NEW, two checkouts.
+
+Each checkout has its own .venv. Slices of less than a second alternate between the two; each side's
+lower quartile of time is compared, as noise only ever adds. OLD runs against itself first: what
+that shows is what the machine cannot tell apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Self
+
+from benchmarks.result_file import replace_lines
+from elastic_moe.lab.sweeps.record import describe_machine, describe_versions
+
+WORKER = Path(__file__).with_name("worker.py")
+SLICES = ("decode", "decode16", "prefill", "outside", "outside_mixed", "stream", "stream16")
+LEAST, LEAST_MEAN = 0.95, 0.98
+
+
+class Side:
+    """A worker in one checkout."""
+
+    def __init__(self, checkout: Path) -> None:
+        self.checkout = checkout
+        self.commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=checkout,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        self._process = subprocess.Popen(
+            [checkout / ".venv" / "bin" / "python", WORKER],
+            cwd=checkout,
+            env={**os.environ, "GOMP_SPINCOUNT": "3000"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._read()
+
+    def run(self, slice_name: str) -> float:
+        assert self._process.stdin is not None
+        self._process.stdin.write(slice_name + "\n")
+        self._process.stdin.flush()
+        return float(self._read())
+
+    def _read(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the worker in {self.checkout} has ended")
+        return json.loads(line)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+
+def compare(old: Path, new: Path, rounds: int) -> dict[str, Any]:
+    """Ratios of old to new by slice: above 1, new is faster."""
+    with Side(old) as a, Side(new) as b:
+        seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in SLICES}
+        for number in range(rounds + 2):
+            for name in SLICES:
+                pair = ((0, a), (1, b)) if number % 2 else ((1, b), (0, a))
+                for index, side in pair:
+                    taken = side.run(name)
+                    if number >= 2:  # the first ones warm up
+                        seconds[name][index].append(taken)
+        cases = {
+            name: {
+                "old_seconds": quartile(first),
+                "new_seconds": quartile(second),
+                "ratio": quartile(first) / quartile(second),
+            }
+            for name, (first, second) in seconds.items()
+        }
+        return {"old": a.commit, "new": b.commit, "slices": rounds, "cases": cases}
+
+
+def quartile(values: list[float]) -> float:
+    """The lower one."""
+    return statistics.quantiles(values, n=4)[0]
+
+
+def geometric_mean(found: dict[str, Any]) -> float:
+    """Of the ratios."""
+    ratios = [case["ratio"] for case in found["cases"].values()]
+    return math.exp(statistics.fmean(map(math.log, ratios)))
+
+
+def show(found: dict[str, Any]) -> None:
+    print(f"{found['old']} against {found['new']}, {found['slices']} slices each")
+    for name, case in found["cases"].items():
+        print(
+            f"  {name:14} {case['old_seconds'] * 1e6:9.1f} us  {case['new_seconds'] * 1e6:9.1f} us"
+            f"  ratio {case['ratio']:.3f}"
+        )
+    print(f"  geometric mean {geometric_mean(found):.3f}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    parser.add_argument("--slices", type=int, default=100, help="of each side; default: 100")
+    parser.add_argument("--out", type=Path, help="JSON lines to write the result to")
+    args = parser.parse_args()
+    same = compare(args.old, args.old, args.slices)
+    show(same)
+    found = compare(args.old, args.new, args.slices)
+    show(found)
+    record = {
+        "case": "commits",
+        **found,
+        "geometric_mean": geometric_mean(found),
+        "same_commit": same["cases"],
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+    }
+    if args.out is not None:
+        replace_lines(args.out, [record], "case")
+    print(json.dumps(record))
+    slow = [name for name, case in found["cases"].items() if case["ratio"] < LEAST]
+    return int(bool(slow) or geometric_mean(found) < LEAST_MEAN)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -264,8 +264,8 @@ def test_a_bad_file_is_told_at_the_start(start: Any, tmp_path: Path, text: str, 
     assert told in str(caught.value)
 
 
-def test_the_readmes_profile_means_something() -> None:
-    text = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+def test_the_documented_profile_means_something() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "server.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```toml\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     ((name, table),) = tomllib.loads(block).items()
     profile = Profile.model_validate(table)

@@ -72,10 +72,10 @@ def test_a_clients_json_loads_unchanged_and_runs_on_elastic_mini(
     subnet = config.resolve(MINI)
     assert subnet.active_layers == tuple(range(depth))
     assert subnet.uniform("top_k") == 2
-    assert subnet.uniform("width") == width
-    assert subnet.uniform("threshold") == as_float32(threshold)
+    assert subnet.uniform("expert_width") == width
+    assert subnet.uniform("sparsity_threshold") == as_float32(threshold)
     assert subnet.uniform("min_experts") == 1
-    assert subnet.uniform("pool") == tuple(range(16))
+    assert subnet.uniform("expert_pool") == tuple(range(16))
     assert subnet.name == name
 
 
@@ -233,8 +233,8 @@ def test_lists_give_every_layer_its_own_value():
     )
     layers = config.resolve(EIGHT_LAYERS).layers
     for i, layer in enumerate(layers[:6]):
-        assert (layer.top_k, layer.min_experts, layer.width) == (i % 4 + 1, i % 4 + 1, i + 1)
-        assert (layer.threshold, layer.pool) == (i / 8, tuple(range(i, i + 4)))
+        assert (layer.top_k, layer.min_experts, layer.expert_width) == (i % 4 + 1, i % 4 + 1, i + 1)
+        assert (layer.sparsity_threshold, layer.expert_pool) == (i / 8, tuple(range(i, i + 4)))
     assert not any(layer.active for layer in layers[6:])
 
 

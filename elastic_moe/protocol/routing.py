@@ -10,6 +10,8 @@ from pydantic.alias_generators import to_camel
 
 from elastic_moe.errors import RoutingError
 from elastic_moe.protocol.base import Answer, Body
+from elastic_moe.routing import Subnet
+from elastic_moe.routing.axes import AXES, DEPTH, PER_LAYER, count
 
 # Spellings of one knob, besides each one's camelCase: those of `ElasticRoutingConfig`.
 _SYNONYMS = {"top_k": "routing_top_k", "sparsity": "sparsity_threshold"}
@@ -109,6 +111,37 @@ class RoutingConfig(Body):
             "expert_pool": self.expert_pool,
             "min_experts": self.min_experts,
         }
+
+
+def values(subnet: Subnet) -> dict[str, Any]:
+    """A sub-network's values by their keys in answers: a `routing_config` of it.
+
+    One value, or where layers differ one for each of the model's layers. A pool is a count, or a
+    list of ids.
+    """
+    answer: dict[str, Any] = {
+        DEPTH.wire: subnet.depth,
+        str(DEPTH.members): list(subnet.active_layers),
+    }
+    for axis in PER_LAYER:
+        column = subnet.column(axis.name)
+        if any(value != column[0] for value in column):
+            answer[axis.wire] = [list(v) if isinstance(v, tuple) else v for v in column]
+        elif isinstance(column[0], tuple) and column[0] != tuple(range(len(column[0]))):
+            answer[axis.wire] = list(column[0])
+        else:
+            answer[axis.wire] = count(column[0])
+    return answer
+
+
+def changes(asked: Subnet, applied: Subnet) -> dict[str, tuple[Any, Any]]:
+    """Axis -> (value requested, value that runs), where these differ."""
+    before, after = values(asked), values(applied)
+    return {
+        axis.wire: (before[axis.wire], after[axis.wire])
+        for axis in AXES
+        if before[axis.wire] != after[axis.wire]
+    }
 
 
 class Limited(Answer):

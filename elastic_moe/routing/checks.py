@@ -46,16 +46,24 @@ def check_integer(field: str, value: Any, low: int, high: int, hint: str) -> int
     return number
 
 
-def check_threshold(field: str, value: Any) -> float:
-    """`value` as a float32 in [0, 1]."""
+def check_share(field: str, value: Any, hint: str) -> float:
+    """`value` as a float32 in [0, 1]; the message names `field` and ends in `hint`."""
     number = (
         value if isinstance(value, (int, float)) and not isinstance(value, bool) else float("nan")
     )
     if not 0 <= number <= 1:
-        raise RoutingError(
-            f"{field} must be a number in [0, 1], got {shorten(value)}. 0 keeps every expert."
-        )
+        allowed = "a number in [0, 1]"
+        raise RoutingError(f"{field} must be {allowed}, got {shorten(value)}. {hint}".rstrip())
     return as_float32(float(number)) + 0.0  # -0.0 becomes 0.0
+
+
+def check_length(field: str, values: int, L: int) -> None:
+    """Raise `RoutingError` unless there are as many values as the model has layers."""
+    if values != L:
+        raise RoutingError(
+            f"{field} lists {values} values, but the model has {L} layers. "
+            f"Give one value for all layers, or one for each of them."
+        )
 
 
 def shorten(value: object) -> str:

@@ -2,134 +2,155 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
 from elastic_moe.errors import RoutingError
+from elastic_moe.routing.axes import BOUNDS_FIRST, DEPTH, KEYS, PER_LAYER, Axis, LayerSubnet, count
 from elastic_moe.routing.checks import (
     as_index,
     check_integer,
-    check_threshold,
+    check_length,
+    check_share,
     is_list,
     shorten,
 )
+from elastic_moe.routing.names import read_name
 from elastic_moe.routing.shape import ModelShape
-from elastic_moe.routing.subnet import INACTIVE, LayerSubnet, Subnet
+from elastic_moe.routing.subnet import INACTIVE, Subnet
 
 
-def resolve(
-    shape: ModelShape,
-    *,
-    max_depth: int | None = None,
-    depth: int | None = None,
-    active_layers: Iterable[int] | None = None,
-    top_k: int | Sequence[int] | None = None,
-    min_experts: int | Sequence[int] | None = None,
-    expert_width: int | Sequence[int] | None = None,
-    sparsity_threshold: float | Sequence[float] | None = None,
-    expert_pool: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
-) -> Subnet:
+def resolve(shape: ModelShape, /, *, max_depth: Any = None, **values: Any) -> Subnet:
     """The sub-network of a model that a choice of the axes means. None is the full value.
 
     Args:
         max_depth: depth that the choice was written for; must be the model's, if given.
-        depth: run layers 0..depth-1; not together with `active_layers`.
-        active_layers: the layers that run, ascending.
-        top_k, min_experts, expert_width, sparsity_threshold: one value, or one for each of the
-            model's layers (values for layers that do not run or route are checked, then ignored).
-        expert_pool: a count P for experts 0..P-1, a list of ids for every layer, or a list with
-            such a list for each layer.
+        values: axis -> value, in any spelling of `elastic_moe.routing.axes`: one value, or one for
+            each of the model's layers (values for layers that do not run or route are checked,
+            then ignored). depth runs layers 0..depth-1; active_layers lists them, ascending.
+            expert_pool is a count P for experts 0..P-1, a list of ids for every layer, or a list
+            with such a list for each layer.
 
     Raises:
         RoutingError: naming field, value and allowed range.
     """
-    L, E = shape.num_layers, shape.num_experts
+    L = shape.num_layers
     if max_depth is not None and as_index(max_depth) != L:
         raise RoutingError(
             f"max_depth is {shorten(max_depth)}, but the model has {L} layers. The configuration "
             f"was written for another depth: set max_depth to {L} or leave it out."
         )
-    active = _layers(L, depth, active_layers)
-    ks = _per_layer("top_k", top_k, shape.max_top_k, L)
-    keeps = _per_layer("min_experts", min_experts, 1, L)
-    widths = _per_layer("expert_width", expert_width, shape.width_granules, L)
-    thresholds = _per_layer("sparsity_threshold", sparsity_threshold, 0.0, L)
-    pools = _pools(expert_pool, E, L)
-
-    layers = []
-    for i in range(L):
-        where, pool = f"layer {i}: ", pools[i]
-        most = min(shape.max_top_k, len(pool))
-        hint = "Lower routing_top_k or widen expert_pool."
-        k = check_integer(f"{where}top_k", ks[i], 1, most, hint)
-        keep = check_integer(f"{where}min_experts", keeps[i], 1, k, "It cannot exceed top_k.")
-        granules = shape.width_granules
-        hint = f"The unit is 1/{granules} of an expert's channels."
-        width = check_integer(f"{where}expert_width", widths[i], 1, granules, hint)
-        threshold = check_threshold(f"{where}sparsity_threshold", thresholds[i])
-        if i not in active:
-            layers.append(INACTIVE)
-        elif i not in shape.moe_layers:
-            layers.append(LayerSubnet(active=True))
-        else:
-            layers.append(LayerSubnet(True, k, keep, width, threshold, pool))
-    return Subnet(shape, tuple(layers))
+    choice = canonical(values)
+    active = _active_layers(L, choice)
+    columns = {axis.name: _column(axis, choice.get(axis.name), shape) for axis in PER_LAYER}
+    if any(isinstance(column, list) for column in columns.values()):
+        rows = [
+            _row(shape, i, {name: _at(column, i) for name, column in columns.items()})
+            for i in range(L)
+        ]
+    else:
+        rows = [_row(shape, 0, columns)] * L
+    dense = LayerSubnet(active=True)
+    return Subnet(
+        shape,
+        tuple(
+            INACTIVE if i not in active else rows[i] if i in shape.moe_layers else dense
+            for i in range(L)
+        ),
+    )
 
 
-def _layers(L: int, depth: int | None, active_layers: Iterable[int] | None) -> set[int]:
-    if active_layers is None:
-        return set(range(L if depth is None else check_integer("depth", depth, 1, L, "")))
-    if isinstance(active_layers, (str, bytes)) or not isinstance(active_layers, Iterable):
+def parse_name(shape: ModelShape, name: str) -> Subnet:
+    """The sub-network that a name means for this model; the inverse of `Subnet.name`.
+
+    Raises:
+        RoutingError: the text is no name, or a value is out of range.
+    """
+    return resolve(shape, **read_name(shape, name))
+
+
+def canonical(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values by the axes' own names; keys that are no spelling of an axis are refused."""
+    written: dict[str, str] = {}
+    for key in values:
+        name = KEYS.get(key)
+        if name is None:
+            allowed = ", ".join(sorted(set(KEYS.values())))
+            raise RoutingError(f"unknown key {shorten(key)}; allowed are {allowed}.")
+        if name in written:
+            raise RoutingError(f"{written[name]} and {key} are both given. Keep one spelling.")
+        written[name] = key
+    return {name: values[key] for name, key in written.items()}
+
+
+def _active_layers(L: int, choice: Mapping[str, Any]) -> set[int]:
+    field, depth = str(DEPTH.members), choice.get(DEPTH.name)
+    listed = choice.get(field)
+    if listed is None:
+        return set(range(L if depth is None else check_integer(DEPTH.name, depth, 1, L, "")))
+    if isinstance(listed, (str, bytes)) or not isinstance(listed, Iterable):
+        raise RoutingError(f"{field} must list integers in [0, {L - 1}], got {shorten(listed)}.")
+    chosen = [check_integer(field, layer, 0, L - 1, "") for layer in listed]
+    if depth is not None and as_index(depth) != len(chosen):
         raise RoutingError(
-            f"active_layers must list integers in [0, {L - 1}], got {shorten(active_layers)}."
-        )
-    chosen = [check_integer("active_layers", layer, 0, L - 1, "") for layer in active_layers]
-    if depth is not None:
-        raise RoutingError(
-            f"depth {depth} and active_layers {shorten(chosen)} are both given. Keep one of them."
+            f"{DEPTH.name} and {field} are both given, but {DEPTH.name} is {shorten(depth)} and "
+            f"{field} {shorten(chosen)} are {len(chosen)}. Keep one of them."
         )
     if not chosen:
-        raise RoutingError(f"active_layers is empty; 1 to {L} layers must run.")
+        raise RoutingError(f"{field} is empty; 1 to {L} layers must run.")
     for before, after in pairwise(chosen):
         if after <= before:
             raise RoutingError(
-                f"active_layers must ascend without repetition, got {before} before {after} in "
+                f"{field} must ascend without repetition, got {before} before {after} in "
                 f"{shorten(chosen)}. Sort the list and remove repeated layers."
             )
     return set(chosen)
 
 
-def _per_layer(field: str, value: Any, full: Any, L: int) -> list[Any]:
+def _column(axis: Axis, value: Any, shape: ModelShape) -> Any:
+    """One value for all layers, or a list with one for each. Sets are checked, as tuples of ids."""
     if value is None:
-        return [full] * L
+        value = axis.whole(shape)
+    most = axis.most(shape)
+    if axis.kind == "set":
+        if not (is_list(value) and any(is_list(item) for item in value)):
+            return _members(axis, "", value, most)
+        check_length(axis.name, len(value), shape.num_layers)
+        return [_members(axis, f"layer {i}: ", item, most) for i, item in enumerate(value)]
     if not is_list(value):
-        return [value] * L
-    if len(value) != L:
-        raise RoutingError(
-            f"{field} lists {len(value)} values, but the model has {L} layers. "
-            f"Give one value for all layers, or one for each of them."
-        )
+        return value
+    check_length(axis.name, len(value), shape.num_layers)
     return list(value)
 
 
-def _pools(value: Any, E: int, L: int) -> list[tuple[int, ...]]:
-    if is_list(value) and any(is_list(item) for item in value):
-        return [
-            _pool(f"layer {i}: ", item, E)
-            for i, item in enumerate(_per_layer("expert_pool", value, E, L))
-        ]
-    return [_pool("", E if value is None else value, E)] * L
+def _at(column: Any, layer: int) -> Any:
+    return column[layer] if isinstance(column, list) else column
 
 
-def _pool(where: str, value: Any, E: int) -> tuple[int, ...]:
-    field = f"{where}expert_pool"
+def _members(axis: Axis, where: str, value: Any, most: int) -> tuple[int, ...]:
+    field = f"{where}{axis.name}"
     if not is_list(value):
-        return tuple(range(check_integer(field, value, 1, E, "It counts experts.")))
-    ids = sorted(check_integer(field, item, 0, E - 1, "It lists expert ids.") for item in value)
+        return tuple(range(check_integer(field, value, 1, most, axis.hint)))
+    ids = sorted(check_integer(field, item, 0, most - 1, "It lists ids.") for item in value)
     if not ids or len(set(ids)) < len(ids):
         raise RoutingError(
-            f"{field} must list 1 to {E} different expert ids, got {shorten(value)}. "
+            f"{field} must list 1 to {most} different expert ids, got {shorten(value)}. "
             f"For a pool per layer, write one list of ids for each layer."
         )
     return tuple(ids)
+
+
+def _row(shape: ModelShape, layer: int, values: Mapping[str, Any]) -> LayerSubnet:
+    """What runs in a layer, with each value checked against its range and its bounding axis."""
+    row = dict(values)
+    for axis in BOUNDS_FIRST:
+        field, most = f"layer {layer}: {axis.name}", axis.most(shape)
+        hint = axis.hint.format(most=most)
+        if axis.bounded_by is not None:
+            most = min(most, count(row[axis.bounded_by]))
+        if axis.kind == "share":
+            row[axis.name] = check_share(field, row[axis.name], hint)
+        elif axis.kind == "count":
+            row[axis.name] = check_integer(field, row[axis.name], 1, most, hint)
+    return LayerSubnet(True, **row)

@@ -13,41 +13,19 @@ from functools import cached_property
 from typing import Any
 
 from elastic_moe.errors import RoutingError
-from elastic_moe.routing.checks import check_integer, spell_float32
+from elastic_moe.routing.axes import DEPTH, PER_LAYER, Axis, LayerSubnet
+from elastic_moe.routing.checks import check_integer
+from elastic_moe.routing.names import write_name
 from elastic_moe.routing.shape import ModelShape
 
-
-@dataclass(frozen=True, slots=True)
-class LayerSubnet:
-    """What runs in one layer. Only `active` means anything where no experts are routed.
-
-    Attributes:
-        active: False makes the layer the identity, attention included.
-        top_k: experts per token.
-        min_experts: experts that the threshold never drops.
-        width: granules of each expert's hidden channels that run.
-        threshold: drop a selected expert whose score is below threshold x the token's best; a
-            float32 value.
-        pool: ids of the experts that may be chosen, ascending.
-    """
-
-    active: bool
-    top_k: int = 0
-    min_experts: int = 0
-    width: int = 0
-    threshold: float = 0.0
-    pool: tuple[int, ...] = ()
-
-
 INACTIVE = LayerSubnet(active=False)
-# Letter in a name of every axis but the layers, in a name's order.
-_LETTERS = {"top_k": "k", "min_experts": "m", "width": "w", "threshold": "t", "pool": "p"}
 
 
 def full_layer(shape: ModelShape) -> LayerSubnet:
     """What runs in a layer of experts of the whole network."""
-    pool = tuple(range(shape.num_experts))
-    return LayerSubnet(True, shape.max_top_k, 1, shape.width_granules, 0.0, pool)
+    whole = {axis.name: axis.whole(shape) for axis in PER_LAYER}
+    sets = {axis.name: tuple(range(whole[axis.name])) for axis in PER_LAYER if axis.kind == "set"}
+    return LayerSubnet(True, **{**whole, **sets})
 
 
 @dataclass(frozen=True)
@@ -102,38 +80,49 @@ class Subnet:
         kept = [layer if i < depth else INACTIVE for i, layer in enumerate(self.layers)]
         return Subnet(self.shape, tuple(kept))
 
+    @cached_property
+    def routed_layers(self) -> tuple[int, ...]:
+        """The active layers that choose among experts; the others are dense."""
+        return tuple(i for i in self.active_layers if i in self.shape.moe_layers)
+
     def uniform(self, axis: str) -> Any:
         """The value of `axis` (a field of `LayerSubnet`) that all active MoE layers share.
 
         None where they differ, or where no active layer routes.
         """
-        moe = self.shape.moe_layers.intersection(self.active_layers)
-        values = {getattr(self.layers[i], axis) for i in moe}
+        values = {getattr(self.layers[i], axis) for i in self.routed_layers}
         return values.pop() if len(values) == 1 else None
+
+    def column(self, axis: str) -> list[Any]:
+        """The value of `axis` in each of the model's layers, which `resolve` takes back.
+
+        A layer that does not run or route has the value of the routed one before it, or else of the
+        first; where none routes, all have the whole network's.
+        """
+        routed = self.routed_layers
+        value = getattr(self.layers[routed[0]] if routed else full_layer(self.shape), axis)
+        column = []
+        for i, layer in enumerate(self.layers):
+            if layer.active and i in self.shape.moe_layers:
+                value = getattr(layer, axis)
+            column.append(value)
+        return column
 
     @cached_property
     def name(self) -> str:
         """Canonical name such as 'L36-k2-w6-t0.7-p8': what equals the full network is left out.
 
-        'x' and 8 hex digits where layers differ in k, min_experts, width, threshold or pool, or a
-        pool is no prefix of the experts: such a sub-network is built from a configuration only.
+        `parse_name` gives the sub-network back.
         """
-        shape = self.shape
-        parts: list[str] = []
-        if not self.is_prefix:
-            parts.append(f"Lx{sum(1 << i for i in self.active_layers):x}")
-        elif self.depth < shape.num_layers:
-            parts.append(f"L{self.depth}")
-        if shape.moe_layers.intersection(self.active_layers):
-            full = full_layer(shape)
-            values = {axis: self.uniform(axis) for axis in _LETTERS}
-            pool = values["pool"]
-            if None in values.values() or pool != tuple(range(len(pool))):
-                return f"x{self.fingerprint[:8]}"
-            for axis, letter in _LETTERS.items():
-                if values[axis] != getattr(full, axis):
-                    parts.append(letter + _spell(values[axis]))
-        return "-".join(parts) or "full"
+        values: dict[Axis, list[Any]] = {}
+        if self.depth < self.shape.num_layers:
+            values[DEPTH] = [self.active_layers]
+        full = full_layer(self.shape)
+        for axis in PER_LAYER if self.routed_layers else ():
+            column = self.column(axis.name)
+            if any(value != getattr(full, axis.name) for value in column):
+                values[axis] = column
+        return write_name(values)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -178,8 +167,8 @@ class Subnet:
                 total += 3 * shape.hidden_size * shape.dense_hidden
                 continue
             experts = layer.top_k if mean_experts is None else mean_experts
-            channels = layer.width * shape.channels_per_granule
-            router = len(layer.pool)
+            channels = layer.expert_width * shape.channels_per_granule
+            router = len(layer.expert_pool)
             total += shape.hidden_size * (router + 3 * (experts * channels + shape.shared_hidden))
         return total
 
@@ -212,13 +201,19 @@ class Subnet:
         return 2 * self.depth * self.shape.num_kv_heads * self.shape.head_dim * bytes_per_value
 
 
+_CODES = {"count": "I", "share": "f"}
+
+
 def _as_bytes(layer: LayerSubnet) -> bytes:
-    numbers = (layer.top_k, layer.min_experts, layer.width, layer.threshold)
-    count = len(layer.pool)
-    return struct.pack(f"<?IIIfI{count}I", layer.active, *numbers, count, *layer.pool)
-
-
-def _spell(value: int | float | tuple[int, ...]) -> str:
-    if isinstance(value, float):
-        return spell_float32(value)
-    return str(len(value) if isinstance(value, tuple) else value)
+    """The layer's values in the order of the table; a set as its size and its ids."""
+    form = "<?"
+    numbers: list[float] = [layer.active]
+    for axis in PER_LAYER:
+        value = getattr(layer, axis.name)
+        if axis.kind == "set":
+            form += f"I{len(value)}I"
+            numbers += [len(value), *value]
+        else:
+            form += _CODES[axis.kind]
+            numbers.append(value)
+    return struct.pack(form, *numbers)

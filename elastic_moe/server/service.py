@@ -12,7 +12,7 @@ from elastic_moe.engine.outputs import AppliedRouting, Usage
 from elastic_moe.errors import RoutingError
 from elastic_moe.protocol.faults import FaultPlan
 from elastic_moe.protocol.models import ElasticAxes, ModelCard
-from elastic_moe.protocol.routing import RoutingConfig
+from elastic_moe.protocol.routing import RoutingConfig, values
 from elastic_moe.routing import Subnet
 from elastic_moe.server.api.logprobs import LogprobWriter
 from elastic_moe.server.errors import ApiError
@@ -20,7 +20,6 @@ from elastic_moe.server.middleware.faults import FaultBook, Injection
 from elastic_moe.server.observe.metrics import Metrics
 from elastic_moe.server.observe.record import RequestLog
 from elastic_moe.server.routing.choose import Chosen, Wish, check_profile, resolve_config
-from elastic_moe.server.routing.limits import values
 from elastic_moe.server.routing.profiles import ProfileBook
 from elastic_moe.server.settings import ServerSettings
 
@@ -167,8 +166,6 @@ class Service:
         return {
             "name": applied.name,
             "model": self.engine.name,
-            "depth": applied.depth,
-            "active_layers": list(chosen.subnet.active_layers),
             **values(chosen.subnet),
             "active_params": applied.active_params,
             "flops_per_token": applied.flops_per_token,

@@ -74,8 +74,8 @@ def _values(subnet: Subnet, grown: list[int]) -> dict[str, tuple[float | None, s
     }
     if not subnet.shape.moe_layers.intersection(subnet.active_layers):
         return values | dict.fromkeys(_ROUTED, (None, "none routes"))
-    top_k, pool = subnet.uniform("top_k"), subnet.uniform("pool")
-    width, threshold = subnet.uniform("width"), subnet.uniform("threshold")
+    top_k, pool = subnet.uniform("top_k"), subnet.uniform("expert_pool")
+    width, threshold = subnet.uniform("expert_width"), subnet.uniform("sparsity_threshold")
     return values | {
         "top_k": (top_k, "per layer" if top_k is None else str(top_k)),
         "width": (width, str(width)),

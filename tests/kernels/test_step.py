@@ -151,7 +151,7 @@ def test_counters_are_the_union_of_what_ran(dtype: torch.dtype) -> None:
         flops += rows * (6 * c.shared_hidden + 2 * c.num_experts) * c.hidden_size
         widths = torch.tensor(
             [
-                subnets[p.subnet].layers[i].width * model.shape.channels_per_granule
+                subnets[p.subnet].layers[i].expert_width * model.shape.channels_per_granule
                 for p in pieces
                 for _ in p.tokens
             ]

@@ -148,7 +148,7 @@ def experts_by(
     rows = torch.zeros(len(x), dtype=torch.long)
     y, router_logits, topk_ids = layer.mlp(layer.post_attention_layernorm(x), table, rows)
     # P sum_e (share of the choices) (mean probability), over the pool
-    pool = list(subnet.layers[0].pool)
+    pool = list(subnet.layers[0].expert_pool)
     share = torch.stack([(topk_ids == e).sum() for e in pool]) / (topk_ids >= 0).sum()
     mean = torch.softmax(router_logits[:, pool], dim=-1).mean(0)
     balance = len(pool) * (share * mean).sum()
@@ -162,12 +162,12 @@ def experts_by(
 def choice_of(config: ModelConfig, subnet: Subnet, slots: int) -> training.ExpertsChoice:
     layer = subnet.layers[0]
     pool = torch.zeros(config.num_experts, dtype=torch.bool)
-    pool[list(layer.pool)] = True
+    pool[list(layer.expert_pool)] = True
     return training.ExpertsChoice(
         top_k=layer.top_k,
         min_experts=layer.min_experts,
-        threshold=layer.threshold,
-        width=layer.width * config.shape.channels_per_granule,
+        threshold=layer.sparsity_threshold,
+        width=layer.expert_width * config.shape.channels_per_granule,
         pool=pool,
         slots=slots,
         renormalize=config.renormalize,

@@ -18,10 +18,13 @@ from elastic_moe.routing import (
     ModelShape,
     Subnet,
     as_float32,
+    is_name,
     parse_name,
     resolve,
     spell_float32,
 )
+from elastic_moe.routing.axes import AXES, KEYS, camel
+from elastic_moe.routing.axes import PER_LAYER as PER_LAYER_AXES
 from tests.routing.shapes import MINI, MIXED, OLMOE, choices, rows, shapes, tables
 
 TWO_LAYERS = replace(MINI, num_layers=2, moe_layers=frozenset({0, 1}))
@@ -74,13 +77,13 @@ def test_a_list_gives_every_layer_its_own_value():
 
 
 def test_a_list_of_ids_is_the_pool_of_every_layer():
-    assert {layer.pool for layer in resolve(MINI, expert_pool=[9, 1, 3, 15]).layers} == {
+    assert {layer.expert_pool for layer in resolve(MINI, expert_pool=[9, 1, 3, 15]).layers} == {
         (1, 3, 9, 15)
     }
 
 
 def test_the_threshold_is_a_float32():
-    threshold = resolve(MINI, sparsity_threshold=0.7).uniform("threshold")
+    threshold = resolve(MINI, sparsity_threshold=0.7).uniform("sparsity_threshold")
     assert threshold == struct.unpack("<f", struct.pack("<f", 0.7))[0]
     assert threshold != 0.7
 
@@ -88,7 +91,7 @@ def test_the_threshold_is_a_float32():
 def test_a_shared_value_is_uniform_and_differing_values_are_none():
     subnet = resolve(MIXED, top_k=[2, 1, 1], expert_width=[1, 1, 2])
     assert subnet.uniform("top_k") == 1  # layer 0 is dense
-    assert subnet.uniform("width") is None
+    assert subnet.uniform("expert_width") is None
     assert resolve(MIXED, depth=1).uniform("top_k") is None
 
 
@@ -155,6 +158,13 @@ def test_at_depth_below_the_first_running_layer_is_refused():
         ("Lx7", "L3"),  # a prefix after all
         ("Lxffffffffffff", "full"),
         ("L012-k02", "L12-k2"),
+        ("k2-L3", "L3-k2"),  # in any order
+        ("p8-k2", "k2-p8"),
+        ("p8-t0.7-w6-m1-k2-L36", "L36-k2-w6-t0.7-p8"),
+        ("k2x48", "k2"),  # no layer differs
+        ("k2x24,2x24", "k2"),
+        ("L24-k2x24,4x24", "L24-k2"),  # those that differ do not run
+        ("pxff", "p8"),
     ],
 )
 def test_a_name_resolves_and_has_one_canonical_form(written, canonical):
@@ -187,22 +197,57 @@ def test_values_of_layers_that_do_not_route_are_in_no_name():
 
 
 PER_LAYER = {
-    "top_k": {"top_k": [2] + [4] * 47},
-    "min_experts": {"min_experts": [2] + [1] * 47},
-    "width": {"expert_width": [6] + [8] * 47},
-    "threshold": {"sparsity_threshold": [0.5] + [0.0] * 47},
-    "pool": {"expert_pool": [list(range(8))] + [list(range(16))] * 47},
-    "a pool that is no prefix": {"expert_pool": [0, 1, 2, 4]},
+    "top_k": ({"top_k": [2] + [4] * 47}, "k2x1,4x47"),
+    "top_k in three runs": ({"top_k": [4] * 12 + [2] * 35 + [3]}, "k4x12,2x35,3x1"),
+    "min_experts": ({"min_experts": [2] + [1] * 47}, "m2x1,1x47"),
+    "width": ({"expert_width": [6] + [8] * 47}, "w6x1,8x47"),
+    "threshold": ({"sparsity_threshold": [0.5] + [0.0] * 47}, "t0.5x1,0x47"),
+    "pool": ({"expert_pool": [list(range(8))] + [list(range(16))] * 47}, "p8x1,16x47"),
+    "a pool that is no prefix": ({"expert_pool": [0, 1, 2, 4]}, "px17"),
+    "such pools per layer": (
+        {"expert_pool": [[0, 1, 2, 4]] * 2 + [[4, 5, 6, 7]] * 46},
+        "px17x2,xf0x46",
+    ),
+    "several axes": (
+        {"depth": 24, "top_k": [4] * 12 + [2] * 36, "expert_width": 6, "expert_pool": [0, 1, 2, 4]},
+        "L24-k4x12,2x36-w6-px17",
+    ),
 }
 
 
-@pytest.mark.parametrize("choice", PER_LAYER.values(), ids=PER_LAYER)
-def test_values_per_layer_have_a_name_that_only_a_configuration_resolves(choice):
+@pytest.mark.parametrize(("choice", "name"), PER_LAYER.values(), ids=PER_LAYER)
+def test_values_per_layer_have_a_name_that_can_be_given_back(choice, name):
     subnet = resolve(MINI, **choice)
-    assert subnet.name == f"x{subnet.fingerprint[:8]}"
-    with pytest.raises(RoutingError, match=f"'{subnet.name}' has values per layer") as refusal:
-        parse_name(MINI, subnet.name)
+    assert subnet.name == name
+    assert parse_name(MINI, name) == subnet
+
+
+def test_a_name_by_fingerprint_as_older_versions_gave_it_is_refused_with_a_remedy():
+    with pytest.raises(RoutingError, match="'x0badcafe' has values per layer") as refusal:
+        parse_name(MINI, "x0badcafe")
     assert "configuration" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("k4x12,2x35", "top_k lists 47 values, but the model has 48 layers"),
+        ("k2x1", "top_k lists 1 values, but the model has 48 layers"),
+        ("k1x999999999", "top_k lists 999999999 values"),
+        ("k5x1,4x47", "layer 0: top_k must be an integer in [1, 4], got 5"),
+        ("k4x47,0x1", "layer 47: top_k must be an integer in [1, 4], got 0"),
+        ("p8x47,999999999x1", "expert_pool must be an integer in [1, 16], got 999999999"),
+        ("px10000", "expert_pool must be an integer in [0, 15], got 16"),
+        ("px0", "expert_pool must list 1 to 16 different expert ids, got []"),
+        ("px0x48", "layer 0: expert_pool must list 1 to 16 different expert ids, got []"),
+        ("px1x48", "layer 0: top_k must be an integer in [1, 1], got 4"),
+        ("t0.5x47,2x1", "layer 47: sparsity_threshold must be a number in [0, 1], got 2.0"),
+    ],
+)
+def test_values_per_layer_in_a_name_are_checked_as_others(name, complaint):
+    with pytest.raises(RoutingError) as refusal:
+        parse_name(MINI, name)
+    assert complaint in str(refusal.value)
 
 
 def written(shape: ModelShape, choice: dict[str, Any]) -> str:
@@ -249,14 +294,13 @@ def test_a_subnet_comes_back_from_its_name(data):
 
 @given(st.data())
 @settings(max_examples=100, deadline=None)
-def test_a_subnet_with_values_per_layer_has_a_name_that_is_right_or_refused(data):
+def test_a_subnet_with_values_per_layer_comes_back_from_its_name_in_any_order(data):
     shape = data.draw(shapes())
     subnet = resolve(shape, **data.draw(tables(shape)))
-    if subnet.name.startswith("x"):
-        with pytest.raises(RoutingError):
-            parse_name(shape, subnet.name)
-    else:
-        assert parse_name(shape, subnet.name) == subnet
+    assert parse_name(shape, subnet.name) == subnet
+    parts = data.draw(st.permutations(subnet.name.split("-")))
+    assert parse_name(shape, "-".join(parts)) == subnet
+    assert is_name(subnet.name)
 
 
 @given(st.floats(0, 1, width=32))
@@ -288,8 +332,15 @@ NO_NAMES = [
     "--k2",
     "L36--k2",
     "L36k2",
-    "k2-L3",
-    "p8-k2",
+    "k2-k4x48",
+    "kx3",
+    "k2x",
+    "k2,4",
+    "k2x1,4",
+    "k2x24,,4x24",
+    "L24x48",
+    "px",
+    "pxG",
     "k2-k2",
     "L36-L36",
     "L",
@@ -438,10 +489,10 @@ ONE_CHANGE = {
     "active": {"active": False},
     "top_k": {"top_k": 3},
     "min_experts": {"min_experts": 2},
-    "width": {"width": 7},
-    "threshold": {"threshold": as_float32(0.1)},
-    "pool size": {"pool": tuple(range(9))},
-    "pool ids": {"pool": (0, 1, 2, 3, 4, 5, 6, 8)},
+    "width": {"expert_width": 7},
+    "threshold": {"sparsity_threshold": as_float32(0.1)},
+    "pool size": {"expert_pool": tuple(range(9))},
+    "pool ids": {"expert_pool": (0, 1, 2, 3, 4, 5, 6, 8)},
 }
 
 
@@ -543,10 +594,46 @@ def test_layers_that_cannot_run_are_refused(layers, complaint):
     assert complaint in message(active_layers=layers)
 
 
-def test_depth_and_layers_together_are_refused_even_where_they_agree():
-    assert "depth 3 and active_layers [0, 1, 2] are both given" in message(
-        depth=3, active_layers=[0, 1, 2]
+def test_depth_beside_as_many_layers_says_the_same():
+    assert resolve(MINI, depth=3, active_layers=[0, 1, 2]) == resolve(MINI, depth=3)
+    assert resolve(MINI, depth=2, active_layers=[0, 5]) == parse_name(MINI, "Lx21")
+
+
+@pytest.mark.parametrize("depth", [2, 4, True, "3", 3.0])
+def test_depth_beside_another_number_of_layers_is_refused(depth):
+    assert f"but depth is {depth!r} and active_layers [0, 1, 2] are 3" in message(
+        depth=depth, active_layers=[0, 1, 2]
     )
+
+
+SPELLED = [
+    (axis.name, spelling)
+    for axis in AXES
+    for snake in axis.snake
+    for spelling in (snake, camel(snake))
+]
+
+
+@pytest.mark.parametrize(("name", "spelling"), SPELLED)
+def test_every_spelling_of_an_axis_says_the_same(name, spelling):
+    others = {} if name == "top_k" else {"top_k": 1}
+    assert resolve(MINI, **{spelling: 1}, **others) == resolve(MINI, **{name: 1}, **others)
+
+
+def test_two_spellings_of_one_axis_are_refused():
+    assert "top_k and routingTopK are both given. Keep one" in message(top_k=2, routingTopK=2)
+
+
+def test_an_unknown_key_is_refused_naming_the_axes():
+    assert "unknown key 'experts'; allowed are active_layers, depth, expert_pool" in message(
+        experts=2
+    )
+
+
+def test_each_axis_has_one_letter_and_spellings_of_its_own():
+    assert len({axis.letter for axis in AXES}) == len(AXES)
+    assert sum(len({*axis.snake, *map(camel, axis.snake)}) for axis in AXES) + 2 == len(KEYS)
+    assert [axis.name for axis in PER_LAYER_AXES] == list(LayerSubnet.__slots__)[1:]
 
 
 @pytest.mark.parametrize("depth", [47, 49, 0, 48.0, "48", True])

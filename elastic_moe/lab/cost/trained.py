@@ -232,9 +232,13 @@ def within(outer: Subnet, inner: Subnet) -> Subnet:
         if layer.active:
             # Experts that a bias shuts out were not cut off: ids are still those of the whole.
             cut_off = inner.shape.num_experts < outer.shape.num_experts
-            pool = outer.layers[i].pool
-            kept = (pool[e] for e in layer.pool) if cut_off else set(pool).intersection(layer.pool)
-            layers[i] = replace(layer, pool=tuple(sorted(kept)))
+            pool = outer.layers[i].expert_pool
+            kept = (
+                (pool[e] for e in layer.expert_pool)
+                if cut_off
+                else set(pool).intersection(layer.expert_pool)
+            )
+            layers[i] = replace(layer, expert_pool=tuple(sorted(kept)))
     return Subnet(outer.shape, tuple(layers))
 
 

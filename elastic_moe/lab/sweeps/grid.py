@@ -101,11 +101,11 @@ def is_trained(subnet: Subnet, elastic: ElasticBlock | None) -> bool:
         return False
     values: dict[str, tuple[Any, float]] = {"depth": (subnet.depth, subnet.shape.num_layers)}
     if subnet.shape.moe_layers.intersection(subnet.active_layers):  # else nothing routes
-        pool = subnet.uniform("pool")
+        pool = subnet.uniform("expert_pool")
         values |= {
             "top_k": (subnet.uniform("top_k"), subnet.shape.max_top_k),
-            "width": (subnet.uniform("width"), subnet.shape.width_granules),
-            "threshold": (subnet.uniform("threshold"), 0.0),
+            "width": (subnet.uniform("expert_width"), subnet.shape.width_granules),
+            "threshold": (subnet.uniform("sparsity_threshold"), 0.0),
             "pool": (len(pool) if pool else None, subnet.shape.num_experts),
         }
     return all(

@@ -41,14 +41,14 @@ def describe_point(
     really ran; `active_params_max` is the bound that holds whatever the threshold drops.
     """
     delta, error = paired_difference(quality, full, text)
-    pool = subnet.uniform("pool")
+    pool = subnet.uniform("expert_pool")
     experts = quality.mean_experts
     return {
         "name": subnet.name,
         "depth": subnet.depth,
         "top_k": subnet.uniform("top_k"),
-        "expert_width": subnet.uniform("width"),
-        "sparsity_threshold": subnet.uniform("threshold"),
+        "expert_width": subnet.uniform("expert_width"),
+        "sparsity_threshold": subnet.uniform("sparsity_threshold"),
         "expert_pool": len(pool) if pool else None,
         "trained": is_trained(subnet, engine.config.elastic),
         "active_params": round(subnet.active_params_at(experts)),

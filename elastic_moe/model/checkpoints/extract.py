@@ -37,6 +37,7 @@ from elastic_moe.model.checkpoints.saving import (
 from elastic_moe.model.config import ElasticBlock, ModelConfig
 from elastic_moe.model.families import EXPERT_PARTS, FAMILIES, parameter_shapes, read_config
 from elastic_moe.routing import ModelShape, Subnet, parse_name, shorten
+from elastic_moe.routing.axes import DEPTH, POOL, THRESHOLD, TOP_K, WIDTH
 
 # What travels with the weights, where the parent has it.
 COMPANIONS = (
@@ -128,7 +129,7 @@ class _Cut:
         self.old, self.family = parent.config, FAMILIES[parent.config.model_type]
         self.layers = subnet.active_layers  # the child's layer i is the parent's layers[i]
         self.pools = {
-            i: subnet.layers[i].pool for i in self.layers if i not in self.old.dense_layers
+            i: subnet.layers[i].expert_pool for i in self.layers if i not in self.old.dense_layers
         }
         if pool_as_bias and not self.old.selection_bias:
             raise ExtractError(
@@ -142,14 +143,14 @@ class _Cut:
 
     def _config(self) -> ModelConfig:
         old = self.old
-        if self.subnet.uniform("threshold") != 0 and self.pools:
+        if self.subnet.uniform(THRESHOLD.name) != 0 and self.pools:
             self._refuse("a sparsity threshold", "Leave it to the engine that runs the checkpoint.")
         values: dict[str, int] = {}
-        for axis, called in (("top_k", "top_k"), ("width", "expert_width")):
-            value = self.subnet.uniform(axis)
+        for axis in (TOP_K, WIDTH):
+            value = self.subnet.uniform(axis.name)
             if value is None and self.pools:
-                self._refuse(f"{called} that differs from layer to layer", "Use one value.")
-            values[axis] = value or 0
+                self._refuse(f"{axis.name} that differs from layer to layer", "Use one value.")
+            values[axis.name] = value or 0
         sizes = {len(pool) for pool in self.pools.values()}
         if len(sizes) > 1 and not self.pool_as_bias:
             remedy = "Use pools of one size" + (", or pool_as_bias." if old.selection_bias else ".")
@@ -157,11 +158,11 @@ class _Cut:
         if not self.pools:  # nothing that routes is left: what is left of experts is not used
             changed: dict[str, Any] = {}
         else:
-            channels = values["width"] * old.shape.channels_per_granule
+            channels = values[WIDTH.name] * old.shape.channels_per_granule
             # Shared experts are counted in whole experts: zeros fill up the last.
             shared = -(-old.shared_hidden // channels)
             changed = {
-                "max_top_k": values["top_k"],
+                "max_top_k": values[TOP_K.name],
                 "expert_hidden": channels,
                 "num_experts": old.num_experts if self.pool_as_bias else sizes.pop(),
                 "shared_experts": shared,
@@ -174,7 +175,7 @@ class _Cut:
             num_layers=len(self.layers),
             dense_layers=dense,
             dense_hidden=old.dense_hidden if dense else 0,
-            elastic=self._elastic(values["width"]),
+            elastic=self._elastic(values[WIDTH.name]),
         )
 
     def _refuse(self, what: str, remedy: str) -> None:
@@ -201,13 +202,13 @@ class _Cut:
     def _elastic(self, width: int) -> ElasticBlock:
         """What is left of what the parent was trained for."""
         old = self.old.elastic or ElasticBlock()
-        pool = self.subnet.uniform("pool") or ()
+        pool = self.subnet.uniform(POOL.name) or ()
         most = {
-            "depth": len(self.layers) if self.subnet.is_prefix else 0,
-            "top_k": self.subnet.uniform("top_k") or 0,
-            "width": width,
-            "pool": len(pool) if pool == tuple(range(len(pool))) else 0,
-            "threshold": 1,
+            DEPTH.trained: len(self.layers) if self.subnet.is_prefix else 0,
+            TOP_K.trained: self.subnet.uniform(TOP_K.name) or 0,
+            WIDTH.trained: width,
+            POOL.trained: len(pool) if pool == tuple(range(len(pool))) else 0,
+            THRESHOLD.trained: 1,
         }
         trained = {
             axis: tuple(v for v in values if v <= most.get(axis, 0))
@@ -241,14 +242,13 @@ class _Cut:
 
     def routing(self) -> dict[str, Any]:
         """What the sub-network is, as arguments of `resolve`: not every name can be read back."""
-        told: dict[str, Any] = {"active_layers": list(self.layers)}
+        told: dict[str, Any] = {str(DEPTH.members): list(self.layers)}
         if self.pools:
             every = list(range(self.old.num_experts))
             pools = [list(self.pools.get(i, every)) for i in range(self.old.num_layers)]
-            same = self.subnet.uniform("pool")
-            told |= {"top_k": self.subnet.uniform("top_k")}
-            told |= {"expert_width": self.subnet.uniform("width")}
-            told |= {"expert_pool": pools if same is None else list(same)}
+            same = self.subnet.uniform(POOL.name)
+            told |= {axis.name: self.subnet.uniform(axis.name) for axis in (TOP_K, WIDTH)}
+            told |= {POOL.name: pools if same is None else list(same)}
         return told
 
     def items(self) -> list[Item]:

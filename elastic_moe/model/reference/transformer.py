@@ -207,7 +207,7 @@ def build_table(subnets: Sequence[Subnet]) -> SubnetTable:
     pool = torch.zeros(len(rows), shape.num_layers, shape.num_experts, dtype=torch.bool)
     for s, layers in enumerate(rows):
         for i, layer in enumerate(layers):
-            pool[s, i, list(layer.pool)] = True
+            pool[s, i, list(layer.expert_pool)] = True
     per_granule = shape.channels_per_granule
 
     def column(values: list[list[int]]) -> Tensor:
@@ -217,7 +217,9 @@ def build_table(subnets: Sequence[Subnet]) -> SubnetTable:
         active=torch.tensor([[layer.active for layer in layers] for layers in rows]),
         top_k=column([[layer.top_k for layer in layers] for layers in rows]),
         min_experts=column([[layer.min_experts for layer in layers] for layers in rows]),
-        threshold=torch.tensor([[layer.threshold for layer in layers] for layers in rows]),
-        channels=column([[layer.width * per_granule for layer in layers] for layers in rows]),
+        threshold=torch.tensor([[layer.sparsity_threshold for layer in layers] for layers in rows]),
+        channels=column(
+            [[layer.expert_width * per_granule for layer in layers] for layers in rows]
+        ),
         pool=pool,
     )

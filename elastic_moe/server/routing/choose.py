@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 
 from elastic_moe.config import ElasticRoutingConfig
 from elastic_moe.protocol.profiles import Profile
-from elastic_moe.protocol.routing import RoutingConfig
+from elastic_moe.protocol.routing import RoutingConfig, changes
 from elastic_moe.protocol.sampling import SamplingRequest
 from elastic_moe.routing import ModelShape, Subnet
 from elastic_moe.server.errors import ApiError
 from elastic_moe.server.middleware.faults import Injection
 from elastic_moe.server.observe.account import Account
-from elastic_moe.server.routing.limits import Limits, changes
+from elastic_moe.server.routing.limits import Limits
 
 R = TypeVar("R", bound=SamplingRequest)
 

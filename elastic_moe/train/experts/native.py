@@ -117,12 +117,12 @@ def _experts(
     moe = layer.mlp
     assert isinstance(moe, MoE)
     pool = torch.zeros(config.num_experts, dtype=torch.bool)
-    pool[list(subnet.pool)] = True
+    pool[list(subnet.expert_pool)] = True
     choice = training.ExpertsChoice(
         top_k=subnet.top_k,
         min_experts=subnet.min_experts,
-        threshold=subnet.threshold,
-        width=subnet.width * config.shape.channels_per_granule,
+        threshold=subnet.sparsity_threshold,
+        width=subnet.expert_width * config.shape.channels_per_granule,
         pool=pool,
         slots=subnet.top_k,
         renormalize=moe.renormalize,

@@ -69,5 +69,5 @@ def expert_pools(loads: Loads, subnet: Subnet) -> Tensor:
     """(n, E) bool: which experts each routing layer could choose."""
     pools = torch.zeros(loads.counts.shape, dtype=torch.bool)
     for row, index in enumerate(loads.layers):
-        pools[row, list(subnet.layers[index].pool)] = True
+        pools[row, list(subnet.layers[index].expert_pool)] = True
     return pools.to(loads.counts.device)

@@ -237,7 +237,7 @@ def test_counters_are_the_union_that_the_routing_ids_tell(runner: NativeRunner) 
             widest: dict[int, int] = {}
             for s in active:
                 ids = result[layer, 9 * s : 9 * s + 9]
-                channels = subnets[s].layers[layer].width * shape.channels_per_granule
+                channels = subnets[s].layers[layer].expert_width * shape.channels_per_granule
                 rows += 9
                 for e in ids[ids >= 0].tolist():
                     experts_run += 1
@@ -278,6 +278,6 @@ def test_flops_are_those_of_the_cost_formula(runner: NativeRunner, name: str) ->
     mean = out.experts_run[0] / out.counters.rows_routed
     want = sum(subnet.flops_per_token(context, mean) for context in range(1, 41))
     # The step computes the router's logits of all experts, whatever the pool.
-    idle = runner.config.num_experts - len(subnet.uniform("pool"))
+    idle = runner.config.num_experts - len(subnet.uniform("expert_pool"))
     want += 2 * 40 * subnet.depth * idle * runner.config.hidden_size
     assert out.counters.flops == pytest.approx(want, rel=1e-12)

@@ -44,8 +44,8 @@ def forward_by_hand(shape: ModelShape, subnet: Subnet, context: int) -> int:
         total += 2 * D * (H + 2 * G) * d + 2 * H * d * D  # q, k, v and output
         total += 2 * 2 * H * d * context  # scores, and their product with the values
         total += 4 * (2 * D + (H + G) * d)  # two norms, and those of queries and keys
-        channels = shape.expert_hidden * layer.width // shape.width_granules
-        total += 2 * D * len(layer.pool) + layer.top_k * 3 * 2 * D * channels
+        channels = shape.expert_hidden * layer.expert_width // shape.width_granules
+        total += 2 * D * len(layer.expert_pool) + layer.top_k * 3 * 2 * D * channels
     return total
 
 

@@ -199,8 +199,8 @@ def test_what_was_cut_out_in_two_steps_is_a_part_of_the_whole(tmp_path: Path) ->
     found = read_training(tmp_path / "second").cut
     assert found is not None
     assert found.active_layers == (3, 7)
-    assert [found.layers[i].pool for i in (3, 7)] == [(1, 2), (3, 5)]
-    assert {(found.layers[i].top_k, found.layers[i].width) for i in (3, 7)} == {(2, 4)}
+    assert [found.layers[i].expert_pool for i in (3, 7)] == [(1, 2), (3, 5)]
+    assert {(found.layers[i].top_k, found.layers[i].expert_width) for i in (3, 7)} == {(2, 4)}
     assert found.shape == shape
 
 
@@ -208,10 +208,10 @@ def test_experts_that_a_bias_shuts_out_keep_their_numbers() -> None:
     whole = replace(CONFIG.shape, num_layers=2, moe_layers=frozenset({0, 1}), num_experts=4)
     outer = resolve(whole, active_layers=[0, 1], top_k=1, expert_pool=[[0, 2], [1, 2]])
     inner = resolve(whole, active_layers=[1], top_k=1, expert_pool=[2, 3])
-    assert within(outer, inner).layers[1].pool == (2,)
+    assert within(outer, inner).layers[1].expert_pool == (2,)
     cut = replace(whole, num_experts=2)
     inner = resolve(cut, active_layers=[1], top_k=1, expert_pool=[1])
-    assert within(outer, inner).layers[1].pool == (2,)
+    assert within(outer, inner).layers[1].expert_pool == (2,)
 
 
 def test_an_extracted_checkpoint_without_a_manifest_names_its_parent(tmp_path: Path) -> None:

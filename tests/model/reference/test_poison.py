@@ -40,7 +40,7 @@ def poison(model: ElasticTransformer, used: Sequence[Subnet]) -> ElasticTransfor
 
 def _channels(expert: int, running: list[LayerSubnet]) -> int:
     """How many of the expert's channels any of these may use; 0 where it is in no pool."""
-    widths = [layer.width for layer in running if expert in layer.pool]
+    widths = [layer.expert_width for layer in running if expert in layer.expert_pool]
     return max(widths, default=0) * SHAPE.channels_per_granule
 
 

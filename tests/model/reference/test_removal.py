@@ -109,8 +109,8 @@ def run_cut_layer_by_layer(model: ElasticTransformer, subnet: Subnet, ids: Tenso
         small = cut(
             model,
             layers=[i],
-            pool=layer.pool,
-            channels=layer.width * SHAPE.channels_per_granule,
+            pool=layer.expert_pool,
+            channels=layer.expert_width * SHAPE.channels_per_granule,
             top_k=layer.top_k,
         )
         # The stream so far goes in as an embedding table with a row per position.
@@ -220,22 +220,22 @@ def plain_experts(
     model: ElasticTransformer, w: dict[str, Tensor], x: Tensor, layer: LayerSubnet
 ) -> tuple[Tensor, list[int]]:
     # 1. Scores over the pool.
-    router_logits = {e: float(w["mlp.gate.weight"][e] @ x) for e in layer.pool}
+    router_logits = {e: float(w["mlp.gate.weight"][e] @ x) for e in layer.expert_pool}
     total = sum(math.exp(logit) for logit in router_logits.values())
     scores = {e: math.exp(logit) / total for e, logit in router_logits.items()}
     # 2. The k best, the lower index first among equals.
-    selected = sorted(layer.pool, key=lambda e: (-scores[e], e))[: layer.top_k]
+    selected = sorted(layer.expert_pool, key=lambda e: (-scores[e], e))[: layer.top_k]
     # 3. The threshold, against the best of the selected.
     best = max(scores[e] for e in selected)
     kept = [
         e
         for place, e in enumerate(selected)
-        if place < layer.min_experts or scores[e] >= layer.threshold * best
+        if place < layer.min_experts or scores[e] >= layer.sparsity_threshold * best
     ]
     # 4. Weights.
     scale = sum(scores[e] for e in kept) if model.config.renormalize else 1.0
     # 5. The first channels of each expert.
-    c = layer.width * TINY.expert_hidden // 4
+    c = layer.expert_width * TINY.expert_hidden // 4
     out = torch.zeros_like(x)
     for e in kept:
         gate, up = w["mlp.experts.gate_proj"][e, :c], w["mlp.experts.up_proj"][e, :c]
@@ -287,7 +287,7 @@ def test_random_sub_networks_equal_plain_loops(subnet: Subnet) -> None:
 @settings(max_examples=12, deadline=None)
 @given(subnet=subnets())
 def test_random_sub_networks_without_threshold_equal_removal(subnet: Subnet) -> None:
-    kept = tuple(replace(layer, threshold=0.0) for layer in subnet.layers)
+    kept = tuple(replace(layer, sparsity_threshold=0.0) for layer in subnet.layers)
     model = MODELS["untied"]
     subnet = Subnet(model.shape, kept)
     assert_same(model(IDS[:1, :6], subnet)[0], run_cut_layer_by_layer(model, subnet, IDS[0, :6]))

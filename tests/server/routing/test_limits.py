@@ -10,8 +10,10 @@ import pytest
 from elastic_moe import Engine, Subnet
 from elastic_moe.errors import RoutingError, ServerError
 from elastic_moe.protocol import RoutingConfig
+from elastic_moe.protocol.routing import changes
 from elastic_moe.routing import resolve
-from elastic_moe.server.routing.limits import Limits, changes
+from elastic_moe.routing.axes import TRAINED
+from elastic_moe.server.routing.limits import Limits
 from tests.server.conftest import Running
 from tests.server.routing.test_on_wire import draw_knobs
 
@@ -52,27 +54,27 @@ def test_what_runs_is_within_the_limits_and_else_as_asked(served: Running, seed:
     config = RoutingConfig.model_validate(knobs)
     asked = service.wish("tiny", config, None).choose(1).subnet
     runs = limits.apply(asked)
-    assert is_within(runs.depth, limits.depth)
+    assert is_within(runs.depth, limits["depth"])
     for index in runs.active_layers:
         layer, before = runs.layers[index], asked.layers[index]
-        assert is_within(layer.top_k, limits.top_k)
-        assert is_within(layer.width, limits.expert_width)
-        assert is_within(len(layer.pool), limits.expert_pool)
-        assert is_within(layer.threshold, limits.sparsity)
-        assert 1 <= layer.min_experts <= layer.top_k <= len(layer.pool)
+        assert is_within(layer.top_k, limits["top_k"])
+        assert is_within(layer.expert_width, limits["expert_width"])
+        assert is_within(len(layer.expert_pool), limits["expert_pool"])
+        assert is_within(layer.sparsity_threshold, limits["sparsity"])
+        assert 1 <= layer.min_experts <= layer.top_k <= len(layer.expert_pool)
         if before.active:
-            same = len(layer.pool) == len(before.pool)
-            assert (layer.pool == before.pool) == same
-            if is_within(before.top_k, limits.top_k) and before.top_k <= len(layer.pool):
+            same = len(layer.expert_pool) == len(before.expert_pool)
+            assert (layer.expert_pool == before.expert_pool) == same
+            if is_within(before.top_k, limits["top_k"]) and before.top_k <= len(layer.expert_pool):
                 assert layer.top_k == before.top_k
-            if is_within(before.width, limits.expert_width):
-                assert layer.width == before.width
-            if is_within(before.threshold, limits.sparsity):
-                assert layer.threshold == before.threshold
-    if is_within(asked.depth, limits.depth):
+            if is_within(before.expert_width, limits["expert_width"]):
+                assert layer.expert_width == before.expert_width
+            if is_within(before.sparsity_threshold, limits["sparsity"]):
+                assert layer.sparsity_threshold == before.sparsity_threshold
+    if is_within(asked.depth, limits["depth"]):
         assert runs.active_layers == asked.active_layers
     assert limits.apply(runs) == runs
-    strict = Limits(**{**{f: getattr(limits, f) for f in limits.__slots__}, "refuse": True})
+    strict = Limits(refuse=True, **{axis.name: limits[axis] for axis in TRAINED})
     if runs == asked:
         assert strict.apply(asked) == asked
         assert changes(asked, runs) == {}

@@ -73,7 +73,7 @@ def change(before: dict, after: dict, name: str, axis: int) -> torch.Tensor:
 
 def test_the_first_step_changes_no_channel_beyond_the_width_that_was_drawn() -> None:
     it = awake({"sampling": SamplingPlan(**ALWAYS_REDUCED, depth=0.0, width=1.0)})
-    width = it.plan.subnet(CONFIG.shape, 0).uniform("width")
+    width = it.plan.subnet(CONFIG.shape, 0).uniform("expert_width")
     assert 1 <= width < 4
     channels = width * CONFIG.shape.channels_per_granule
     before = parameters(it)

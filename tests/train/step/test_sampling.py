@@ -33,7 +33,7 @@ def draw(plan: SamplingPlan, count: int, **options: bool) -> list[Subnet]:
 
 def reduced_axes(subnet: Subnet) -> set[str]:
     """What a sub-network of elastic-mini has less of, as far as its values tell."""
-    k, pool = subnet.uniform("top_k"), len(subnet.uniform("pool"))
+    k, pool = subnet.uniform("top_k"), len(subnet.uniform("expert_pool"))
     return {
         axis
         for axis, changed in {
@@ -43,9 +43,9 @@ def reduced_axes(subnet: Subnet) -> set[str]:
             "top_k": k != 4,
             "one top_k": k in (1, 2, 3),
             "top_k per layer": k is None,
-            "width": subnet.uniform("width") != 8,
+            "width": subnet.uniform("expert_width") != 8,
             "pool": pool < 16,
-            "threshold": subnet.uniform("threshold") > 0,
+            "threshold": subnet.uniform("sparsity_threshold") > 0,
         }.items()
         if changed
     }
@@ -72,7 +72,7 @@ def test_a_share_of_full_steps_may_be_given_and_the_others_reduce_something() ->
     assert min(seen.values()) > 20
     assert len(seen) == 9
     assert {s.depth for s in subnets} == set(range(6, 49, 6))
-    assert {s.uniform("pool") for s in subnets} == {tuple(range(p)) for p in (4, 8, 12, 16)}
+    assert {s.uniform("expert_pool") for s in subnets} == {tuple(range(p)) for p in (4, 8, 12, 16)}
 
 
 @pytest.mark.parametrize(
@@ -126,10 +126,10 @@ def test_models_with_few_experts_and_granules_can_be_drawn_from() -> None:
     rng = random.Random(0)
     for _ in range(200):
         subnet = sample_subnet(small, always, [0], rng)
-        assert (subnet.depth, len(subnet.uniform("pool"))) == (1, 1)
-    assert smallest_subnet(small, always, [0]).uniform("pool") == (0,)
+        assert (subnet.depth, len(subnet.uniform("expert_pool"))) == (1, 1)
+    assert smallest_subnet(small, always, [0]).uniform("expert_pool") == (0,)
     no_k = smallest_subnet(small, replace(always, top_k=0.0), [0])
-    assert (no_k.uniform("pool"), no_k.uniform("top_k")) == ((0,), 1)
+    assert (no_k.uniform("expert_pool"), no_k.uniform("top_k")) == ((0,), 1)
 
 
 @pytest.mark.parametrize("layers", range(1, 17))

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from elastic_moe.lab.bench.layer import LayerInputs, LayerWeights, NativeExperts, pad_rows
 from elastic_moe.lab.sweeps.text import language_reference
-from elastic_moe.model.checkpoints.checkpoint import load_model
 from elastic_moe.model.checkpoints.folder import BUNDLED
 from elastic_moe.model.config import ModelConfig
+from elastic_moe.model.reference.loading import load_model
 from elastic_moe.model.reference.moe import MoE
 from elastic_moe.model.reference.transformer import DecoderLayer, ElasticTransformer, Trace
 from elastic_moe.model.text.tokenizer import Tokenizer

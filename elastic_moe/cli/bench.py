@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
     from elastic_moe.lab.bench.batch import Batch
     from elastic_moe.lab.bench.bench import bench, check_batch, describe_run
     from elastic_moe.lab.bench.kernels import load_kernel
-    from elastic_moe.model.checkpoints.checkpoint import load_model
     from elastic_moe.model.checkpoints.folder import checkpoint_name, find_checkpoint
+    from elastic_moe.model.reference.loading import load_model
 
     kernel = None
     if args.kernel is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from elastic_moe_kernels.step import CpuModel
@@ -19,7 +20,9 @@ from elastic_moe.model.checkpoints.checkpoint import (
     is_small,
 )
 from elastic_moe.model.config import ModelConfig
-from elastic_moe.model.reference.transformer import ElasticTransformer
+
+if TYPE_CHECKING:
+    from elastic_moe.model.reference.transformer import ElasticTransformer
 
 
 def model_dims(config: ModelConfig) -> ModelDims:
@@ -144,8 +147,8 @@ def load_packed(
     """Load a checkpoint folder for the C++ step, tensor by tensor: memory holds the model once.
 
     Args:
-        dtype: as `checkpoint.load_model`; under 'float32' matrices take four bytes per weight,
-            whatever the file has.
+        dtype: as `load_model`; under 'float32' matrices take four bytes per weight, whatever the
+            file has.
         level: instruction-set level; None for the best one.
         progress: called with (parameters read, all) as loading goes on.
 

@@ -14,8 +14,8 @@ import torch
 
 from elastic_moe import ElasticRoutingConfig, Engine, SamplingParams
 from elastic_moe.errors import ContextLengthError, EngineError, RequestError, RoutingError
-from elastic_moe.model.checkpoints.checkpoint import load_model
 from elastic_moe.model.checkpoints.saving import save_checkpoint
+from elastic_moe.model.reference.loading import load_model
 from tests.conftest import random_model
 
 GREEDY = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=2)

@@ -23,7 +23,7 @@ from elastic_moe.lab.sweeps.record import describe_commit, describe_machine, des
 from tests.interop.environments import environment, version
 from tests.interop.fuzz_peer import check_fuzz
 from tests.interop.lm_eval_peer import check_lm_eval
-from tests.interop.openai_peer import check_openai
+from tests.interop.openai_checks.peer import check_openai
 
 Check = Callable[[Path, Path], Iterator[dict[str, Any]]]
 # Environment -> the package that it is about, and its checks.

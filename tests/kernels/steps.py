@@ -14,8 +14,8 @@ from torch import Tensor
 
 from elastic_moe.model.config import ElasticBlock
 from elastic_moe.model.pack import pack_model
-from elastic_moe.model.reference.layers import rotary_angles
 from elastic_moe.model.reference.transformer import ElasticTransformer, Trace, build_table
+from elastic_moe.model.rotary import rotary_angles
 from elastic_moe.routing import Subnet, resolve
 from tests.model.random_models import tiny_model
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from elastic_moe.model.config import ModelConfig
-from elastic_moe.model.reference.layers import rotary_angles
 from elastic_moe.model.reference.transformer import DecoderLayer, build_table
+from elastic_moe.model.rotary import rotary_angles
 from elastic_moe.routing import Subnet, resolve
 from elastic_moe.train.step.optim import Muon
 from tests.conftest import TINY

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeForCausalLM
 
-from elastic_moe.model.checkpoints.checkpoint import load_config, load_model
+from elastic_moe.model.checkpoints.checkpoint import load_config
 from elastic_moe.model.checkpoints.folder import find_checkpoint
 from elastic_moe.model.checkpoints.weights import WEIGHTS
+from elastic_moe.model.reference.loading import load_model
 from elastic_moe.model.text.tokenizer import Tokenizer
 from elastic_moe.routing import Subnet
 

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
-from elastic_moe.model.checkpoints.checkpoint import load_model
 from elastic_moe.model.checkpoints.saving import save_checkpoint
 from elastic_moe.model.checkpoints.weights import INDEX, WEIGHTS
 from elastic_moe.model.families import write_config
-from elastic_moe.model.reference.kv_cache import KVCache
+from elastic_moe.model.reference.loading import load_model
 from elastic_moe.model.reference.moe import MoE
 from elastic_moe.model.reference.transformer import ElasticTransformer, Trace
 from elastic_moe.routing import Subnet
+from tests.model.kv_cache import KVCache
 from tests.model.random_models import tiny_model, tokens
 from tests.model.transformers_models import (
     ARCHITECTURES,

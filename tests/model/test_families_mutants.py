@@ -10,8 +10,8 @@ import pytest
 from elastic_moe_kernels import ops
 from torch import Tensor
 
-from elastic_moe.model.checkpoints.checkpoint import load_model
 from elastic_moe.model.reference.layers import Attention, RMSNorm
+from elastic_moe.model.reference.loading import load_model
 from elastic_moe.model.reference.moe import MoE
 from elastic_moe.model.reference.transformer import ElasticTransformer
 from elastic_moe.routing import Subnet

@@ -18,10 +18,10 @@ from elastic_moe_kernels.step import CpuModel
 from elastic_moe_kernels.step_result import StepResult
 from torch import Tensor
 
-from elastic_moe.model.checkpoints.checkpoint import load_model
 from elastic_moe.model.pack import load_packed, pack_model
-from elastic_moe.model.reference.layers import rotary_angles
+from elastic_moe.model.reference.loading import load_model
 from elastic_moe.model.reference.transformer import ElasticTransformer, build_table
+from elastic_moe.model.rotary import rotary_angles
 from elastic_moe.routing import Subnet, resolve
 from tests.model.random_models import TINY, tiny_model, tokens
 from tests.model.transformers_models import ARCHITECTURES, VOCAB, their_model

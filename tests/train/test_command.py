@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from elastic_moe.errors import TrainingError
-from elastic_moe.model.checkpoints.checkpoint import load_config, load_model
+from elastic_moe.model.checkpoints.checkpoint import load_config
+from elastic_moe.model.reference.loading import load_model
 from elastic_moe.train import command
 from elastic_moe.train.__main__ import main, make_parser
 from elastic_moe.train.export import export

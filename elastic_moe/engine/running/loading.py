@@ -14,7 +14,8 @@ from elastic_moe.engine.running.native import NativeRunner
 from elastic_moe.engine.running.reference import ReferenceRunner
 from elastic_moe.engine.running.runner import Runner
 from elastic_moe.errors import EngineError
-from elastic_moe.model.checkpoints.checkpoint import DTypeName, load_model
+from elastic_moe.model.checkpoints.checkpoint import DTypeName
+from elastic_moe.model.reference.loading import load_model
 
 Backend = Literal["auto", "reference", "cpu"]
 

@@ -23,11 +23,10 @@ from elastic_moe.engine.running.runner import (
     StepOutput,
 )
 from elastic_moe.errors import EngineError
-from elastic_moe.model.checkpoints.checkpoint import DTypeName, load_config, load_model
+from elastic_moe.model.checkpoints.checkpoint import DTypeName, load_config
 from elastic_moe.model.pack import load_packed, pack_model
-from elastic_moe.model.reference.expert_ranking import rank_channels, reorder_channels
-from elastic_moe.model.reference.layers import rotary_angles
 from elastic_moe.model.reference.transformer import build_table
+from elastic_moe.model.rotary import rotary_angles
 from elastic_moe.routing import Subnet
 
 TABLES_KEPT = 64
@@ -126,6 +125,9 @@ class NativeRunner(Runner):
         self, windows: Sequence[Sequence[int]], progress: Progress
     ) -> dict[int, Tensor]:
         # The reference ranks: this runs once, and packed weights are not for looking at.
+        from elastic_moe.model.reference.expert_ranking import rank_channels, reorder_channels
+        from elastic_moe.model.reference.loading import load_model
+
         name: DTypeName = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
         model = load_model(self.folder, dtype=name)
         order = rank_channels(model, windows, progress)

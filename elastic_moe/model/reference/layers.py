@@ -8,14 +8,13 @@ dtype of the matrix inputs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_moe.model.config import ModelConfig
-from elastic_moe.model.reference.kv_cache import LayerStore
 
 RopeStyle = Literal["half", "interleaved"]
 
@@ -74,22 +73,6 @@ def round_to(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     return x if dtype is None or dtype == x.dtype else x.to(dtype).to(x.dtype)
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles.
-
-    Args:
-        positions: (B, T) or (T,) integer.
-
-    Returns:
-        cos, sin: positions' shape + (d/2,), float32.
-    """
-    exponents = (
-        torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    )
-    angles = positions.unsqueeze(-1).float() * (1.0 / theta**exponents)
-    return angles.cos(), angles.sin()
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, rope: RopeStyle) -> Tensor:
     """Rotate pairs of channels of x (B, H, T, d) by angles (T, d/2).
 
@@ -106,6 +89,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, rope: RopeStyle) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """Attention of q (B, H, T, d) to k and v (B, G, S, d) -> (B, H, T, d)."""
     return F.scaled_dot_product_attention(q, k, v, **options)
+
+
+class LayerStore(Protocol):
+    """Where one layer's keys and values go."""
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, G, T, d) keys and values behind those that are there; return all of them."""
 
 
 class Attention(nn.Module):

@@ -1,6 +1,6 @@
 """A decoder-only mixture-of-experts transformer in which every sequence runs its own sub-network.
 
-This file and its neighbours `layers`, `moe` and `cache` are the oracle: everything faster is tested
+This file and its neighbours `layers` and `moe` define what is right: everything faster is tested
 against them. Shapes: B sequences, T tokens of each, D hidden size, V vocabulary, L layers.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +18,28 @@ from torch import Tensor, nn
 
 from elastic_moe.errors import EngineError
 from elastic_moe.model.config import ModelConfig
-from elastic_moe.model.reference.kv_cache import Cache, LayerStore
 from elastic_moe.model.reference.layers import (
     MLP,
     Attention,
+    LayerStore,
     Linear,
     RMSNorm,
-    rotary_angles,
     round_to,
 )
 from elastic_moe.model.reference.moe import Implementation, MoE
+from elastic_moe.model.rotary import rotary_angles
 from elastic_moe.routing import Subnet
 
 Subnets = Subnet | Sequence[Subnet]
+
+
+class Cache(Protocol):
+    """Keys and values of the layers that run; the model moves `length` on."""
+
+    length: int
+
+    def layer(self, index: int) -> LayerStore:
+        """Where those of a layer are."""
 
 
 @dataclass(slots=True)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from elastic_moe.errors import TrainingError
 from elastic_moe.model.config import ModelConfig
-from elastic_moe.model.reference.layers import rotary_angles
 from elastic_moe.model.reference.moe import MoE
 from elastic_moe.model.reference.transformer import (
     DecoderLayer,
@@ -22,6 +21,7 @@ from elastic_moe.model.reference.transformer import (
     LayerTrace,
     Trace,
 )
+from elastic_moe.model.rotary import rotary_angles
 from elastic_moe.routing import LayerSubnet, Subnet
 from elastic_moe.train.step.plan import TrainingPlan
 

@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from elastic_moe import ElasticRoutingConfig, Engine
 from elastic_moe.errors import CheckpointWarning, ExtractError, RoutingError
-from elastic_moe.model.checkpoints.checkpoint import load_config, load_model
+from elastic_moe.model.checkpoints.checkpoint import load_config
 from elastic_moe.model.checkpoints.extract import extract
 from elastic_moe.model.checkpoints.folder import BUNDLED
 from elastic_moe.model.checkpoints.weights import INDEX, TensorFiles
+from elastic_moe.model.reference.loading import load_model
 from elastic_moe.model.reference.transformer import ElasticTransformer, Trace
 from elastic_moe.routing import Subnet, parse_name, resolve
 from tests.model.random_models import tokens

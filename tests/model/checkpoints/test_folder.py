@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 
 from elastic_moe.engine import Engine
 from elastic_moe.errors import CheckpointError
-from elastic_moe.model.checkpoints.checkpoint import load_model
 from elastic_moe.model.checkpoints.folder import (
     BUNDLED,
     MAX_JSON_BYTES,
@@ -26,6 +25,7 @@ from elastic_moe.model.checkpoints.folder import (
     read_json,
 )
 from elastic_moe.model.checkpoints.weights import INDEX, WEIGHTS, TensorFiles
+from elastic_moe.model.reference.loading import load_model
 from tests.model.time_limit import interrupted_after
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

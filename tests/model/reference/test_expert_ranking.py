@@ -14,9 +14,9 @@ from elastic_moe import Engine
 from elastic_moe.errors import RequestError
 from elastic_moe.lab.sweeps.quality import FullNetwork, measure_depths
 from elastic_moe.lab.sweeps.text import EvaluationSet, evaluation_set, language_reference
-from elastic_moe.model.checkpoints.checkpoint import load_model
 from elastic_moe.model.checkpoints.extract import extract
 from elastic_moe.model.reference.expert_ranking import rank_channels, reorder_channels
+from elastic_moe.model.reference.loading import load_model
 from elastic_moe.model.reference.transformer import ElasticTransformer
 from elastic_moe.routing import Subnet, parse_name
 from tests.model.random_models import TINY, assert_same, tiny_model, tokens

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from elastic_moe.errors import EngineError
-from elastic_moe.model.reference.kv_cache import KVCache
 from elastic_moe.model.reference.moe import Experts, run_experts
 from elastic_moe.model.reference.transformer import ElasticTransformer, Trace
 from elastic_moe.routing import Subnet, resolve
+from tests.model.kv_cache import KVCache
 from tests.model.random_models import (
     DEVICES,
     MIXED,

@@ -24,7 +24,7 @@ def expected(served: Running, ids: list[int], name: str) -> torch.Tensor:
 
 
 def final_norm(served: Running) -> torch.Tensor:
-    from elastic_moe.model.checkpoints.checkpoint import load_model
+    from elastic_moe.model.reference.loading import load_model
 
     return load_model(served.engine.folder, dtype="float32").norm.weight.detach()
 

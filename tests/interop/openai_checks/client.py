@@ -1,6 +1,6 @@
 """Every endpoint and option through the `openai` Python client, 2.x or 3.x.
 
-    PYTHON -m tests.interop.openai_client --url URL --narrow-url URL --wanted FILE
+    PYTHON -m tests.interop.openai_checks.client --url URL --narrow-url URL --wanted FILE
 
 Prints one JSON line per check. `tests.interop.run` starts the servers and makes FILE.
 """
@@ -13,11 +13,11 @@ from pathlib import Path
 
 from openai import OpenAI
 
-from tests.interop import openai_chat, openai_errors, openai_many, openai_text, openai_tools
 from tests.interop.checks import run_checks
-from tests.interop.openai_asking import TIMEOUT_SECONDS, At
+from tests.interop.openai_checks import chat, errors, many, text, tools
+from tests.interop.openai_checks.asking import TIMEOUT_SECONDS, At
 
-MODULES = (openai_chat, openai_text, openai_tools, openai_errors, openai_many)
+MODULES = (chat, text, tools, errors, many)
 
 
 def main() -> None:

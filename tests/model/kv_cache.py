@@ -1,29 +1,11 @@
-"""Keys and values of a batch of sequences, for the layers that run."""
+"""A contiguous KV cache for the reference model: the plainest that its `Cache` protocol allows."""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from elastic_moe.errors import EngineError
-
-
-class LayerStore(Protocol):
-    """Where one layer's keys and values go."""
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, G, T, d) keys and values behind those that are there; return all of them."""
-
-
-class Cache(Protocol):
-    """Keys and values of the layers that run; the model moves `length` on."""
-
-    length: int
-
-    def layer(self, index: int) -> LayerStore:
-        """Where those of a layer are."""
 
 
 class LayerCache:

@@ -12,8 +12,8 @@ from elastic_moe import Engine
 from tests.interop.references import references
 from tests.interop.served import ADMIN_KEY, KEYS, MODEL, served
 
-SCRIPT = "tests.interop.openai_client"
-ROOT = Path(__file__).parents[2]
+SCRIPT = "tests.interop.openai_checks.client"
+ROOT = Path(__file__).parents[3]
 LEAST_CHECKS = 30  # fewer, and the script ended early
 Line = dict[str, Any]
 

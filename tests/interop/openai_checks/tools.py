@@ -11,7 +11,7 @@ import openai
 from pydantic import BaseModel
 
 from tests.interop.checks import Tally
-from tests.interop.openai_asking import At
+from tests.interop.openai_checks.asking import At
 
 WEATHER = {
     "type": "function",

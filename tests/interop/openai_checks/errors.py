@@ -9,7 +9,7 @@ from typing import Any
 import openai
 
 from tests.interop.checks import Tally
-from tests.interop.openai_asking import At
+from tests.interop.openai_checks.asking import At
 
 
 def wrong_requests(at: At, tally: Tally) -> None:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tests.interop.checks import Tally
-from tests.interop.openai_asking import (
+from tests.interop.openai_checks.asking import (
     At,
     arguments,
     routing_of,

@@ -13,8 +13,8 @@ from urllib.request import Request, urlopen
 import openai
 
 from tests.interop.checks import Tally
-from tests.interop.openai_asking import At, arguments, chat_arguments, same_choices
-from tests.interop.openai_text import join
+from tests.interop.openai_checks.asking import At, arguments, chat_arguments, same_choices
+from tests.interop.openai_checks.text import join
 
 IDLE_SECONDS = 10
 UNFINISHED = re.compile(r"^elastic_moe:requests_unfinished\{[^}]*\} (\S+)$", re.MULTILINE)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from tests.interop.checks import Tally
-from tests.interop.openai_asking import (
+from tests.interop.openai_checks.asking import (
     At,
     chat_arguments,
     routing_of,

@@ -74,7 +74,7 @@ USE = """
 import json, warnings
 import torch
 import elastic_moe_kernels
-from elastic_moe_kernels import cpu, ops
+from elastic_moe_kernels import native, ops
 from elastic_moe_kernels.table import LayerTable
 one = torch.ones(1, dtype=torch.int32)
 table = LayerTable(2 * one, one, torch.zeros(1), one, torch.ones(1, 4, dtype=torch.bool))
@@ -98,8 +98,8 @@ print(json.dumps({
     "available": native.available,
     "levels": native.levels,
     "detail": native.detail,
-    "reason": cpu.build_info().reason,
-    "openmp": cpu.build_info().openmp,
+    "reason": native.build_info().reason,
+    "openmp": native.build_info().openmp,
 }))
 """
 
@@ -109,7 +109,7 @@ import json, warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     from elastic_moe import Engine, SamplingParams
-    from elastic_moe_kernels import cpu, ops
+    from elastic_moe_kernels import native, ops
     CHANGE
     engines = [Engine.from_pretrained("elastic-mini") for _ in range(2)]
     done = engines[0].generate("Once", "L2", SamplingParams(max_tokens=1))
@@ -124,7 +124,8 @@ print(json.dumps({
 """
 WITHOUT_OPENMP = (
     "import dataclasses; info = dataclasses.replace("
-    "cpu.build_info(), openmp=False, reason='built without OpenMP'); cpu.build_info = lambda: info"
+    "native.build_info(), openmp=False, reason='built without OpenMP'); "
+    "native.build_info = lambda: info"
 )
 
 
@@ -170,7 +171,7 @@ def test_with_a_compiler_the_extension_is_used(with_compiler: Install) -> None:
         for name in with_compiler.files
         if re.fullmatch(r"elastic_moe_kernels/_native.*\.so", name)
     ]
-    seen = json.loads(with_compiler.run(USE + "\nassert '_native' in str(cpu.native())"))
+    seen = json.loads(with_compiler.run(USE + "\nassert '_native' in str(native.extension())"))
     assert seen["where"].startswith(str(with_compiler.target))
     assert seen["ids"] == [[1, 3]]
     assert seen["warnings"] == []

@@ -15,7 +15,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import pytest
 import torch
-from elastic_moe_kernels import cpu
+from elastic_moe_kernels import native
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from elastic_moe.lab.bench.limits import Limits, LimitsProbe
@@ -67,7 +67,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         return
     line = {
         "benchmark": "kernels",
-        "level": cpu.level(),
+        "level": native.level(),
         "spin_count": os.environ.get("GOMP_SPINCOUNT"),
         "machine": describe_machine(),
         "versions": {**describe_versions(), **_peers()},
@@ -117,7 +117,7 @@ def measure(
         record: dict[str, Any] = {
             "kernel": kernel,
             "implementation": implementation,
-            "level": cpu.level() if implementation == "cpu" else None,
+            "level": native.level() if implementation == "cpu" else None,
             "rows": rows,
             "cache": cache,
             **more,
@@ -157,6 +157,6 @@ def measure(
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What was compiled and runs must be the level that was named, or the best there is."""
-    named = os.environ.get(cpu.ISA_VARIABLE) or cpu.levels()[-1]
-    if items and cpu.level() != named:
-        raise pytest.UsageError(f"level {named} was asked for, {cpu.level()} runs")
+    named = os.environ.get(native.ISA_VARIABLE) or native.levels()[-1]
+    if items and native.level() != named:
+        raise pytest.UsageError(f"level {named} was asked for, {native.level()} runs")

@@ -9,11 +9,12 @@ same run; a call of a few rows is bound by the cost of a Python call instead.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
-from elastic_moe_kernels import cpu, ops, reference
+from elastic_moe_kernels import ops, reference
 from elastic_moe_kernels.table import LayerTable
 
 from benchmarks.kernels.conftest import Report
@@ -25,14 +26,18 @@ def implementation_that_runs(call: Callable[[], Any], monkeypatch: pytest.Monkey
     """Which implementation one run of `call` reaches."""
     reached: list[str] = []
     with monkeypatch.context() as patch:
-        for module, name in ((cpu, "cpu"), (reference, "reference")):
-            route = module.route
+        face = import_module("elastic_moe_kernels.ops.route")  # `ops.route` is the function
+        for module, function, name in (
+            (face, "route_native", "cpu"),
+            (reference, "route", "reference"),
+        ):
+            route = getattr(module, function)
 
             def spy(*args: Any, route: Any = route, name: str = name, **kwargs: Any) -> Any:
                 reached.append(name)
                 return route(*args, **kwargs)
 
-            patch.setattr(module, "route", spy)
+            patch.setattr(module, function, spy)
         call()
     return "+".join(reached)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from elastic_moe_kernels import cpu
+from elastic_moe_kernels import native
 from torch import Tensor
 
 from benchmarks.kernels.cases import (
@@ -80,7 +80,7 @@ def test_step(
 ) -> None:
     batch: Batch = getattr(batches, implementation)
     assert batch.backend == implementation
-    assert batch.level == (cpu.level() if implementation == "cpu" else None)
+    assert batch.level == (native.level() if implementation == "cpu" else None)
     chosen = resolve_routing(STANDARD.shape, subnet)
     ids = random_ids(4096, VOCAB)
     decoding = rows <= MAX_DECODE_ROWS

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 import torch
-from elastic_moe_kernels.step_result import Counters
+from elastic_moe_kernels.step import Counters
 
 from benchmarks.peers.timed_native import TimedNative
 from benchmarks.peers.worker import Ids, serve

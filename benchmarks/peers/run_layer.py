@@ -185,13 +185,13 @@ class Transformers:
 
 def identify() -> dict[str, Any]:
     """What runs, and where."""
-    from elastic_moe_kernels import cpu
+    from elastic_moe_kernels import native
 
     from elastic_moe.lab.sweeps.record import describe_commit, describe_machine
 
     return {
         "backend": "cpu",
-        "level": cpu.level(),
+        "level": native.level(),
         "machine": describe_machine(),
         "commit": describe_commit(),
     }

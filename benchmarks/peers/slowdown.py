@@ -6,9 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from elastic_moe_kernels.prepared import PreparedStep
-from elastic_moe_kernels.step import CpuModel
-from elastic_moe_kernels.step_result import StepResult
+from elastic_moe_kernels.step import CpuModel, PreparedStep, StepResult
 from torch import Tensor
 
 from elastic_moe.lab.bench.layer import LayerInputs, LayerWeights, NativeExperts

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from elastic_moe_kernels.step import CpuModel
-from elastic_moe_kernels.weights import LayerTensors, ModelDims, packed_bytes
+from elastic_moe_kernels.step import CpuModel, LayerTensors, ModelDims, packed_bytes
 from torch import Tensor
 
 from elastic_moe.model.checkpoints.checkpoint import (

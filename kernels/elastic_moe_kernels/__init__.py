@@ -1,8 +1,14 @@
 """Kernels of elastic-moe: every op as a readable PyTorch reference and as native code.
 
-ops        the face: `route(...)`, `experts(...)` and so on pick an implementation by name
-reference  PyTorch, any device, differentiable; the definition of what is right
-cpu        C++17, compiled per instruction set and chosen at run time; `cpu_ops` are its kernels
+ops        single kernels: `route`, `experts`, `attention`, `linear`, `rms_norm`, by the
+           implementation that a caller names
+reference  the same in PyTorch: any device, differentiable; fast paths are tested against it
 step       a whole model in C++, one call per step
-packing    weights as the kernels read them; `kv_blocks`, keys and values
+training   half layers, the loss and Muon in C++, forward and backward
+table      what each sub-network of a batch may use
+packing    weights as the C++ kernels read them; `kv_blocks`, keys and values
+native     loads the C++ extension and chooses its instruction-set level; `constants`, the
+           numbers that it shares with Python
+
+The C++ is in csrc/ under the same names: ops/route.h, ops/experts.h, step/, training/.
 """

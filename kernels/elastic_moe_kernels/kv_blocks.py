@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from elastic_moe_kernels.constants import BLOCK_POSITIONS, PANEL, STEP_BYTES
 from elastic_moe_kernels.errors import KernelError
-
-BLOCK_POSITIONS = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,12 +79,12 @@ class KVBlocks:
 
     @property
     def _depth(self) -> int:
-        return 4 // self.dtype.itemsize
+        return STEP_BYTES // PANEL // self.dtype.itemsize
 
     def _views(self) -> tuple[Tensor, Tensor]:
         """Keys (N, G, d / depth, 16, depth) and values (N, G, 16, d padded)."""
         count, heads, d = len(self.data), self.kv_heads, self.head_dim
-        padded = -(-d // 16) * 16
+        padded = _padded(d)
         numbers = self.data.view(self.dtype).view(count, heads, BLOCK_POSITIONS * (d + padded))
         keys, values = numbers.tensor_split([BLOCK_POSITIONS * d], dim=-1)
         return (
@@ -96,7 +95,7 @@ class KVBlocks:
 
 def block_bytes(kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
     """Bytes of one block."""
-    padded = -(-head_dim // 16) * 16
+    padded = _padded(head_dim)
     return BLOCK_POSITIONS * kv_heads * (head_dim + padded) * dtype.itemsize
 
 
@@ -104,3 +103,8 @@ def new_blocks(count: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> 
     """Room for `count` blocks, not filled."""
     data = torch.empty(count, block_bytes(kv_heads, head_dim, dtype), dtype=torch.uint8)
     return KVBlocks(data, kv_heads, head_dim, dtype)
+
+
+def _padded(head_dim: int) -> int:
+    """Channels of a row of values: whole panels."""
+    return -(-head_dim // PANEL) * PANEL

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elastic_moe_kernels import cpu
+from elastic_moe_kernels import native
+from elastic_moe_kernels.constants import PANEL, STEP_BYTES
 from elastic_moe_kernels.errors import KernelError
 
-PANEL = 16
-STEP_BYTES = 64
 HUGE_PAGE_BYTES = 1 << 21
+UNIT_BYTES = STEP_BYTES // PANEL
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -193,7 +193,7 @@ def _pack(matrix: Tensor, data: Tensor, start: int, panel_stride: int, dtype: to
     matrix = matrix.to(dtype)
     if matrix.stride(1) != 1:
         matrix = matrix.contiguous()
-    cpu.native().pack(
+    native.extension().pack(
         matrix.data_ptr(),
         matrix.stride(0),
         matrix.shape[0],
@@ -211,4 +211,4 @@ def _depth(dtype: torch.dtype) -> int:
             f"packed weights must be torch.bfloat16 or torch.float32, got {dtype}. "
             f"Convert them with .to()."
         )
-    return 4 // dtype.itemsize
+    return UNIT_BYTES // dtype.itemsize

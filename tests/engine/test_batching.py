@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from elastic_moe_kernels import cpu
+from elastic_moe_kernels import native
 
 from elastic_moe import Completion, Engine, SamplingParams
 from elastic_moe.engine.running import batch as flat_batch
@@ -24,7 +24,7 @@ from elastic_moe.routing import Subnet
 from tests.engine.holding import held
 from tests.engine.running.test_invariance import random_subnet
 
-pytestmark = pytest.mark.skipif(bool(cpu.missing()), reason="the C++ kernels are not installed")
+pytestmark = pytest.mark.skipif(bool(native.missing()), reason="the C++ kernels are not installed")
 
 COUNT = 32
 Result = tuple[tuple[int, ...], Any, str, str]

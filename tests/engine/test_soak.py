@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from elastic_moe_kernels import cpu
+from elastic_moe_kernels import native
 
 from tests.engine import soak
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(bool(cpu.missing()), reason="the C++ kernels are not installed"),
+    pytest.mark.skipif(bool(native.missing()), reason="the C++ kernels are not installed"),
 ]
 
 

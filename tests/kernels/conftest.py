@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from elastic_moe_kernels import cpu
+from elastic_moe_kernels import native
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@pytest.fixture(params=cpu.levels())
+@pytest.fixture(params=native.levels())
 def level(request: pytest.FixtureRequest) -> str:
     """Every instruction-set level that this machine runs."""
     return request.param

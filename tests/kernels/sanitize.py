@@ -41,9 +41,9 @@ sys.meta_path.insert(0, _Sanitized())
 
 def pytest_sessionstart() -> None:
     """Make sure of what is tested, and give every packed tensor memory of its own."""
-    from elastic_moe_kernels import cpu, packing
+    from elastic_moe_kernels import native, packing
 
-    found = Path(str(cpu.native().__file__))
+    found = Path(str(native.extension().__file__))
     if found.parent != BUILD or "libasan" not in Path("/proc/self/maps").read_text():
         raise pytest.UsageError(f"{found} is no build with sanitizers. Use make test-sanitize.")
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from elastic_moe_kernels import ops, reference
-from elastic_moe_kernels.kv_blocks import BLOCK_POSITIONS, KVBlocks, new_blocks
+from elastic_moe_kernels.constants import BLOCK_POSITIONS
+from elastic_moe_kernels.kv_blocks import KVBlocks, new_blocks
 from torch import Tensor
 
 from tests.kernels.compare import assert_as_good, assert_same_bits

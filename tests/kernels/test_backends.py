@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from elastic_moe_kernels import cpu, ops
+from elastic_moe_kernels import native, ops
 from elastic_moe_kernels.errors import KernelError
 
 
@@ -25,7 +25,7 @@ def run(code: str, **environment: str) -> str:
 
 ROUTE = """
 import torch
-from elastic_moe_kernels import cpu, ops
+from elastic_moe_kernels import native, ops
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.table import LayerTable
 one = torch.ones(1, dtype=torch.int32)
@@ -36,14 +36,14 @@ def route(rows):
 """
 
 
-@pytest.mark.parametrize("level", cpu.levels())
+@pytest.mark.parametrize("level", native.levels())
 def test_environment_chooses_the_level(level: str) -> None:
-    code = ROUTE + "print(cpu.level(), route(1)[0].tolist())"
+    code = ROUTE + "print(native.level(), route(1)[0].tolist())"
     assert run(code, ELASTIC_MOE_ISA=level) == f"{level} [[0, 1, 2, 3]]"
 
 
 def test_strongest_level_is_the_default() -> None:
-    assert run(ROUTE + "print(cpu.level())", ELASTIC_MOE_ISA="") == cpu.levels()[-1]
+    assert run(ROUTE + "print(native.level())", ELASTIC_MOE_ISA="") == native.levels()[-1]
 
 
 def test_unknown_level_is_refused_and_not_replaced() -> None:
@@ -54,28 +54,28 @@ def test_unknown_level_is_refused_and_not_replaced() -> None:
 
 
 def test_level_that_the_machine_lacks_is_refused() -> None:
-    lacking = sorted(set(cpu.LEVELS) - set(cpu.levels()))
+    lacking = sorted(set(native.LEVELS) - set(native.levels()))
     if not lacking:
         pytest.skip("this machine runs every level")
     with pytest.raises(KernelError, match=rf"level must be one of .*, got '{lacking[0]}'"):
-        cpu.level_index(lacking[0])
+        native.level_index(lacking[0])
 
 
 def test_backends_say_what_there_is() -> None:
-    reference, native = ops.backends()
+    reference, cpu = ops.backends()
     assert (reference.name, reference.available) == ("reference", True)
-    assert (native.name, native.available) == ("cpu", True)
-    assert native.levels == cpu.levels()
-    assert native.level in native.levels
-    assert cpu.build_info().compiler in native.detail
+    assert (cpu.name, cpu.available) == ("cpu", True)
+    assert cpu.levels == native.levels()
+    assert cpu.level in cpu.levels
+    assert native.build_info().compiler in cpu.detail
     assert ops.available("cpu")
     assert not ops.available("cuda")
     ops.require("cpu")
 
 
 def test_levels_are_in_order_of_strength() -> None:
-    assert list(cpu.levels()) == [name for name in cpu.LEVELS if name in cpu.levels()]
-    assert cpu.levels()[0] == "portable"
+    assert list(native.levels()) == [name for name in native.LEVELS if name in native.levels()]
+    assert native.levels()[0] == "portable"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

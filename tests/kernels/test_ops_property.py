@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from elastic_moe_kernels import cpu
+from elastic_moe_kernels import native
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +14,7 @@ from tests.kernels.test_dense_ops import check_linear
 from tests.kernels.test_experts import check as check_experts
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
-LEVELS = st.sampled_from(cpu.levels())
+LEVELS = st.sampled_from(native.levels())
 
 
 @st.composite

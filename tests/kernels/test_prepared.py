@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from elastic_moe_kernels.errors import KernelError
-from elastic_moe_kernels.prepared import BatchArrays, PreparedStep
+from elastic_moe_kernels.step import BatchArrays, PreparedStep
 
 from elastic_moe.model.reference.transformer import ElasticTransformer
 from tests.kernels.compare import assert_same_bits

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from elastic_moe_kernels import cpu, ops, reference
+from elastic_moe_kernels import native, ops, reference
+from elastic_moe_kernels.ops.route import route_native
 from torch import Tensor
 
 from tests.kernels.cases import CASES, MIXED, Case, Entry, comparable, make_table
@@ -16,7 +17,7 @@ def bits(topk_ids: Tensor, topk_weights: Tensor) -> tuple[list[list[int]], list[
 
 
 def test_this_machine_runs_a_level() -> None:
-    assert cpu.levels(), cpu.missing()
+    assert native.levels(), native.missing()
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -26,7 +27,7 @@ def test_agrees_with_the_float64_reference(case: Case, level: str) -> None:
     doubled = dict(options, correction_bias=None if bias is None else bias.double())
     want_ids, want = reference.route(logits.double(), table, rows, **doubled)
     _, same_dtype = reference.route(logits, table, rows, **options)
-    ids, weights = cpu.route(logits, table, rows, level=level, **options)
+    ids, weights = route_native(logits, table, rows, level=level, **options)
 
     assert ids.dtype == torch.int32
     assert weights.dtype == torch.float32
@@ -45,13 +46,13 @@ def test_equal_scores_go_to_the_lower_index(level: str) -> None:
     logits = torch.randint(0, 3, (400, 29), generator=generator).float()
     table, rows = make_table(29, MIXED), torch.arange(400) % len(MIXED)
     want, _ = reference.route(logits, table, rows, renormalize=True)
-    got, _ = cpu.route(logits, table, rows, renormalize=True, level=level)
+    got, _ = route_native(logits, table, rows, renormalize=True, level=level)
     assert torch.equal(got, want)
 
 
 def test_equal_scores_go_to_the_lower_index_among_many(level: str) -> None:
     table = make_table(200, [Entry(k=70, threshold=1.0)])
-    ids, weights = cpu.route(
+    ids, weights = route_native(
         torch.zeros(1, 200), table, torch.zeros(1, dtype=torch.int64), renormalize=True, level=level
     )
     assert ids[0].tolist() == list(range(70))
@@ -61,7 +62,7 @@ def test_equal_scores_go_to_the_lower_index_among_many(level: str) -> None:
 def test_bias_selects_but_does_not_weigh(level: str) -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
     bias = torch.tensor([-9.0, 0.0, 0.0, 9.0])
-    ids, weights = cpu.route(
+    ids, weights = route_native(
         logits,
         make_table(4, [Entry(k=2)]),
         torch.tensor([0]),
@@ -79,7 +80,7 @@ def test_threshold_is_relative_to_the_best_selected(level: str) -> None:
     bias = torch.tensor([-9.0, 0.0, 0.0, 0.0])
     table = make_table(4, [Entry(k=3, threshold=0.5)])
     arguments = (logits, table, torch.tensor([0]))
-    ids, _ = cpu.route(*arguments, renormalize=True, correction_bias=bias, level=level)
+    ids, _ = route_native(*arguments, renormalize=True, correction_bias=bias, level=level)
     assert ids.tolist() == [[1, 3, -1]]
 
 
@@ -87,11 +88,11 @@ def test_row_does_not_depend_on_its_batch(level: str) -> None:
     case = Case(97, 29, MIXED, biased=True)
     logits, table, rows, bias = case.build()
     options = {"renormalize": True, "correction_bias": bias, "level": level}
-    whole = bits(*cpu.route(logits, table, rows, **options))
-    backwards = bits(*cpu.route(logits.flip(0), table, rows.flip(0), **options))
+    whole = bits(*route_native(logits, table, rows, **options))
+    backwards = bits(*route_native(logits.flip(0), table, rows.flip(0), **options))
     assert whole == (backwards[0][::-1], backwards[1][::-1])
     for t in range(case.rows):
-        alone = bits(*cpu.route(logits[t : t + 1], table, rows[t : t + 1], **options))
+        alone = bits(*route_native(logits[t : t + 1], table, rows[t : t + 1], **options))
         assert alone == (whole[0][t : t + 1], whole[1][t : t + 1])
 
 
@@ -102,7 +103,7 @@ def test_thread_count_changes_nothing(level: str, num_rows: int) -> None:
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        results.append(bits(*cpu.route(logits, table, rows, renormalize=True, level=level)))
+        results.append(bits(*route_native(logits, table, rows, renormalize=True, level=level)))
     assert results[0] == results[1] == results[2]
 
 
@@ -112,9 +113,9 @@ def test_pool_equals_a_model_without_the_other_experts(level: str) -> None:
     logits = torch.randn(40, 64, generator=generator)
     rows = torch.zeros(40, dtype=torch.int64)
     options = {"renormalize": True, "level": level}
-    pooled = cpu.route(logits, make_table(64, [Entry(k=3, pool=pool)]), rows, **options)
+    pooled = route_native(logits, make_table(64, [Entry(k=3, pool=pool)]), rows, **options)
     cut = logits[:, list(pool)].contiguous()
-    small = cpu.route(cut, make_table(len(pool), [Entry(k=3)]), rows, **options)
+    small = route_native(cut, make_table(len(pool), [Entry(k=3)]), rows, **options)
     assert torch.equal(pooled[0], torch.tensor(pool, dtype=torch.int32)[small[0].long()])
     assert bits(*pooled)[1] == bits(*small)[1]
 
@@ -130,20 +131,20 @@ def test_unordered_logits_do_as_the_reference(
     logits[::2, list(columns)] = poison
     options = {"renormalize": True, "correction_bias": bias}
     want_ids, want = reference.route(logits, table, rows, **options)
-    ids, weights = cpu.route(logits, table, rows, level=level, **options)
+    ids, weights = route_native(logits, table, rows, level=level, **options)
     assert torch.equal(ids, want_ids)
     assert torch.equal(weights.isnan(), want.isnan())
     assert ((ids >= -1) & (ids < 29)).all()
     unpoisoned = [t for t in range(60) if t % 2]
     clean, *rest = Case(60, 29, MIXED, biased=biased).build()
-    alone, _ = cpu.route(clean, *rest[:2], level=level, **options)
+    alone, _ = route_native(clean, *rest[:2], level=level, **options)
     assert torch.equal(ids[unpoisoned], alone[unpoisoned])
 
 
 def test_extreme_logits_stay_in_range(level: str) -> None:
     logits = torch.tensor([[3.4e38, -3.4e38, 0.0, 1e-45], [-3.4e38] * 4, [-1e4, 0.0, -88.0, -87.0]])
     table, rows = make_table(4, [Entry(k=4)]), torch.tensor([0, 0, 0])
-    ids, weights = cpu.route(logits, table, rows, renormalize=True, level=level)
+    ids, weights = route_native(logits, table, rows, renormalize=True, level=level)
     want_ids, want = reference.route(logits, table, rows, renormalize=True)
     assert torch.equal(ids[:2], want_ids[:2])
     assert ids[2, :2].tolist() == [1, 3]
@@ -154,8 +155,8 @@ def test_extreme_logits_stay_in_range(level: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_both_index_types(level: str, dtype: torch.dtype) -> None:
     logits, table, rows, _ = CASES["mixed-subnets"].build()
-    want = cpu.route(logits, table, rows, renormalize=True, level=level)
-    got = cpu.route(logits, table, rows.to(dtype), renormalize=True, level=level)
+    want = route_native(logits, table, rows, renormalize=True, level=level)
+    got = route_native(logits, table, rows.to(dtype), renormalize=True, level=level)
     assert bits(*got) == bits(*want)
 
 
@@ -166,7 +167,7 @@ def test_overwritten_table_stays_in_range(level: str) -> None:
     table.pool[0, 2:] = False  # fewer members than k
     table.pool[1] = False
     table.threshold.fill_(float("nan"))
-    ids, _ = cpu.route(logits, table, rows, renormalize=True, level=level)
+    ids, _ = route_native(logits, table, rows, renormalize=True, level=level)
     assert ((ids >= -1) & (ids < 16)).all()
     assert (ids[1::2] == -1).all()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from elastic_moe_kernels import cpu, reference
+from elastic_moe_kernels import native, reference
+from elastic_moe_kernels.ops.route import route_native
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,10 +41,12 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @settings(max_examples=150, deadline=None)
-@given(case=cases(), level=st.sampled_from(cpu.levels()))
+@given(case=cases(), level=st.sampled_from(native.levels()))
 def test_random_tables(case: Case, level: str) -> None:
     logits, table, rows, bias = case.build()
-    ids, weights = cpu.route(logits, table, rows, correction_bias=bias, level=level, **case.options)
+    ids, weights = route_native(
+        logits, table, rows, correction_bias=bias, level=level, **case.options
+    )
     for t, (row_ids, row_weights) in enumerate(zip(ids.tolist(), weights.tolist(), strict=True)):
         entry = case.entries[t % len(case.entries)]
         kept = [e for e in row_ids if e >= 0]

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 from elastic_moe_kernels.errors import KernelError
-from elastic_moe_kernels.step import CpuModel
+from elastic_moe_kernels.step import CpuModel, LayerTensors, ModelDims
 from elastic_moe_kernels.table import SubnetTable
-from elastic_moe_kernels.weights import LayerTensors, ModelDims
 
 from elastic_moe.model.reference.transformer import build_table
 from elastic_moe.routing import resolve

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from elastic_moe_kernels import cpu, training
+from elastic_moe_kernels import native, training
 from elastic_moe_kernels.errors import KernelError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -33,7 +33,7 @@ CONFIG = replace(
     max_top_k=3,
     expert_hidden=48,
 )
-levels = pytest.mark.parametrize("level", cpu.levels())
+levels = pytest.mark.parametrize("level", native.levels())
 
 
 def make_layer(config: ModelConfig, seed: int = 0) -> DecoderLayer:

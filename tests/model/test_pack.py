@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from elastic_moe_kernels import cpu
+from elastic_moe_kernels import native
 from elastic_moe_kernels.errors import KernelError
-from elastic_moe_kernels.step import CpuModel
-from elastic_moe_kernels.step_result import StepResult
+from elastic_moe_kernels.step import CpuModel, StepResult
 from torch import Tensor
 
 from elastic_moe.model.pack import load_packed, pack_model
@@ -26,7 +25,7 @@ from elastic_moe.routing import Subnet, resolve
 from tests.model.random_models import TINY, tiny_model, tokens
 from tests.model.transformers_models import ARCHITECTURES, VOCAB, their_model
 
-pytestmark = pytest.mark.skipif(bool(cpu.missing()), reason="the C++ kernels are not installed")
+pytestmark = pytest.mark.skipif(bool(native.missing()), reason="the C++ kernels are not installed")
 
 IDS = tokens(1, 70, vocab_size=VOCAB)[0]
 
@@ -77,7 +76,7 @@ def subnets_of(config: object) -> list[Subnet]:
     ]
 
 
-@pytest.mark.parametrize("level", cpu.levels())
+@pytest.mark.parametrize("level", native.levels())
 def test_float32_logits_are_within_twice_the_error_of_pytorch(folder: Path, level: str) -> None:
     model = load_model(folder, dtype="float32")
     native = load_packed(folder, dtype="float32", level=level)
@@ -90,7 +89,7 @@ def test_float32_logits_are_within_twice_the_error_of_pytorch(folder: Path, leve
         assert ours.max() <= 2 * theirs.max() + 1e-6 * want.abs().max(), subnet
 
 
-@pytest.mark.parametrize("level", cpu.levels())
+@pytest.mark.parametrize("level", native.levels())
 def test_bfloat16_logits_are_within_twice_the_error_of_pytorch(folder: Path, level: str) -> None:
     """The exact model has the rounded weights; both others round their inputs on top of that.
 
@@ -109,7 +108,7 @@ def test_bfloat16_logits_are_within_twice_the_error_of_pytorch(folder: Path, lev
         assert ours.mean() <= 2 * theirs.mean(), subnet
 
 
-@pytest.mark.parametrize("level", cpu.levels())
+@pytest.mark.parametrize("level", native.levels())
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_was_packed_from_memory_is_what_was_packed_from_the_file(
     folder: Path, dtype: str, level: str
@@ -179,7 +178,7 @@ def test_experts_that_ran_are_those_that_the_model_chose() -> None:
     ],
     ids=lambda changes: "-".join(changes),
 )
-@pytest.mark.parametrize("level", cpu.levels())
+@pytest.mark.parametrize("level", native.levels())
 def test_odd_shapes(changes: dict[str, object], level: str) -> None:
     model: ElasticTransformer = tiny_model(dtype=torch.float32, **changes)
     exact = tiny_model(dtype=torch.float64, **changes)

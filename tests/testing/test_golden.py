@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 import numpy as np
 import pytest
-from elastic_moe_kernels import cpu
+from elastic_moe_kernels import native
 
 from elastic_moe.testing import ElasticMoEServer, start_server
 
@@ -57,12 +57,12 @@ def callers() -> list[dict[str, str]]:
         "NPY_DISABLE_CPU_FEATURES": " ".join(features),
         "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-FMA,-AVX512F",
     }
-    levels = cpu.levels()[1:] or ("",)
+    levels = native.levels()[1:] or ("",)
     plain = [{"ELASTIC_MOE_ISA": level} for level in levels]
     return [*plain[:-1], {**plain[-1], **old}]
 
 
-@pytest.mark.skipif(not cpu.levels(), reason="the C++ kernels are not installed")
+@pytest.mark.skipif(not native.levels(), reason="the C++ kernels are not installed")
 def test_the_portable_level_writes_the_same_everywhere(
     monkeypatch: pytest.MonkeyPatch, elastic_moe_server: ElasticMoEServer
 ) -> None:
@@ -74,8 +74,8 @@ def test_the_portable_level_writes_the_same_everywhere(
         assert told[0][0] == GOLDEN
 
     fingerprint, unpinned = answers(elastic_moe_server)
-    assert fingerprint == f"em-cpu-{cpu.level()}-bfloat16"
-    assert (unpinned == told) == (cpu.level() == "portable")
+    assert fingerprint == f"em-cpu-{native.level()}-bfloat16"
+    assert (unpinned == told) == (native.level() == "portable")
 
 
 def _run(

@@ -6,8 +6,7 @@ import weakref
 from collections.abc import Sequence
 
 import numpy as np
-from elastic_moe_kernels.prepared import BatchArrays, PreparedStep
-from elastic_moe_kernels.step_result import StepResult
+from elastic_moe_kernels.step import BatchArrays, PreparedStep, StepResult
 from torch import Tensor
 
 from elastic_moe.engine.running.paged import Ints

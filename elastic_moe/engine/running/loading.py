@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from elastic_moe_kernels import cpu, ops
+from elastic_moe_kernels import native, ops
 from elastic_moe_kernels.errors import KernelError
 
 from elastic_moe.engine.running.native import NativeRunner
@@ -57,7 +57,7 @@ def choose_backend(backend: Backend, device: torch.device) -> Literal["reference
         return "reference"
     if backend == "auto":
         ops.warn_if_degraded()
-        if cpu.missing():
+        if native.missing():
             return "reference"
     try:  # a level that was named and is not there is an error for "auto" too
         ops.require("cpu")

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from elastic_moe_kernels.step import CpuModel
-from elastic_moe_kernels.step_result import StepResult
+from elastic_moe_kernels.step import CpuModel, StepResult
 from elastic_moe_kernels.table import SubnetTable
 from torch import Tensor
 

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
-from elastic_moe_kernels.step_result import Counters
+from elastic_moe_kernels.step import Counters
 from torch import Tensor
 
 from elastic_moe.engine.running.paged import (

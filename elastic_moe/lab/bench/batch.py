@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from elastic_moe_kernels.step_result import Counters
+from elastic_moe_kernels.step import Counters
 from torch import Tensor
 
 from elastic_moe.engine.running.paged import PagedSequence

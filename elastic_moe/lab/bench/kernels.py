@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from elastic_moe_kernels import cpu
+from elastic_moe_kernels import native
 from torch import Tensor
 from torch.nn import functional
 
@@ -92,9 +92,9 @@ def bench_kernel(
             i.x.float(), i.topk_ids, i.topk_weights, i.channels, _stacked(model), model.input_dtype
         ),
     }
-    if not cpu.missing():
-        native = NativeExperts(weights)
-        contestants["ours"] = lambda i: native(i, torch.zeros(i.x.shape))
+    if not native.missing():
+        ours = NativeExperts(weights)
+        contestants["ours"] = lambda i: ours(i, torch.zeros(i.x.shape))
     probe = LimitsProbe(weights.gate.dtype, read_bytes=1 << 27, matmul_size=1024)
     rows_to_do = QUICK_ROWS if quick else ROWS
     records = []

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from elastic_moe_kernels import cpu_ops
-from elastic_moe_kernels.cpu_ops import VECTOR_VALUES
+from elastic_moe_kernels.constants import VECTOR_VALUES
+from elastic_moe_kernels.ops.experts import add_experts
 from elastic_moe_kernels.packing import Arena, expert_bytes, pack_experts
 from torch import Tensor
 
@@ -63,7 +63,7 @@ class NativeExperts:
         x = inputs.x
         if x.stride(0) % VECTOR_VALUES or x.stride(1) != 1:
             x = pad_rows(x)
-        self.weight_bytes, self.flops = cpu_ops.add_experts(
+        self.weight_bytes, self.flops = add_experts(
             out,
             x,
             inputs.topk_ids,

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from elastic_moe_kernels import cpu
+from elastic_moe_kernels import native
 from elastic_moe_kernels.packing import Arena
 from torch import Tensor
 
@@ -85,11 +85,11 @@ class LimitsProbe:
 
 
 def _read(buffer: Tensor) -> None:
-    if cpu.missing():
+    if native.missing():
         buffer.view(torch.int64).sum()
         return
-    cpu.native().probe(
-        cpu.level_index(None), buffer.data_ptr(), len(buffer), torch.get_num_threads()
+    native.extension().probe(
+        native.level_index(None), buffer.data_ptr(), len(buffer), torch.get_num_threads()
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from elastic_moe_kernels import cpu, training
+from elastic_moe_kernels import native, training
 from torch import Tensor, nn
 
 from elastic_moe.errors import TrainingError
@@ -32,8 +32,8 @@ def refusal(config: ModelConfig, device: torch.device, dtype: str) -> str | None
         return f"they run on the CPU, and the device is {device}"
     if dtype != "float32":
         return f"they compute in float32, and dtype is {dtype}"
-    if not cpu.levels():
-        return cpu.missing()
+    if not native.levels():
+        return native.missing()
     for what, there in (
         ("dense layers", bool(config.dense_layers)),
         ("shared experts", bool(config.shared_hidden)),
@@ -143,7 +143,7 @@ def _experts(
 
 def can_step(params: Sequence[nn.Parameter]) -> bool:
     """Whether the C++ step of Muon takes these parameters."""
-    return bool(cpu.levels()) and all(
+    return bool(native.levels()) and all(
         p.device.type == "cpu"
         and p.dtype == torch.float32
         and training.muon_refusal(p.shape) is None

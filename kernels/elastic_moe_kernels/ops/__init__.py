@@ -8,10 +8,10 @@ Matrix inputs (what meets packed weights or a cache) are rounded to their dtype,
 are float32. A row's bits depend on nothing but that row, at one instruction-set level.
 """
 
-from elastic_moe_kernels import cpu, reference
+from elastic_moe_kernels import reference
 from elastic_moe_kernels.errors import KernelError
-from elastic_moe_kernels.ops.attending import attention
-from elastic_moe_kernels.ops.choice import (
+from elastic_moe_kernels.ops.attention import attention
+from elastic_moe_kernels.ops.dispatch import (
     Backend,
     Implementation,
     available,
@@ -19,9 +19,10 @@ from elastic_moe_kernels.ops.choice import (
     require,
     warn_if_degraded,
 )
-from elastic_moe_kernels.ops.dense import linear, rms_norm
-from elastic_moe_kernels.ops.feedforward import ExpertsResult, experts
-from elastic_moe_kernels.ops.routing import route
+from elastic_moe_kernels.ops.experts import ExpertsResult, experts
+from elastic_moe_kernels.ops.linear import linear
+from elastic_moe_kernels.ops.norm import rms_norm
+from elastic_moe_kernels.ops.route import route
 
 __all__ = [
     "Backend",
@@ -31,7 +32,6 @@ __all__ = [
     "attention",
     "available",
     "backends",
-    "cpu",
     "experts",
     "linear",
     "reference",

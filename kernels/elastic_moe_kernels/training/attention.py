@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic_moe_kernels import cpu
+from elastic_moe_kernels import native
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.training.checks import (
     LANES,
@@ -86,7 +86,7 @@ def attention_block(
         wanted |= {"q_norm": (q_norm, (d,)), "k_norm": (k_norm, (d,))}
     check(wanted)
     out: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
-        x, norm, q, k, v, o, q_norm, k_norm, cos, sin, shape, cpu.level_index(level)
+        x, norm, q, k, v, o, q_norm, k_norm, cos, sin, shape, native.level_index(level)
     )
     return out
 
@@ -137,7 +137,7 @@ class _Attention(torch.autograd.Function):
             "eps": shape.eps,
         }
         arguments = numbers | addresses(**given, **norms, **saved, out=out) | _ATTENTION_NONE
-        cpu.native().attention_training(
+        native.extension().attention_training(
             level, arguments | {"threads": torch.get_num_threads()}, False
         )
         save(ctx, {**given, **norms, **saved})
@@ -150,7 +150,7 @@ class _Attention(torch.autograd.Function):
         tensors = restore(ctx)
         grads = gradients(tensors, _LEARNED)
         arguments = ctx.numbers | addresses(**tensors, **grads, grad_out=grad, out=None)
-        cpu.native().attention_training(
+        native.extension().attention_training(
             ctx.level, arguments | {"threads": torch.get_num_threads()}, True
         )
         return (*grads.values(), None, None, None, None)

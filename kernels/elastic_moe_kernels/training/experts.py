@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic_moe_kernels import cpu
+from elastic_moe_kernels import native
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.training.checks import (
     LANES,
@@ -104,7 +104,7 @@ def experts_block(
     if choice.pool.dtype != torch.bool or choice.pool.shape != (E,):
         raise KernelError(f"pool must be ({E},) bool, got {tuple(choice.pool.shape)}.")
     out, balance, router_logits, topk_ids = _Experts.apply(  # type: ignore[no-untyped-call]
-        x, norm, router, gate, up, down, correction_bias, choice, eps, cpu.level_index(level)
+        x, norm, router, gate, up, down, correction_bias, choice, eps, native.level_index(level)
     )
     return out, balance, Routed(router_logits, topk_ids)
 
@@ -169,7 +169,7 @@ class _Experts(torch.autograd.Function):
         arguments |= addresses(
             **given, **saved, correction_bias=correction_bias, out=out, balance=balance
         )
-        cpu.native().experts_training(
+        native.extension().experts_training(
             level, arguments | {"threads": torch.get_num_threads()}, False
         )
         save(ctx, {**given, **saved, "correction_bias": correction_bias})
@@ -187,5 +187,5 @@ class _Experts(torch.autograd.Function):
             **tensors, **grads, grad_out=grad, out=None, balance=None
         )
         arguments |= {"grad_balance": float(grad_outputs[1]), "threads": torch.get_num_threads()}
-        cpu.native().experts_training(ctx.level, arguments, True)
+        native.extension().experts_training(ctx.level, arguments, True)
         return (*grads.values(), None, None, None, None)

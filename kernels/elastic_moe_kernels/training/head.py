@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic_moe_kernels import cpu
+from elastic_moe_kernels import native
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.training.checks import LANES, addresses, check
 
@@ -36,7 +36,7 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, *, level: str | None =
         raise KernelError(
             f"targets must be in [0, {V}), got {int(targets.min())} to {int(targets.max())}."
         )
-    loss: Tensor = _HeadLoss.apply(x, weight, targets, cpu.level_index(level))  # type: ignore[no-untyped-call]
+    loss: Tensor = _HeadLoss.apply(x, weight, targets, native.level_index(level))  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -52,7 +52,7 @@ class _HeadLoss(torch.autograd.Function):
             "vocab": len(weight),
             "threads": torch.get_num_threads(),
         }
-        loss = cpu.native().head_loss(
+        loss = native.extension().head_loss(
             level,
             numbers
             | addresses(x=x, weight=weight, targets=targets, grad_x=grads[0], grad_weight=grads[1]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from elastic_moe_kernels import cpu
+from elastic_moe_kernels import native
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.training.checks import LANES, check
 
@@ -50,6 +50,6 @@ def muon_step(
         rows, columns = shape[-2:]
         count = p.numel() // (rows * columns)
         entries.append((p.data_ptr(), momentum.data_ptr(), grad.data_ptr(), count, rows, columns))
-    cpu.native().muon(
-        cpu.level_index(level), entries, lr, beta, weight_decay, steps, torch.get_num_threads()
+    native.extension().muon(
+        native.level_index(level), entries, lr, beta, weight_decay, steps, torch.get_num_threads()
     )

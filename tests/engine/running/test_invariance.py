@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from elastic_moe_kernels import cpu
-from elastic_moe_kernels.prepared import PreparedStep
-from elastic_moe_kernels.step_result import StepResult
+from elastic_moe_kernels import native
+from elastic_moe_kernels.step import PreparedStep, StepResult
 from torch import Tensor
 
 from elastic_moe.config import resolve_routing
@@ -23,7 +22,7 @@ from elastic_moe.engine.running.native import NativeRunner
 from elastic_moe.engine.running.runner import Chunk
 from elastic_moe.routing import ModelShape, Subnet, resolve
 
-pytestmark = pytest.mark.skipif(bool(cpu.missing()), reason="the C++ kernels are not installed")
+pytestmark = pytest.mark.skipif(bool(native.missing()), reason="the C++ kernels are not installed")
 
 TOKENS = 300  # more than one tile of 256 positions
 DTYPES = ["float32", "bfloat16"]
@@ -41,7 +40,7 @@ def runner_of(folder: Path, dtype: str, level: str) -> NativeRunner:
     return NativeRunner(folder, dtype, level)
 
 
-@pytest.fixture(params=[(d, level) for d in DTYPES for level in cpu.levels()], ids="-".join)
+@pytest.fixture(params=[(d, level) for d in DTYPES for level in native.levels()], ids="-".join)
 def runner(tiny_folder: Path, request: pytest.FixtureRequest) -> NativeRunner:
     return runner_of(tiny_folder, *request.param)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from elastic_moe_kernels import cpu
+from elastic_moe_kernels import native
 from elastic_moe_kernels.errors import KernelError
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from elastic_moe.engine.running.runner import Chunk, StepOutput, Wanted
 from elastic_moe.errors import EngineError
 from elastic_moe.routing import Subnet, resolve
 
-pytestmark = pytest.mark.skipif(bool(cpu.missing()), reason="the C++ kernels are not installed")
+pytestmark = pytest.mark.skipif(bool(native.missing()), reason="the C++ kernels are not installed")
 
 LENGTH = 60
 RNG = np.random.default_rng(0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from elastic_moe_kernels import cpu
+from elastic_moe_kernels import native as kernels
 from torch import Tensor
 
 from elastic_moe.errors import TrainingError
@@ -196,7 +196,7 @@ def test_without_the_kernels_or_on_another_device_pytorch_trains(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert "device is cuda" in str(native.refusal(NATIVE, torch.device("cuda"), "float32"))
-    monkeypatch.setattr(cpu, "levels", lambda: ())
+    monkeypatch.setattr(kernels, "levels", lambda: ())
     assert Trainer(NATIVE, PLAN, stream()).backend == "reference"
     assert not native.can_step([])
 

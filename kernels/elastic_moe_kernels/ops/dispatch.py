@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from elastic_moe_kernels import cpu
+from elastic_moe_kernels import native
 from elastic_moe_kernels.errors import KernelError
 
 Implementation = Literal["auto", "reference", "cpu"]
@@ -38,14 +38,14 @@ def backends() -> list[Backend]:
     why_not = _why_not_cpu()
     if why_not:
         return [reference_backend, Backend("cpu", False, None, (), why_not)]
-    info = cpu.build_info()
+    info = native.build_info()
     detail = f"{info.compiler}, {'OpenMP' if info.openmp else 'one thread'}"
-    idle = [name for name in info.levels if name not in cpu.levels()]
+    idle = [name for name in info.levels if name not in native.levels()]
     if idle:
         detail += f"; compiled, but this machine lacks it: {', '.join(idle)}"
     if info.reason:
         detail += f"; {info.reason}"
-    return [reference_backend, Backend("cpu", True, cpu.level(), cpu.levels(), detail)]
+    return [reference_backend, Backend("cpu", True, native.level(), native.levels(), detail)]
 
 
 def available(name: str) -> bool:
@@ -63,10 +63,10 @@ def require(name: str) -> None:
 
 def _why_not_cpu() -> str:
     """Why the C++ kernels cannot run (missing, or a wrong ELASTIC_MOE_ISA); "" if they can."""
-    if cpu.missing():
-        return cpu.missing()
+    if native.missing():
+        return native.missing()
     try:
-        cpu.level()
+        native.level()
     except KernelError as error:
         return str(error)
     return ""
@@ -78,12 +78,15 @@ def warn_if_degraded() -> None:
 
     For whoever chose the implementation by "auto": it works all the same, but slower.
     """
-    if cpu.missing():
-        problem = f"routing runs on the PyTorch reference, which is slower: {cpu.missing()}"
-    elif not cpu.build_info().openmp:
+    if native.missing():
         problem = (
-            f"the C++ kernels run on one thread: {cpu.build_info().reason}. With a compiler that "
-            f"has OpenMP, install elastic-moe again: `pip install .` in its source."
+            f"the PyTorch reference runs instead of the C++ kernels, and is slower: "
+            f"{native.missing()}"
+        )
+    elif not native.build_info().openmp:
+        problem = (
+            f"the C++ kernels run on one thread: {native.build_info().reason}. With a compiler "
+            f"that has OpenMP, install elastic-moe again: `pip install .` in its source."
         )
     else:
         return
@@ -105,7 +108,7 @@ def choose(
             though one was named.
     """
     if implementation == "auto":
-        implementation = "reference" if unfit or cpu.missing() else "cpu"
+        implementation = "reference" if unfit or native.missing() else "cpu"
     elif implementation == "cpu" and unfit:
         raise KernelError(f"implementation 'cpu' {unfit} Or use implementation='reference'.")
     elif implementation not in ("reference", "cpu"):

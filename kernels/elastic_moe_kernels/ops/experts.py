@@ -1,4 +1,4 @@
-"""`experts`, behind checks of its arguments."""
+"""SwiGLU experts of rows that each chose their own."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elastic_moe_kernels import cpu_ops, reference
+from elastic_moe_kernels import native, reference
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.ops.checks import check_range, check_shape, check_tensor, no_backward
-from elastic_moe_kernels.ops.choice import Implementation, choose
+from elastic_moe_kernels.ops.dispatch import Implementation, choose
+from elastic_moe_kernels.ops.linear import as_inputs
 from elastic_moe_kernels.packing import PackedExperts, expert_bytes, unpack_experts
 
 MAX_SLOTS = 2**31 - 1  # the kernel counts (row, expert) pairs in int32
@@ -52,7 +53,7 @@ def experts(
         channels: (T,) int32 in [1, F]: of every expert's hidden channels, how many a row runs.
         experts: E experts of D inputs and F hidden channels.
         implementation: "auto", "reference" or "cpu".
-        level: the instruction-set level of "cpu"; None for `cpu.level()`.
+        level: the instruction-set level of "cpu"; None for `native.level()`.
 
     Raises:
         KernelError: an argument is outside what is said above, or the implementation cannot run.
@@ -81,12 +82,66 @@ def experts(
     check_range("channels", channels, 1, experts.channels, "the experts' hidden channels")
     unfit = no_backward(x, topk_weights)
     if choose(implementation, unfit, level) == "cpu":
-        out, weight_bytes, flops = cpu_ops.experts(
+        out, weight_bytes, flops = experts_native(
             x, topk_ids, topk_weights, channels, experts, level=level
         )
         return ExpertsResult(out, weight_bytes, flops)
     out = reference.experts(x, topk_ids, topk_weights, channels, *unpack_experts(experts))
     return ExpertsResult(out, *_count(topk_ids, channels, experts))
+
+
+def experts_native(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    channels: Tensor,
+    experts: PackedExperts,
+    *,
+    level: str | None = None,
+) -> tuple[Tensor, int, int]:
+    """The C++ kernel of `experts`: out (T, D) float32, weight bytes and FLOPs."""
+    out = torch.zeros(len(x), experts.hidden)
+    inputs = as_inputs(x, experts.dtype)
+    counted = add_experts(out, inputs, topk_ids, topk_weights, channels, experts, level=level)
+    return out, *counted
+
+
+def add_experts(
+    out: Tensor,
+    inputs: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    channels: Tensor,
+    experts: PackedExperts,
+    *,
+    level: str | None = None,
+) -> tuple[int, int]:
+    """The C++ kernel by itself: nothing is checked, converted, padded or allocated.
+
+    Args:
+        out: (T, D) float32, added to.
+        inputs: (T, D) in the experts' dtype, in rows of whole vectors, zeros behind the last value.
+
+    Returns:
+        Weight bytes and FLOPs.
+    """
+    weight_bytes, flops = native.extension().experts(
+        native.level_index(level),
+        experts.dtype == torch.bfloat16,
+        experts.data.data_ptr(),
+        experts.num_experts,
+        experts.hidden,
+        experts.channels,
+        inputs.data_ptr(),
+        inputs.stride(0),
+        *topk_ids.shape,
+        topk_ids.data_ptr(),
+        topk_weights.data_ptr(),
+        channels.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return weight_bytes, flops
 
 
 def _count(topk_ids: Tensor, channels: Tensor, experts: PackedExperts) -> tuple[int, int]:

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from elastic_moe_kernels.constants import BLOCK_POSITIONS
 from elastic_moe_kernels.errors import KernelError
-from elastic_moe_kernels.step_checks import REFUSALS, Ints, check_arrays
-from elastic_moe_kernels.step_result import Counters, StepResult
+from elastic_moe_kernels.step.checks import REFUSALS, Ints, check_arrays
+from elastic_moe_kernels.step.outputs import Counters, StepResult
 
 if TYPE_CHECKING:
-    from elastic_moe_kernels.step import CpuModel
+    from elastic_moe_kernels.step.model import CpuModel
 
 Answer = tuple[int, int, int, int, list[int], list[int], tuple[int, int, int, int, int, int]]
 
@@ -133,7 +134,7 @@ class PreparedStep:
                 value=value,
                 detail=detail,
                 vocab=self._model.dims.vocab_size - 1,
-                positions=min(inputs.angle_positions, 16 * blocks) - 1,
+                positions=min(inputs.angle_positions, BLOCK_POSITIONS * blocks) - 1,
                 sequences=sequences - 1,
                 subnets=inputs.subnet_count - 1,
                 blocks=inputs.kv_blocks - 1,

@@ -1,4 +1,4 @@
-"""`linear` and `rms_norm`, behind checks of their arguments."""
+"""The root-mean-square norm of every row."""
 
 from __future__ import annotations
 
@@ -7,44 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from elastic_moe_kernels import cpu_ops, reference
+from elastic_moe_kernels import native, reference
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.ops.checks import check_shape, check_tensor, no_backward
-from elastic_moe_kernels.ops.choice import Implementation, choose, warn_if_degraded
-from elastic_moe_kernels.packing import PackedMatrix, unpack_matrix
-
-
-def linear(
-    x: Tensor,
-    matrix: PackedMatrix,
-    *,
-    implementation: Implementation = "auto",
-    level: str | None = None,
-) -> Tensor:
-    """Multiply every row by a packed matrix.
-
-    Args:
-        x: (T, D) float32, contiguous.
-        matrix: N outputs, D inputs.
-        implementation: "auto", "reference" or "cpu".
-        level: the instruction-set level of "cpu"; None for `cpu.level()`.
-
-    Returns:
-        (T, N) float32.
-
-    Raises:
-        KernelError: an argument is outside what is said above, or the implementation cannot run.
-    """
-    if not isinstance(matrix, PackedMatrix):
-        raise KernelError(
-            f"matrix must be a PackedMatrix, got {type(matrix).__name__}. Pack it with pack_matrix."
-        )
-    check_tensor("x", x, (torch.float32,), 2, matrix.data.device)
-    check_shape("x", x, (x.shape[0], matrix.inputs), "one column per input of the matrix")
-    unfit = no_backward(x)
-    if choose(implementation, unfit, level) == "cpu":
-        return cpu_ops.linear(x, matrix, level=level)
-    return reference.linear(x, unpack_matrix(matrix))
+from elastic_moe_kernels.ops.dispatch import Implementation, choose, warn_if_degraded
 
 
 def rms_norm(
@@ -62,7 +28,7 @@ def rms_norm(
         gain: (D,) like x.
         eps: added to the mean square, finite and >= 0.
         implementation: "auto", "reference" or "cpu".
-        level: the instruction-set level of "cpu"; None for `cpu.level()`.
+        level: the instruction-set level of "cpu"; None for `native.level()`.
 
     Returns:
         x / sqrt(mean(x^2) + eps) * gain, (T, D) like x.
@@ -85,5 +51,20 @@ def rms_norm(
     if implementation == "auto" and not unfit:
         warn_if_degraded()
     if choose(implementation, unfit, level) == "cpu":
-        return cpu_ops.rms_norm(x, gain, eps, level=level)
+        return rms_norm_native(x, gain, eps, level=level)
     return reference.rms_norm(x, gain, eps)
+
+
+def rms_norm_native(x: Tensor, gain: Tensor, eps: float, *, level: str | None = None) -> Tensor:
+    """The C++ kernel of `rms_norm`, on float32."""
+    out = torch.empty_like(x)
+    native.extension().rms_norm(
+        native.level_index(level),
+        x.data_ptr(),
+        gain.data_ptr(),
+        *x.shape,
+        eps,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out

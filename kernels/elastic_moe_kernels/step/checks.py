@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from elastic_moe_kernels.errors import KernelError
+from elastic_moe_kernels.step.weights import LayerTensors, ModelDims
 from elastic_moe_kernels.table import SubnetTable
-from elastic_moe_kernels.weights import LayerTensors, ModelDims
 
 Ints = NDArray[np.int32]
 

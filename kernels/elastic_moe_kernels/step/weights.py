@@ -9,12 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from elastic_moe_kernels import cpu
+from elastic_moe_kernels.constants import (
+    MAX_EXPERTS,
+    MAX_HEAD_DIM,
+    MAX_HEADS_PER_GROUP,
+    STEP_BYTES,
+)
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.packing import expert_bytes, matrix_bytes
-
-MAX_HEAD_DIM = 512
-MAX_HEADS_PER_GROUP = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ def packed_bytes(dims: ModelDims, dtype: torch.dtype, layers: Sequence[tuple[boo
     """
 
     def up(size: int) -> int:
-        return -(-size // 64) * 64
+        return -(-size // STEP_BYTES) * STEP_BYTES
 
     total = up(matrix_bytes(dims.vocab_size, dims.hidden_size, dtype))
     for routes, everyone in layers:
@@ -110,5 +112,5 @@ def check_dims(dims: ModelDims) -> None:
             f"num_heads must be 1 to {MAX_HEADS_PER_GROUP} times num_kv_heads, got "
             f"{dims.num_heads} and {dims.num_kv_heads}."
         )
-    if dims.num_experts > cpu.MAX_EXPERTS:
-        raise KernelError(f"num_experts must be at most {cpu.MAX_EXPERTS}, got {dims.num_experts}.")
+    if dims.num_experts > MAX_EXPERTS:
+        raise KernelError(f"num_experts must be at most {MAX_EXPERTS}, got {dims.num_experts}.")

@@ -14,16 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic_moe_kernels import cpu, cpu_ops
+from elastic_moe_kernels import native
 from elastic_moe_kernels.errors import KernelError
+from elastic_moe_kernels.kv_blocks import block_bytes
+from elastic_moe_kernels.ops.linear import linear_native
+from elastic_moe_kernels.ops.norm import rms_norm_native
 from elastic_moe_kernels.packing import (
     Arena,
     PackedMatrix,
     pack_experts,
     pack_matrix,
 )
-from elastic_moe_kernels.prepared import BatchArrays, PreparedStep, WantedOutputs
-from elastic_moe_kernels.step_checks import (
+from elastic_moe_kernels.step.checks import (
     Ints,
     check_blocks,
     check_layer,
@@ -31,11 +33,10 @@ from elastic_moe_kernels.step_checks import (
     check_table,
     expect,
 )
-from elastic_moe_kernels.step_result import StepResult
+from elastic_moe_kernels.step.inputs import BatchArrays, PreparedStep, WantedOutputs
+from elastic_moe_kernels.step.outputs import StepResult
+from elastic_moe_kernels.step.weights import LayerTensors, ModelDims, check_dims
 from elastic_moe_kernels.table import SubnetTable
-from elastic_moe_kernels.weights import LayerTensors, ModelDims, check_dims
-
-BLOCK_POSITIONS = 16
 
 
 class CpuModel:
@@ -46,7 +47,7 @@ class CpuModel:
     Args:
         dims: sizes.
         dtype: of matrices, their inputs, keys and values: torch.bfloat16 or torch.float32.
-        level: instruction-set level; None for `cpu.level()`.
+        level: instruction-set level; None for `native.level()`.
 
     Raises:
         KernelError: sizes that the kernels do not take, or the C++ kernels are missing.
@@ -54,11 +55,11 @@ class CpuModel:
 
     def __init__(self, dims: ModelDims, dtype: torch.dtype, level: str | None = None) -> None:
         check_dims(dims)
-        native = cpu.native()
+        extension = native.extension()
         self.dims, self.dtype = dims, dtype
-        self.level = level or cpu.level()
-        self.native = native.Model(
-            cpu.level_index(self.level),
+        self.level = level or native.level()
+        self.native = extension.Model(
+            native.level_index(self.level),
             dtype == torch.bfloat16,
             dims.hidden_size,
             dims.num_heads,
@@ -73,7 +74,7 @@ class CpuModel:
             dims.renormalize,
             dims.routing_epsilon,
         )
-        self._native_inputs = native.StepInputs
+        self._native_inputs = extension.StepInputs
         self._arena: Arena | None = None
         self._kept: dict[object, Any] = {}  # what the native model holds addresses of
         self._angles: tuple[Tensor, Tensor] | None = None
@@ -175,9 +176,7 @@ class CpuModel:
     @property
     def block_bytes(self) -> int:
         """Bytes of one block of keys and values: 16 positions of one layer."""
-        dims = self.dims
-        padded = -(-dims.head_dim // 16) * 16
-        return 16 * dims.num_kv_heads * (dims.head_dim + padded) * self.dtype.itemsize
+        return block_bytes(self.dims.num_kv_heads, self.dims.head_dim, self.dtype)
 
     def new_blocks(self, count: int) -> Tensor:
         """Room for `count` blocks of keys and values, (count, block_bytes) uint8."""
@@ -268,7 +267,7 @@ class CpuModel:
         The bits are those that `step` gives for the same stream.
         """
         _, _, head = self._kept["ends"]
-        return cpu_ops.linear(self.final_states(states), head, level=self.level)
+        return linear_native(self.final_states(states), head, level=self.level)
 
     def final_states(self, states: Tensor) -> Tensor:
         """Final norm: residual stream (n, D) -> (n, D) float32."""
@@ -277,7 +276,7 @@ class CpuModel:
         if states.dtype != torch.float32 or not states.is_contiguous():
             states = states.float().contiguous()
         _, gain, _ = self._kept["ends"]
-        return cpu_ops.rms_norm(states, gain, dims.rms_norm_eps, level=self.level)
+        return rms_norm_native(states, gain, dims.rms_norm_eps, level=self.level)
 
     def _columns_of(self, table: SubnetTable) -> dict[str, Tensor]:
         """The columns that the native step reads. A table is looked at once, and remembered."""

@@ -1,4 +1,4 @@
-"""`attention`, behind checks of its arguments."""
+"""Causal attention over blocks of keys and values."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from elastic_moe_kernels import cpu_ops, reference
+from elastic_moe_kernels import native, reference
+from elastic_moe_kernels.constants import BLOCK_POSITIONS, MAX_HEAD_DIM, MAX_HEADS_PER_GROUP
 from elastic_moe_kernels.errors import KernelError
-from elastic_moe_kernels.kv_blocks import BLOCK_POSITIONS, KVBlocks
+from elastic_moe_kernels.kv_blocks import KVBlocks
 from elastic_moe_kernels.ops.checks import check_range, check_shape, check_tensor, no_backward
-from elastic_moe_kernels.ops.choice import Implementation, choose
-from elastic_moe_kernels.weights import MAX_HEAD_DIM, MAX_HEADS_PER_GROUP
+from elastic_moe_kernels.ops.dispatch import Implementation, choose
 
 
 def attention(
@@ -37,7 +37,7 @@ def attention(
         starts: (S,) int32 >= 0, position of each sequence's first token here.
         scale: of the scores, finite; None for 1 / sqrt(d).
         implementation: "auto", "reference" or "cpu".
-        level: the instruction-set level of "cpu"; None for `cpu.level()`.
+        level: the instruction-set level of "cpu"; None for `native.level()`.
 
     Returns:
         (T, H, d) in the dtype of the blocks.
@@ -84,7 +84,7 @@ def attention(
         raise KernelError(f"scale must be finite, got {scale}.")
 
     if choose(implementation, no_backward(queries), level) == "cpu":
-        return cpu_ops.attention(
+        return attention_native(
             queries, blocks, block_tables, lengths, starts, scale=scale, level=level
         )
     out = torch.empty(queries.shape, dtype=blocks.dtype, device=device)
@@ -94,6 +94,44 @@ def attention(
         mine = slice(row, row + length)
         out[mine] = reference.attention(queries[mine], keys, values, scale).to(blocks.dtype)
         row += length
+    return out
+
+
+def attention_native(
+    queries: Tensor,
+    blocks: KVBlocks,
+    block_tables: Tensor,
+    lengths: Tensor,
+    starts: Tensor,
+    *,
+    scale: float,
+    level: str | None = None,
+) -> Tensor:
+    """The C++ kernel of `attention`: out (T, H, d) in the dtype of the blocks."""
+    rows, heads, _ = queries.shape
+    sequences, width = block_tables.shape
+    spans = torch.empty(sequences, 4, dtype=torch.int32)  # row, rows, position, entry of the table
+    spans[:, 0] = lengths.cumsum(0) - lengths
+    spans[:, 1] = lengths
+    spans[:, 2] = starts
+    spans[:, 3] = torch.arange(sequences) * width
+    inputs = queries.to(blocks.dtype)
+    out = torch.empty(rows, heads, blocks.head_dim, dtype=blocks.dtype)
+    native.extension().attention(
+        native.level_index(level),
+        blocks.dtype == torch.bfloat16,
+        blocks.data.data_ptr(),
+        blocks.kv_heads,
+        blocks.head_dim,
+        heads,
+        scale,
+        inputs.data_ptr(),
+        spans.data_ptr(),
+        sequences,
+        block_tables.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
     return out
 
 

@@ -1,4 +1,4 @@
-"""`route`, behind checks of its arguments."""
+"""The router: which experts run for every token, and their weights."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from elastic_moe_kernels import cpu, reference
+from elastic_moe_kernels import native, reference
+from elastic_moe_kernels.constants import MAX_EXPERTS
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.ops.checks import check_tensor
-from elastic_moe_kernels.ops.choice import Implementation, choose, warn_if_degraded
+from elastic_moe_kernels.ops.dispatch import Implementation, choose, warn_if_degraded
 from elastic_moe_kernels.table import LayerTable
 
 
@@ -48,7 +49,7 @@ def route(
     if implementation == "auto" and not unfit:
         warn_if_degraded()
     if choose(implementation, unfit) == "cpu":
-        return cpu.route(
+        return route_native(
             router_logits,
             table,
             subnet_of_row,
@@ -65,6 +66,70 @@ def route(
         epsilon=epsilon,
         correction_bias=correction_bias,
     )
+
+
+def route_native(
+    router_logits: Tensor,
+    table: LayerTable,
+    subnet_of_row: Tensor,
+    *,
+    renormalize: bool,
+    epsilon: float = 0.0,
+    correction_bias: Tensor | None = None,
+    level: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The C++ kernel of `route`, on float32 CPU tensors whose dtypes and shapes were checked.
+
+    Args:
+        level: the instruction-set level to run; None for `level()`.
+
+    A row whose logits inside its pool hold NaN or +inf, or are all -inf, gets the lowest
+    min_experts experts of its pool with NaN weights, as in the reference. Scores below 1.2e-38 of
+    the best are 0. A row's bits depend on nothing but its logits, its entry of the table and K.
+
+    Raises:
+        KernelError: a row names no sub-network of the table, the bias is not finite, or the level
+            is not there.
+    """
+    module = native.extension()
+    rows, experts = router_logits.shape
+    topk_ids = torch.empty(rows, table.max_top_k, dtype=torch.int32)
+    topk_weights = torch.empty(rows, table.max_top_k, dtype=torch.float32)
+    refusal, where, value = module.route(
+        native.level_index(level),
+        router_logits.data_ptr(),
+        subnet_of_row.data_ptr(),
+        subnet_of_row.element_size(),
+        rows,
+        experts,
+        table.max_top_k,
+        table.top_k.data_ptr(),
+        table.top_k.stride(0),
+        table.min_experts.data_ptr(),
+        table.min_experts.stride(0),
+        table.threshold.data_ptr(),
+        table.threshold.stride(0),
+        table.pool.data_ptr(),
+        table.pool.stride(0),
+        table.num_subnets,
+        0 if correction_bias is None else correction_bias.data_ptr(),
+        renormalize,
+        epsilon,
+        topk_ids.data_ptr(),
+        topk_weights.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if refusal:
+        raise KernelError(_REFUSALS[refusal].format(where, value, table.num_subnets - 1))
+    return topk_ids, topk_weights
+
+
+_REFUSALS = {
+    1: "subnet_of_row[{0}] must be in [0, {2}], got {1:.0f}.",
+    2: "row {0}: its sub-network has top_k {1:.0f} here, so nothing to route in this layer. "
+    "Route only the rows whose sub-network runs this layer.",
+    3: "correction_bias[{0}] must be finite, got {1}.",
+}
 
 
 def _check(
@@ -113,8 +178,8 @@ def _unfit_for_cpu(router_logits: Tensor, correction_bias: Tensor | None) -> str
         or (correction_bias is not None and correction_bias.requires_grad)
     ):
         return "has no backward pass. Call it under torch.no_grad()."
-    if router_logits.shape[1] > cpu.MAX_EXPERTS:
-        return f"takes at most {cpu.MAX_EXPERTS} experts, got {router_logits.shape[1]}."
+    if router_logits.shape[1] > MAX_EXPERTS:
+        return f"takes at most {MAX_EXPERTS} experts, got {router_logits.shape[1]}."
     return ""
 
 

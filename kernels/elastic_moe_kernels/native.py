@@ -1,4 +1,4 @@
-"""The C++ kernels: loading them, choosing an instruction-set level, calling them.
+"""The C++ extension: loading it, and the instruction-set level that runs.
 
 Levels, weakest first: "portable" (SSE2 on x86-64), "avx2" (AVX2, FMA), "avx512" (F, BW, DQ, VL,
 VNNI, BF16). The strongest that the install has and the machine runs is used, unless the environment
@@ -20,17 +20,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-from torch import Tensor
+import torch  # noqa: F401 (brings the OpenMP library that the extension needs)
 
 from elastic_moe_kernels.errors import KernelError
-from elastic_moe_kernels.table import LayerTable
 
 ISA_VARIABLE = "ELASTIC_MOE_ISA"
 LEVELS = ("portable", "avx2", "avx512")
-
-# The kernel keeps the scores of a row on the stack.
-MAX_EXPERTS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +59,7 @@ def build_info() -> BuildInfo:
 def missing() -> str:
     """Why the C++ kernels cannot be used, "" if they can."""
     try:
-        native()
+        extension()
     except KernelError as error:
         return str(error)
     return ""
@@ -93,70 +88,6 @@ def level() -> str:
     return wanted or next(reversed(runnable))
 
 
-def route(
-    router_logits: Tensor,
-    table: LayerTable,
-    subnet_of_row: Tensor,
-    *,
-    renormalize: bool,
-    epsilon: float = 0.0,
-    correction_bias: Tensor | None = None,
-    level: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`reference.route` on float32 CPU tensors whose dtypes and shapes `ops.route` has checked.
-
-    Args:
-        level: the instruction-set level to run; None for `level()`.
-
-    A row whose logits inside its pool hold NaN or +inf, or are all -inf, gets the lowest
-    min_experts experts of its pool with NaN weights, as in the reference. Scores below 1.2e-38 of
-    the best are 0. A row's bits depend on nothing but its logits, its entry of the table and K.
-
-    Raises:
-        KernelError: a row names no sub-network of the table, the bias is not finite, or the level
-            is not there.
-    """
-    module = native()
-    rows, experts = router_logits.shape
-    topk_ids = torch.empty(rows, table.max_top_k, dtype=torch.int32)
-    topk_weights = torch.empty(rows, table.max_top_k, dtype=torch.float32)
-    refusal, where, value = module.route(
-        level_index(level),
-        router_logits.data_ptr(),
-        subnet_of_row.data_ptr(),
-        subnet_of_row.element_size(),
-        rows,
-        experts,
-        table.max_top_k,
-        table.top_k.data_ptr(),
-        table.top_k.stride(0),
-        table.min_experts.data_ptr(),
-        table.min_experts.stride(0),
-        table.threshold.data_ptr(),
-        table.threshold.stride(0),
-        table.pool.data_ptr(),
-        table.pool.stride(0),
-        table.num_subnets,
-        0 if correction_bias is None else correction_bias.data_ptr(),
-        renormalize,
-        epsilon,
-        topk_ids.data_ptr(),
-        topk_weights.data_ptr(),
-        torch.get_num_threads(),
-    )
-    if refusal:
-        raise KernelError(_REFUSALS[refusal].format(where, value, table.num_subnets - 1))
-    return topk_ids, topk_weights
-
-
-_REFUSALS = {
-    1: "subnet_of_row[{0}] must be in [0, {2}], got {1:.0f}.",
-    2: "row {0}: its sub-network has top_k {1:.0f} here, so nothing to route in this layer. "
-    "Route only the rows whose sub-network runs this layer.",
-    3: "correction_bias[{0}] must be finite, got {1}.",
-}
-
-
 @cache
 def level_index(name: str | None) -> int:
     """Position of a level (None: `level()`) in the extension's list.
@@ -174,12 +105,12 @@ def level_index(name: str | None) -> int:
 @cache
 def _runnable() -> dict[str, int]:
     """Position in the extension's list of each level that this machine runs."""
-    found = enumerate(native().levels())
+    found = enumerate(extension().levels())
     return {name: i for i, (name, runs, _, _) in found if runs}
 
 
 @cache
-def native() -> ModuleType:
+def extension() -> ModuleType:
     """The extension, with an OpenMP library for it to find.
 
     Raises:

@@ -265,18 +265,20 @@ def page(results: Results) -> str:
 `python -m experiments.claims.page` writes this page from [results](../benchmarks/results);
 a test keeps it up to date.
 
-- Figures with a sign are nats per token of held-out text, here the Python language reference: what
-  a sub-network loses against the whole of the same network, unless said otherwise. ± is a standard
-  error, or over seeds a standard deviation.
-- *elastic-mini* is the bundled checkpoint: {sizes}; its figures are over
+- Figures with a sign are nats per token of held-out text (a nat is 1.44 bits), here the Python
+  language reference: the loss that a sub-network adds to that of the full network, unless said
+  otherwise. ± is a standard error, or over seeds a standard deviation.
+- *elastic-mini* is the bundled checkpoint:
+  {sizes}; its figures are over
   {results.scored_tokens:,} scored tokens{unless}.
-- *12 layers* are trainings of one recipe, elastic, inelastic and of single sub-networks: {runs}.
+- *12 layers* are trainings of one recipe, elastic, inelastic and of
+  single sub-networks: {runs}.
   The elastic ones run the full network on three quarters of every step's text, *frugal* ones on
   seven eighths, and a drawn one on the rest. *One network a step* is the default of `elastic-moe
-  train`: the one that is drawn, as ERNIE 5.0 draws it. Of differences between trainings of several
-  seeds, ± is what two of different seeds would show.
-- The ablation of ERNIE 5.0 has 3.2 B parameters, 64 experts, k 8, 250 B tokens. Across such scales
-  the order and shape of the losses can be compared, their size cannot.
+  train`: the one that is drawn, as ERNIE 5.0 draws it. For differences between trainings of several
+  seeds, ± is the difference that two seeds would show.
+- The ablation of ERNIE 5.0 has 3.2 B parameters, 64 experts, k 8, 250 B tokens. Order and shape of
+  the losses compare across such scales, their size does not.
 - Equal tokens do not make equal quality, and a cheaper network is no claim about a better one.
 
 | source | published | measured here | how to read it |

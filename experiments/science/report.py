@@ -1,4 +1,4 @@
-"""What the README shows of the experiment and of coherence: markdown, made of result files alone.
+"""Tables and sentences of docs/science.md: markdown, made of result files alone.
 
     python -m experiments.science.report
     python -m experiments.science.report --text held-out-authors

@@ -18,7 +18,7 @@ import pytest
 
 from experiments.science.report import read_summary, science_table, science_words
 from experiments.science.summary import BETTER_AT, COST_ALLOWED
-from tests.docs.pages import GENERATED, RESULTS, ROOT, Page, pages, read
+from tests.docs.pages import RESULTS, ROOT, Page, pages, read
 
 PAGES = pages()
 BLOCKS = [(page.name, block) for page in PAGES for block in page.blocks]
@@ -65,9 +65,8 @@ def test_the_pages_have_their_snippets() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pages_wrap_at_100_columns(page: Page) -> None:
     """Tables, pictures and code aside."""
-    if page.name not in GENERATED:
-        lines = [line for line in page.prose.splitlines() if not line.startswith(("|", "!["))]
-        assert [line for line in lines if len(line) > 100] == []
+    lines = [line for line in page.prose.splitlines() if not line.startswith(("|", "!["))]
+    assert [line for line in lines if len(line) > 100] == []
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The tables and words of the README's experiment and coherence, from handmade results."""
+"""The tables and words of docs/science.md, from handmade results."""
 
 from __future__ import annotations
 

@@ -118,13 +118,24 @@ void NativeModel::sort_rows(const StepInputs& in) {
     for (size_t i = 0; i < blocks_.size(); ++i)
         blocks_[i] = at<const int32_t>(in.block_tables) + i * static_cast<size_t>(in.table_blocks);
     most_slots_ = 1;
+    // A table has rows that no token of this step names.
+    used_subnets_.clear();
+    std::vector<bool> seen(static_cast<size_t>(in.subnet_count));
+    for (int t = 0; t < in.rows; ++t) {
+        if (t && subnets[t] == subnets[t - 1]) continue;
+        if (seen[static_cast<size_t>(subnets[t])]) continue;
+        seen[static_cast<size_t>(subnets[t])] = true;
+        used_subnets_.push_back(subnets[t]);
+    }
 
     for (int l = 0; l < L; ++l) {
         LayerRows& here = layers_[static_cast<size_t>(l)];
         // Most layers run for the same rows as the one before.
         bool same = l > 0;
-        for (int64_t s = 0; same && s < in.subnet_count; ++s)
+        for (size_t i = 0; same && i < used_subnets_.size(); ++i) {
+            const int64_t s = used_subnets_[i];
             same = (active[s * L + l] != 0) == (active[s * L + l - 1] != 0);
+        }
         std::vector<int32_t>& rows = row_lists_[static_cast<size_t>(l)];
         std::vector<int32_t>& own = subnet_lists_[static_cast<size_t>(l)];
         if (same) {
@@ -155,7 +166,7 @@ void NativeModel::sort_rows(const StepInputs& in) {
             }
         }
         here.slots = 1;
-        for (int64_t s = 0; s < in.subnet_count; ++s)
+        for (const int64_t s : used_subnets_)
             if (active[s * L + l] && top_k[s * L + l] > here.slots) here.slots = top_k[s * L + l];
         if (here.slots > most_slots_) most_slots_ = here.slots;
     }

@@ -111,6 +111,7 @@ class NativeModel {
     // Of the current step.
     std::vector<LayerRows> layers_;
     std::vector<std::vector<int32_t>> row_lists_, subnet_lists_;
+    std::vector<int32_t> used_subnets_;  // each once
     std::vector<Span> spans_;
     std::vector<const int32_t*> blocks_;
     int most_slots_ = 0;

@@ -1,14 +1,19 @@
-"""The table that tells a kernel what each row of a batch may use.
+"""Tables of sub-networks: which layers, experts and channels each row of a batch may use.
 
 A batch mixes sequences that run different sub-networks. Kernels see S distinct sub-networks as
-arrays indexed [subnet][layer], and one subnet index per row (token). A table is checked once, when
-it is made; kernels rely on that, so its tensors must not be written to afterwards.
+arrays indexed [subnet][layer], and one subnet index per row (token).
+
+`LayerTable` and `SubnetTable` are checked once, when they are made; kernels rely on that, so their
+tensors must not be written to afterwards. `GrowingTable` is for a model that serves requests: a
+sub-network's row is checked and written when its first user comes, and reused after its last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +28,32 @@ _DTYPES = {
     "channels": torch.int32,
     "pool": torch.bool,
 }
+FIRST_ROWS = 16  # of a `GrowingTable`
+
+
+class LayerChoice(Protocol):
+    """What a sub-network uses of one layer; without `active`, the rest means nothing.
+
+    Attributes:
+        top_k: experts per token; 0 in a layer that routes nothing.
+        min_experts: experts that no threshold drops.
+        expert_width: granules of hidden channels of each expert.
+        sparsity_threshold: in [0, 1].
+        expert_pool: ids of the experts that may be chosen.
+    """
+
+    @property
+    def active(self) -> bool: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def min_experts(self) -> int: ...
+    @property
+    def expert_width(self) -> int: ...
+    @property
+    def sparsity_threshold(self) -> float: ...
+    @property
+    def expert_pool(self) -> Sequence[int]: ...
 
 
 # No generated equality: comparing tensors gives tensors.
@@ -131,6 +162,137 @@ class SubnetTable:
             object.__setattr__(table, name, getattr(self, name).to(device))
         table._set_layers([layer.max_top_k for layer in self._layers])
         return table
+
+
+def build_table(
+    subnets: Sequence[Sequence[LayerChoice]], num_experts: int, channels_per_granule: int
+) -> SubnetTable:
+    """The table of S >= 1 sub-networks, each a choice for every layer of one model.
+
+    Args:
+        channels_per_granule: hidden channels of an expert that one granule of width has.
+    """
+    pool = torch.zeros(len(subnets), len(subnets[0]), num_experts, dtype=torch.bool)
+    for s, layers in enumerate(subnets):
+        for i, layer in enumerate(layers):
+            pool[s, i, list(layer.expert_pool)] = True
+
+    def column(values: list[list[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    return SubnetTable(
+        active=torch.tensor([[layer.active for layer in layers] for layers in subnets]),
+        top_k=column([[layer.top_k for layer in layers] for layers in subnets]),
+        min_experts=column([[layer.min_experts for layer in layers] for layers in subnets]),
+        threshold=torch.tensor([[layer.sparsity_threshold for layer in layers] for layers in subnets]),
+        channels=column(
+            [[layer.expert_width * channels_per_granule for layer in layers] for layers in subnets]
+        ),
+        pool=pool,
+    )
+
+
+class SubnetColumns(NamedTuple):
+    """The tensors of a `SubnetTable`, contiguous: (S, L), and (S, L, E) for pool."""
+
+    active: Tensor
+    top_k: Tensor
+    min_experts: Tensor
+    threshold: Tensor
+    channels: Tensor
+    pool: Tensor
+
+
+class GrowingTable:
+    """A row for every sub-network that has users, in columns that grow when all rows are taken.
+
+    One thread adds users and runs kernels; any thread may remove users. A row keeps its number
+    while it has users. Afterwards it waits to be found again, until a new sub-network needs a row:
+    of those without users, the one that was so for longest is taken.
+
+    Args:
+        num_layers, num_experts, channels_per_granule: of the model.
+        check: raises for a sub-network that the model cannot run; called with a table of it alone.
+
+    Attributes:
+        columns: what kernels read; another object after growth. Rows without users are named by no
+            batch, and hold what their last user left.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        channels_per_granule: int,
+        check: Callable[[SubnetTable], None],
+    ) -> None:
+        self._num_experts, self._channels_per_granule = num_experts, channels_per_granule
+        self._check = check
+        self._row_of: dict[Hashable, int] = {}
+        self._key_of: list[Hashable] = []  # None: never used
+        self._users: list[int] = []
+        self._unused: dict[int, None] = {}  # in the order in which they lost their users
+        self._removed: deque[int] = deque()  # by other threads, to be counted by the one that adds
+        shape = (0, num_layers)
+        self.columns = SubnetColumns(
+            *(
+                torch.zeros((*shape, num_experts) if name == "pool" else shape, dtype=dtype)
+                for name, dtype in _DTYPES.items()
+            )
+        )
+
+    def __len__(self) -> int:
+        """Rows that have users."""
+        self._count_removed()
+        return len(self._users) - len(self._unused)
+
+    def add(self, key: Hashable, layers: Sequence[LayerChoice]) -> int:
+        """Count one more user of a sub-network; the number of its row.
+
+        Args:
+            key: equal for equal sub-networks alone.
+
+        Raises:
+            KernelError: the model cannot run it; nothing was added.
+        """
+        self._count_removed()
+        row = self._row_of.get(key)
+        if row is None:
+            table = build_table([layers], self._num_experts, self._channels_per_granule)
+            self._check(table)
+            if not self._unused:
+                self._grow()
+            row = next(iter(self._unused))
+            self._row_of.pop(self._key_of[row], None)
+            for name, column in zip(SubnetColumns._fields, self.columns, strict=True):
+                column[row] = getattr(table, name)[0]
+            self._row_of[key] = row
+            self._key_of[row] = key
+        self._unused.pop(row, None)
+        self._users[row] += 1
+        return row
+
+    def remove(self, row: int) -> None:
+        """Take one user of a row away; from any thread, and also while an object is finalised."""
+        self._removed.append(row)
+
+    def _count_removed(self) -> None:
+        while self._removed:
+            row = self._removed.popleft()
+            self._users[row] -= 1
+            if not self._users[row]:
+                self._unused[row] = None
+
+    def _grow(self) -> None:
+        """Twice the rows, in new tensors: a step that was prepared keeps the old ones."""
+        old = len(self._users)
+        more = max(old, FIRST_ROWS)
+        self.columns = SubnetColumns(
+            *(torch.cat([c, c.new_zeros((more, *c.shape[1:]))]) for c in self.columns)
+        )
+        self._users += [0] * more
+        self._key_of += [None] * more
+        self._unused |= dict.fromkeys(range(old, old + more))
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], dims: str) -> None:

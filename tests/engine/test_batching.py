@@ -164,15 +164,12 @@ def test_the_comparison_sees_two_rows_that_exchange_their_subnetworks(
 ) -> None:
     flatten = flat_batch.flatten
 
-    def exchanged(*arguments: Any) -> Any:
-        arrays, distinct = flatten(*arguments)
-        names = list(distinct)
-        if len(names) > 1:
-            first, second = names[:2]
-            same = [[layer.active for layer in distinct[name].layers] for name in (first, second)]
-            if same[0] == same[1]:
-                distinct[first], distinct[second] = distinct[second], distinct[first]
-        return arrays, {f"{i}{name}": subnet for i, (name, subnet) in enumerate(distinct.items())}
+    def exchanged(chunks: Any, sizes: Any, rows: list[int]) -> Any:
+        if len(rows) > 1:
+            first, second = (chunk.sequence.subnet.layers for chunk in chunks[:2])
+            if [layer.active for layer in first] == [layer.active for layer in second]:
+                rows = [rows[1], rows[0], *rows[2:]]
+        return flatten(chunks, sizes, rows)
 
     monkeypatch.setattr("elastic_moe.engine.running.native.flatten", exchanged)
     engine = Engine.from_pretrained(tiny_folder, backend="cpu", dtype="float32")

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from elastic_moe_kernels.step import CpuModel, StepResult
-from elastic_moe_kernels.table import SubnetTable
+from elastic_moe_kernels.table import SubnetTable, build_table
 from torch import Tensor
 
 from elastic_moe.model.config import ElasticBlock
 from elastic_moe.model.pack import pack_model
-from elastic_moe.model.reference.transformer import ElasticTransformer, Trace, build_table
+from elastic_moe.model.reference.transformer import ElasticTransformer, Trace
 from elastic_moe.model.rotary import rotary_angles
 from elastic_moe.routing import Subnet, resolve
 from tests.model.random_models import tiny_model
@@ -97,7 +97,14 @@ def runner_of(
     packed = pack_model(model, level)
     angles = torch.arange(model.config.max_positions)
     packed.set_angles(*rotary_angles(angles, model.config.head_dim, model.config.rope_theta))
-    return Runner(packed, build_table(subnets), sequences, positions)
+    return Runner(packed, table_of(subnets), sequences, positions)
+
+
+def table_of(subnets: Sequence[Subnet]) -> SubnetTable:
+    """The kernels' table of sub-networks of one model."""
+    shape = subnets[0].shape
+    choices = [subnet.layers for subnet in subnets]
+    return build_table(choices, shape.num_experts, shape.channels_per_granule)
 
 
 def run_reference(

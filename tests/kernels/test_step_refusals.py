@@ -12,9 +12,8 @@ from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.step import CpuModel, LayerTensors, ModelDims
 from elastic_moe_kernels.table import SubnetTable
 
-from elastic_moe.model.reference.transformer import build_table
 from elastic_moe.routing import resolve
-from tests.kernels.steps import Runner, make_model, runner_of
+from tests.kernels.steps import Runner, make_model, runner_of, table_of
 
 MODEL = make_model(torch.float32)  # 5 layers, 61 tokens, 128 positions
 SUBNETS = [resolve(MODEL.shape), resolve(MODEL.shape, depth=2), resolve(MODEL.shape, top_k=1)]
@@ -157,13 +156,13 @@ def test_bad_array(runner: Runner, change: dict[str, Any], message: str) -> None
 
 
 def changed(**columns: Any) -> SubnetTable:
-    good = build_table(SUBNETS)
+    good = table_of(SUBNETS)
     names = [f.name for f in dataclasses.fields(good) if f.init]
     return SubnetTable(**{name: columns.get(name, getattr(good, name)) for name in names})
 
 
 def test_table_of_another_model(runner: Runner) -> None:
-    good = build_table(SUBNETS)
+    good = table_of(SUBNETS)
     refused(
         runner,
         r"the table's pool must have shape \(5, 6\)",
@@ -176,7 +175,7 @@ def test_table_of_another_model(runner: Runner) -> None:
 
 def test_table_that_routes_nothing_where_there_are_experts(runner: Runner) -> None:
     """The channels of such an entry were never checked: they may be anything."""
-    good = build_table(SUBNETS)
+    good = table_of(SUBNETS)
     top_k, channels = good.top_k.clone(), good.channels.clone()
     top_k[2, 3], channels[2, 3] = 0, 10**6
     refused(
@@ -245,7 +244,7 @@ def test_step_before_the_weights_are_there() -> None:
         "positions": ints(0),
         "sequences": ints(0),
         "subnets": ints(0),
-        "table": build_table([resolve(MODEL.shape)]),
+        "table": table_of([resolve(MODEL.shape)]),
         "blocks": model.new_blocks(2),
         "block_tables": ints(0, 1).reshape(1, 2, 1),
         "logits_rows": ints(0),

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from elastic_moe.model.config import ModelConfig
-from elastic_moe.model.reference.transformer import DecoderLayer, build_table
+from elastic_moe.model.reference.transformer import DecoderLayer
 from elastic_moe.model.rotary import rotary_angles
 from elastic_moe.routing import Subnet, resolve
 from elastic_moe.train.step.optim import Muon
 from tests.conftest import TINY
+from tests.kernels.steps import table_of
 
 # Sizes that are no power of two, and granules of 12 channels.
 CONFIG = replace(
@@ -144,7 +145,7 @@ def experts_by(
     layer.to(dtype)
     layer.zero_grad()
     x = x.to(dtype).detach().requires_grad_()
-    table = build_table([subnet]).layer(0)
+    table = table_of([subnet]).layer(0)
     rows = torch.zeros(len(x), dtype=torch.long)
     y, router_logits, topk_ids = layer.mlp(layer.post_attention_layernorm(x), table, rows)
     # P sum_e (share of the choices) (mean probability), over the pool

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from elastic_moe.model.pack import load_packed, pack_model
 from elastic_moe.model.reference.loading import load_model
-from elastic_moe.model.reference.transformer import ElasticTransformer, build_table
+from elastic_moe.model.reference.transformer import ElasticTransformer
 from elastic_moe.model.rotary import rotary_angles
 from elastic_moe.routing import Subnet, resolve
+from tests.kernels.steps import table_of
 from tests.model.random_models import TINY, tiny_model, tokens
 from tests.model.transformers_models import ARCHITECTURES, VOCAB, their_model
 
@@ -58,7 +59,7 @@ def run(
         np.arange(T, dtype=i32),
         np.zeros(T, dtype=i32),
         np.zeros(T, dtype=i32),
-        build_table([subnet]),
+        table_of([subnet]),
         model.new_blocks(L * per_layer),
         np.arange(L * per_layer, dtype=i32).reshape(1, L, per_layer),
         np.arange(T, dtype=i32),

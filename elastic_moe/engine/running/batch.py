@@ -11,34 +11,27 @@ from torch import Tensor
 
 from elastic_moe.engine.running.paged import Ints
 from elastic_moe.engine.running.runner import Chunk
-from elastic_moe.routing import Subnet
 
 
-def flatten(chunks: Sequence[Chunk], sizes: Sequence[int]) -> tuple[BatchArrays, dict[str, Subnet]]:
-    """The chunks one after the other, and the sub-networks that their rows name by number.
+def flatten(chunks: Sequence[Chunk], sizes: Sequence[int], rows: Sequence[int]) -> BatchArrays:
+    """The chunks one after the other.
 
     Args:
         sizes: tokens of each chunk.
-
-    Returns:
-        The arrays; and fingerprint -> sub-network, in the order of the numbers.
+        rows: of the table of sub-networks, one for each chunk.
     """
     sequences = [chunk.sequence for chunk in chunks]
-    distinct = {s.subnet.fingerprint: s.subnet for s in sequences}
-    number = {fingerprint: i for i, fingerprint in enumerate(distinct)}
-    own = np.array([number[s.subnet.fingerprint] for s in sequences], dtype=np.int32)
     lengths = np.array([s.length for s in sequences], dtype=np.int32)
     ends = np.cumsum(sizes, dtype=np.int32)
     starts = lengths - ends + np.array(sizes, dtype=np.int32)
-    arrays = BatchArrays(
+    return BatchArrays(
         token_ids=np.concatenate([np.asarray(c.token_ids, dtype=np.int32) for c in chunks]),
         positions=np.arange(ends[-1], dtype=np.int32) + np.repeat(starts, sizes),
         sequences=np.repeat(np.arange(len(chunks), dtype=np.int32), sizes),
-        subnets=np.repeat(own, sizes),
+        subnets=np.repeat(np.array(rows, dtype=np.int32), sizes),
         block_tables=_stack([s.tables for s in sequences]),
         logits_rows=_wanted_rows(chunks, sizes),
     )
-    return arrays, distinct
 
 
 class Decoding:

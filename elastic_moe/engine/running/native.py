@@ -1,18 +1,17 @@
-"""The C++ step behind the interface of `runner`: block tables, tables of sub-networks."""
+"""The C++ step behind the interface of `runner`: block tables, a table of sub-networks."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from elastic_moe_kernels.step import CpuModel, StepResult
-from elastic_moe_kernels.table import SubnetTable
 from torch import Tensor
 
 from elastic_moe.engine.running.batch import Decoding, flatten
+from elastic_moe.engine.running.paged import PagedSequence
 from elastic_moe.engine.running.runner import (
     NO_STATES,
     Chunk,
@@ -24,11 +23,8 @@ from elastic_moe.engine.running.runner import (
 from elastic_moe.errors import EngineError
 from elastic_moe.model.checkpoints.checkpoint import DTypeName, load_config
 from elastic_moe.model.pack import load_packed, pack_model
-from elastic_moe.model.reference.transformer import build_table
 from elastic_moe.model.rotary import rotary_angles
-from elastic_moe.routing import Subnet
 
-TABLES_KEPT = 64
 FIRST_ANGLES = 1024
 
 
@@ -48,7 +44,7 @@ class NativeRunner(Runner):
         size = self.model.block_bytes
         super().__init__(lambda count: torch.empty(count, size, dtype=torch.uint8))
         self._angles = 0  # positions whose rotary angles the model has
-        self._tables: OrderedDict[tuple[str, ...], SubnetTable] = OrderedDict()  # by fingerprint
+        self._table = self.model.new_table(self.config.shape.channels_per_granule)
         self._decoding: Decoding | None = None
 
     def run(
@@ -87,10 +83,10 @@ class NativeRunner(Runner):
         for sequence, size in zip(sequences, sizes, strict=True):
             sequence.grow(size)
             self._extend_angles(sequence.length + size)
-        arrays, distinct = flatten(chunks, sizes)
+        arrays = flatten(chunks, sizes, list(map(self._subnet_row, sequences)))
         step = self.model.prepare(
             arrays,
-            self._table(distinct),
+            self._table.columns,
             pool.blocks,
             logits=any(chunk.logits in ("last", "all") for chunk in chunks),
             states_after=wanted,
@@ -145,14 +141,10 @@ class NativeRunner(Runner):
                 *rotary_angles(every, self.config.head_dim, self.config.rope_theta)
             )
 
-    def _table(self, distinct: dict[str, Subnet]) -> SubnetTable:
-        """The kernels' table of these sub-networks; making one takes longer than a small step."""
-        fingerprints = tuple(distinct)
-        table = self._tables.get(fingerprints)
-        if table is None:
-            table = self._tables[fingerprints] = build_table(list(distinct.values()))
-            if len(self._tables) > TABLES_KEPT:
-                self._tables.popitem(last=False)
-        else:
-            self._tables.move_to_end(fingerprints)
-        return table
+    def _subnet_row(self, sequence: PagedSequence) -> int:
+        """Its row of the table of sub-networks, which goes with the sequence."""
+        if sequence.subnet_row is None:
+            subnet = sequence.subnet
+            sequence.subnet_row = self._table.add(subnet.fingerprint, subnet.layers)
+            sequence.subnet_table = self._table
+        return sequence.subnet_row

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from elastic_moe_kernels.table import GrowingTable
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -65,6 +66,7 @@ class PagedSequence(ABC):
         capacity: most tokens that it may come to.
         pool: where its blocks are.
         pages: of 16 positions that it has, in all its layers.
+        subnet_row, subnet_table: its sub-network's row, once it has run, and the table.
         tables: (L, B) int32: block i of a layer holds positions 16i..16i+15; -1 for none.
     """
 
@@ -76,6 +78,12 @@ class PagedSequence(ABC):
         )
         self._layers = list(subnet.active_layers)
         self.pages = 0
+        self.subnet_row: int | None = None
+        self.subnet_table: GrowingTable | None = None
+
+    def __del__(self) -> None:
+        if self.subnet_row is not None and self.subnet_table is not None:
+            self.subnet_table.remove(self.subnet_row)
 
     @abstractmethod
     def grow(self, tokens: int) -> bool:
@@ -110,6 +118,7 @@ class OwningSequence(PagedSequence):
         return True
 
     def __del__(self) -> None:
+        super().__del__()
         used = self.tables[self._layers, : self.pages]
         self.pool.free.extend(used.flatten().tolist())
 

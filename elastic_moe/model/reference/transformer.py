@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from elastic_moe_kernels.table import LayerTable, SubnetTable
+from elastic_moe_kernels.table import LayerTable, build_table
 from torch import Tensor, nn
 
 from elastic_moe.errors import EngineError
@@ -177,7 +177,9 @@ class ElasticTransformer(nn.Module):
                     f"sub-network {subnet.name!r} belongs to a model of another shape. "
                     f"Resolve it against this one's."
                 )
-        table = build_table(distinct).to(device)
+        choices = [subnet.layers for subnet in distinct]
+        shape = self.shape
+        table = build_table(choices, shape.num_experts, shape.channels_per_granule).to(device)
         index = {subnet: i for i, subnet in enumerate(distinct)}
         subnet_of = torch.tensor([index[subnet] for subnet in per_sequence], device=device)  # (B,)
         start = cache.length if cache is not None else 0
@@ -208,28 +210,3 @@ class ElasticTransformer(nn.Module):
         """Final norm and head: residual stream (..., D) -> logits (..., V)."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         return F.linear(round_to(self.norm(x), self.input_dtype), head.weight.to(x.dtype))
-
-
-def build_table(subnets: Sequence[Subnet]) -> SubnetTable:
-    """The kernels' table of S sub-networks of one model."""
-    shape = subnets[0].shape
-    rows = [subnet.layers for subnet in subnets]
-    pool = torch.zeros(len(rows), shape.num_layers, shape.num_experts, dtype=torch.bool)
-    for s, layers in enumerate(rows):
-        for i, layer in enumerate(layers):
-            pool[s, i, list(layer.expert_pool)] = True
-    per_granule = shape.channels_per_granule
-
-    def column(values: list[list[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32)
-
-    return SubnetTable(
-        active=torch.tensor([[layer.active for layer in layers] for layers in rows]),
-        top_k=column([[layer.top_k for layer in layers] for layers in rows]),
-        min_experts=column([[layer.min_experts for layer in layers] for layers in rows]),
-        threshold=torch.tensor([[layer.sparsity_threshold for layer in layers] for layers in rows]),
-        channels=column(
-            [[layer.expert_width * per_granule for layer in layers] for layers in rows]
-        ),
-        pool=pool,
-    )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.step.weights import LayerTensors, ModelDims
-from elastic_moe_kernels.table import SubnetTable
+from elastic_moe_kernels.table import SubnetColumns, SubnetTable
 
 Ints = NDArray[np.int32]
 
@@ -93,7 +93,9 @@ def check_states(states_after: Sequence[int], layers: int) -> list[int]:
     return wanted
 
 
-def check_table(dims: ModelDims, table: SubnetTable, routing_layers: Iterable[int]) -> None:
+def check_table(
+    dims: ModelDims, table: SubnetTable | SubnetColumns, routing_layers: Iterable[int]
+) -> None:
     """Raise `KernelError` unless the table belongs to such a model.
 
     Args:

@@ -9,6 +9,7 @@ any number of threads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from elastic_moe_kernels.step.checks import (
 from elastic_moe_kernels.step.inputs import BatchArrays, PreparedStep, WantedOutputs
 from elastic_moe_kernels.step.outputs import StepResult
 from elastic_moe_kernels.step.weights import LayerTensors, ModelDims, check_dims
-from elastic_moe_kernels.table import SubnetTable
+from elastic_moe_kernels.table import GrowingTable, SubnetColumns, SubnetTable
 
 
 class CpuModel:
@@ -78,7 +79,7 @@ class CpuModel:
         self._arena: Arena | None = None
         self._kept: dict[object, Any] = {}  # what the native model holds addresses of
         self._angles: tuple[Tensor, Tensor] | None = None
-        self._last_table: tuple[SubnetTable, dict[str, Tensor]] | None = None
+        self._last_table: tuple[SubnetTable | SubnetColumns, dict[str, Tensor]] | None = None
         self._routing_layers: set[int] = set()
 
     # Weights
@@ -184,13 +185,19 @@ class CpuModel:
 
     # Running
 
+    def new_table(self, channels_per_granule: int) -> GrowingTable:
+        """An empty table, whose `columns` `prepare` takes: rows are checked when they are added."""
+        dims = self.dims
+        check = partial(check_table, dims, routing_layers=sorted(self._routing_layers))
+        return GrowingTable(dims.num_layers, dims.num_experts, channels_per_granule, check)
+
     def step(
         self,
         token_ids: Ints,
         positions: Ints,
         sequences: Ints,
         subnets: Ints,
-        table: SubnetTable,
+        table: SubnetTable | SubnetColumns,
         blocks: Tensor,
         block_tables: Ints,
         logits_rows: Ints,
@@ -227,7 +234,7 @@ class CpuModel:
     def prepare(
         self,
         arrays: BatchArrays,
-        table: SubnetTable,
+        table: SubnetTable | SubnetColumns,
         blocks: Tensor,
         *,
         logits: bool = True,
@@ -257,7 +264,7 @@ class CpuModel:
         inputs.cos, inputs.sin, inputs.angle_positions = cos.data_ptr(), sin.data_ptr(), len(cos)
         inputs.kv, inputs.kv_blocks = blocks.data_ptr(), len(blocks)
         inputs.threads = threads
-        slots = max(table.layer(i).max_top_k for i in range(dims.num_layers)) if trace else 0
+        slots = int(torch.where(table.active, table.top_k, 0).max()) if trace else 0
         wanted = WantedOutputs(logits, tuple(check_states(states_after, dims.num_layers)), slots)
         return PreparedStep(self, inputs, arrays, wanted, columns, cos, sin, blocks)
 
@@ -278,7 +285,7 @@ class CpuModel:
         _, gain, _ = self._kept["ends"]
         return rms_norm_native(states, gain, dims.rms_norm_eps, level=self.level)
 
-    def _columns_of(self, table: SubnetTable) -> dict[str, Tensor]:
+    def _columns_of(self, table: SubnetTable | SubnetColumns) -> dict[str, Tensor]:
         """The columns that the native step reads. A table is looked at once, and remembered."""
         if self._last_table is not None and self._last_table[0] is table:
             return self._last_table[1]
@@ -290,8 +297,7 @@ class CpuModel:
             )
         check_table(self.dims, table, sorted(self._routing_layers))
         columns: dict[str, Tensor] = {
-            name: getattr(table, name).contiguous()
-            for name in ("active", "top_k", "min_experts", "threshold", "channels", "pool")
+            name: getattr(table, name).contiguous() for name in SubnetColumns._fields
         }
         self._last_table = table, columns
         return columns

@@ -177,17 +177,16 @@ def build_table(
         for i, layer in enumerate(layers):
             pool[s, i, list(layer.expert_pool)] = True
 
-    def column(values: list[list[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32)
+    def column(field: str, dtype: torch.dtype = torch.int32) -> Tensor:
+        values = [[getattr(layer, field) for layer in layers] for layers in subnets]
+        return torch.tensor(values, dtype=dtype)
 
     return SubnetTable(
-        active=torch.tensor([[layer.active for layer in layers] for layers in subnets]),
-        top_k=column([[layer.top_k for layer in layers] for layers in subnets]),
-        min_experts=column([[layer.min_experts for layer in layers] for layers in subnets]),
-        threshold=torch.tensor([[layer.sparsity_threshold for layer in layers] for layers in subnets]),
-        channels=column(
-            [[layer.expert_width * channels_per_granule for layer in layers] for layers in subnets]
-        ),
+        active=column("active", torch.bool),
+        top_k=column("top_k"),
+        min_experts=column("min_experts"),
+        threshold=column("sparsity_threshold", torch.float32),
+        channels=column("expert_width") * channels_per_granule,
         pool=pool,
     )
 

@@ -52,7 +52,6 @@ LARGE_FOLDERS = {
     "kernels/csrc": "not regrouped yet",
     "kernels/elastic_moe_kernels": "not regrouped yet",
     "tests/kernels": "not regrouped yet",
-    "benchmarks/peers": "not regrouped yet",
 }
 
 Rule = Callable[[Path], list[str]]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks.verdict import Verdict
 
 MIN_ROUNDS = 9
 
@@ -55,37 +57,6 @@ class Bar:
     at_most: bool = False
     goal_in_every_round: bool = False
     goal_value: Value | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """How a bar came out; `met` is None where a contestant was missing."""
-
-    name: str
-    values: tuple[float, ...]
-    median: float | None
-    least: float | None
-    most: float | None
-    bar: float
-    goal: float | None
-    met: bool | None
-    goal_met: bool | None
-    direction: Literal[">=", "<="]
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        state = {True: "met", False: "MISSED", None: "not measured"}
-        line = f"{state[self.met]:12} {self.name}: "
-        if self.median is None:
-            return f"{line}bar {self.direction} {self.bar:g}"
-        line += (
-            f"{self.median:.3f} ({self.least:.3f} to {self.most:.3f} in {len(self.values)} rounds)"
-        )
-        line += f", bar {self.direction} {self.bar:g}"
-        return line if self.goal is None else f"{line}, goal {self.goal:g} {state[self.goal_met]}"
 
 
 def judge(bar: Bar, rounds: Sequence[Round]) -> Verdict:
@@ -164,6 +135,22 @@ def other(name: str, unit: float = 1.0) -> Value:
     return lambda r: r.other[name] * unit
 
 
+def mixing(names: Sequence[str]) -> Value:
+    """Seconds per byte of a mixed batch, over those of its sub-networks alone."""
+
+    def value(r: Round) -> float:
+        seconds = sum(r.other[f"{name} seconds"] for name in names)
+        size = sum(r.other[f"{name} bytes"] for name in names)
+        return (r.seconds["ours"] / r.touched_bytes) / (seconds / size)
+
+    return value
+
+
+def shorter(name: str) -> Value:
+    """How many times shorter the time to the first token is when its prompt was read before."""
+    return lambda r: r.other[f"{name} cold"] / r.other[f"{name} warm"]
+
+
 # The bars of each case
 
 TRANSFORMERS = ("transformers grouped_mm", "transformers eager")
@@ -176,6 +163,13 @@ CONFIGURATIONS = ("default", "production", "deterministic")
 MATMUL_SHARE, READ_SHARE, READ_SHARE_16 = 0.72, 0.90, 0.85
 LAYER_16_SHARE, LAYER_64_SHARE = 0.85, 0.90
 AWKWARD = 0.85  # of these fractions
+
+MIXES = {
+    "k": ("full", "k4", "k2", "k1"),
+    "width": ("full", "w6", "w4", "w2"),
+    "depth": ("full", "L6", "L4", "L2"),
+}
+REPEATED = ("full", "L4")  # the second one finds what the first left
 
 DECODE_16 = Bar(
     "over min(1.4 llama.cpp, 0.85 B)",
@@ -218,4 +212,19 @@ BARS: dict[str, list[Bar]] = {
     "awkward decode16": [Bar("share of B", share_of_read, AWKWARD * READ_SHARE_16)],
     "awkward layer16": [Bar("share of B", share_of_read, AWKWARD * LAYER_16_SHARE)],
     "awkward layer64": [Bar("share of B", share_of_read, AWKWARD * LAYER_64_SHARE)],
-}  # fmt: skip
+}
+
+ENGINE_BARS: dict[str, list[Bar]] = {
+    "engine16": [
+        Bar("over one sequence", lambda r: 16 * r.other["one seconds"] / r.seconds["ours"], 2.5),
+        DECODE_16,
+        Bar("us outside the native call", other("outside seconds", 1e6), 400.0, at_most=True),
+    ],
+    **{
+        f"mix {axis}": [Bar("seconds per byte over uniform", mixing(names), 1.1, at_most=True)]
+        for axis, names in MIXES.items()
+    },
+    "prefix": [Bar(f"{name}: TTFT, its prefix cached", shorter(name), 5.0) for name in REPEATED],
+    "load": [],  # figures alone
+}
+ALL_BARS = {**BARS, **ENGINE_BARS}

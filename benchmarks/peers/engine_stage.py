@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers.bars import LLAMA, Round
-from benchmarks.peers.engine_bars import MIXES, REPEATED
-from benchmarks.peers.stages import (
+from benchmarks.peers.bars import LLAMA, MIXES, REPEATED, Round
+from benchmarks.peers.stage import (
     THREADS,
     VOCAB,
     Places,
@@ -32,12 +31,12 @@ class EngineStage:
         self._processes = Processes()
         self.versions = self._processes.versions
         start = self._processes.start
-        self._limits = start(places.project, "run_limits", THREADS)
-        self._ours = start(places.project, "run_engine", places.standard, THREADS)
+        self._limits = start(places.project, "machine_limits", THREADS)
+        self._ours = start(places.project, "ours_engine", places.standard, THREADS)
         self.identity: dict[str, Any] = self._ours.ask("identify")
         self._llama = None
         if places.peers is not None and places.gguf is not None:
-            self._llama = start(places.peers, "run_llama_cpp", places.gguf, THREADS)
+            self._llama = start(places.peers, "llama_cpp_model", places.gguf, THREADS)
 
     def check(self) -> dict[str, float]:
         """Compare logits with llama.cpp's. Raises SystemExit."""

@@ -1,7 +1,7 @@
 """Ours beside transformers, llama.cpp and zentorch: python -m benchmarks.peers.run, `make peers`.
 
-Every contestant is a process that waits until it is told to do one thing, so that they take turns
-within each round and nothing else runs. All compute the same: the logits of the last row of every
+Every contestant is a process that runs one request at a time, so that they take turns within each
+round and nothing else runs. All compute the same: the logits of the last row of every
 sequence, from the same ids. Before anything is timed, their results are compared with float32.
 Within a round a contestant's time is that of its fastest call, as the limits are. Exit status 1 if
 a bar is missed or was not measured.
@@ -19,11 +19,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.bars import BARS, MIN_ROUNDS, Round, judge
-from benchmarks.peers.engine_bars import ENGINE_BARS
+from benchmarks.peers.bars import ALL_BARS, MIN_ROUNDS, Round, judge
+from benchmarks.peers.contestants.slowdown import SLOWER
 from benchmarks.peers.engine_stage import EngineStage
-from benchmarks.peers.slowdown import SLOWER
-from benchmarks.peers.stages import THREADS, LayerStage, ModelStage, Places
+from benchmarks.peers.layer_stage import LayerStage
+from benchmarks.peers.model_stage import ModelStage
+from benchmarks.peers.stage import THREADS, Places
 from elastic_moe.files import write_text
 from elastic_moe.lab.sweeps.record import describe_commit, describe_machine, describe_versions
 from elastic_moe.model.checkpoints.folder import BUNDLED
@@ -46,7 +47,6 @@ STAGES: dict[str, tuple[Callable[[Places], Stage], tuple[str, ...]]] = {
         ("awkward layer16", "awkward layer64"),
     ),
 }
-ALL_BARS = {**BARS, **ENGINE_BARS}
 # Tokens that one call brings forward.
 TOKENS = {"prefill512": 512, "decode1": 1, "decode16": 16, "mini": 1, "saving": 1, "engine16": 16}
 

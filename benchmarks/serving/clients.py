@@ -30,7 +30,7 @@ def run_batch(address: list[Any], requests: list[dict[str, Any]]) -> dict[str, A
         got[client] = []
         chosen.register(client, selectors.EVENT_READ, client)
     clients, first = list(got), {}
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for client, data in zip(clients, asked, strict=True):
         client.sendall(data)
     left = len(clients)
@@ -43,12 +43,12 @@ def run_batch(address: list[Any], requests: list[dict[str, Any]]) -> dict[str, A
             data = reader.recv(1 << 16)
             pieces = got[reader]
             if not pieces:
-                first[reader] = time.perf_counter() - begun
+                first[reader] = time.perf_counter() - start
             pieces.append(data)
             if data.endswith(END) or not data:
                 chosen.unregister(reader)
                 left -= 1
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     for client in clients:
         client.close()
     return {

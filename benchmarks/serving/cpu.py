@@ -7,9 +7,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.peers.bars import Verdict
 from benchmarks.serving.inside import Inside, cpu_seconds, inside
-from benchmarks.serving.judging import told, verdict
+from benchmarks.verdict import Verdict, summary, verdict
 from elastic_moe import Engine, SamplingParams
 
 TOKENS = {1: 400, 16: 200, 64: 100}  # streams -> tokens of each
@@ -46,9 +45,9 @@ def measure(rounds: int) -> tuple[dict[str, Any], list[Verdict]]:
         "case": "cpu-per-token",
         **about,
         "new_tokens": TOKENS,
-        "seconds_per_token": {n: told(values) for n, values in found.items()},
-        "bare_asyncio_seconds_per_token": {n: told(values) for n, values in floors.items()},
-        "tokens_per_second": {n: told(values) for n, values in speeds.items()},
+        "seconds_per_token": {n: summary(values) for n, values in found.items()},
+        "bare_asyncio_seconds_per_token": {n: summary(values) for n, values in floors.items()},
+        "tokens_per_second": {n: summary(values) for n, values in speeds.items()},
     }
     verdicts = [
         verdict(f"us per token, {n} streams", [v * 1e6 for v in values], 60.0, at_most=True)
@@ -58,7 +57,7 @@ def measure(rounds: int) -> tuple[dict[str, Any], list[Verdict]]:
 
 
 def stream(server: Inside, streams: int, tokens: int, seed: int) -> tuple[float, list[str]]:
-    """Seconds and texts of so many chats."""
+    """Seconds and texts of `streams` chats of `tokens` tokens each."""
     bodies = [
         {
             "messages": [{"role": "user", "content": f"Round {seed}, chat {i}"}],
@@ -122,7 +121,7 @@ def floor_seconds(streams: int, tokens: int) -> float:
 
 
 def _read_all(port: int, streams: int) -> None:
-    """Read so many connections until they end."""
+    """Open `streams` connections and read each until it ends."""
 
     async def read() -> None:
         async def one() -> None:

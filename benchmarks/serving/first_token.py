@@ -12,8 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.bars import Verdict
-from benchmarks.serving.judging import told, verdict
+from benchmarks.verdict import Verdict, summary, verdict
 from elastic_moe import Engine, SamplingParams
 
 MOST_SECONDS, GIVE_UP_SECONDS, POLL_SECONDS = 3.0, 60.0, 0.01
@@ -40,7 +39,7 @@ def measure(rounds: int) -> tuple[dict[str, Any], list[Verdict]]:
             raise SystemExit(f"the streamed text is {text!r}, not {wanted!r}")
         print(f"  {'round ' + str(number) if number else 'warm-up'}: {seconds:.3f} s", flush=True)
         found.append(seconds)
-    case = {"case": "first-token", "model": "elastic-mini", "seconds": told(found[1:])}
+    case = {"case": "first-token", "model": "elastic-mini", "seconds": summary(found[1:])}
     bar = verdict("seconds to the first token", found[1:], MOST_SECONDS, at_most=True)
     return case, [bar]
 
@@ -51,10 +50,10 @@ def first_token_seconds() -> tuple[float, str]:
         port = taken.getsockname()[1]
     command = [str(Path(sys.executable).with_name("elastic-moe")), "serve", "--port", str(port)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ELASTIC_MOE_")}
-    begun = time.perf_counter()
+    start = time.perf_counter()
     server = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     try:
-        seconds, text = _ask(port, begun)
+        seconds, text = _ask(port, start)
         server.send_signal(signal.SIGTERM)
         server.wait(GIVE_UP_SECONDS)
     finally:
@@ -63,7 +62,7 @@ def first_token_seconds() -> tuple[float, str]:
     return seconds, text
 
 
-def _ask(port: int, begun: float) -> tuple[float, str]:
+def _ask(port: int, start: float) -> tuple[float, str]:
     """Ask again and again until there is an answer."""
     content = json.dumps(BODY).encode()
     head = (
@@ -75,7 +74,7 @@ def _ask(port: int, begun: float) -> tuple[float, str]:
             client = socket.create_connection(("127.0.0.1", port), GIVE_UP_SECONDS)
             break
         except ConnectionRefusedError:
-            if time.perf_counter() - begun > GIVE_UP_SECONDS:
+            if time.perf_counter() - start > GIVE_UP_SECONDS:
                 raise SystemExit("the server did not start") from None
             time.sleep(POLL_SECONDS)
     got, seconds = b"", None
@@ -84,7 +83,7 @@ def _ask(port: int, begun: float) -> tuple[float, str]:
         while data := client.recv(1 << 16):
             got += data
             if seconds is None and b'"content":' in got:
-                seconds = time.perf_counter() - begun
+                seconds = time.perf_counter() - start
     if seconds is None:
         raise SystemExit(f"no token came: {got[:300]!r}")
     events = [part for part in got.decode().split("data: ")[1:] if part.startswith("{")]

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers.bars import MIN_ROUNDS, Verdict
+from benchmarks.peers.bars import MIN_ROUNDS
 from benchmarks.result_file import replace_lines
 from benchmarks.serving import cpu, first_token, throughput
+from benchmarks.verdict import Verdict
 from elastic_moe.lab.bench.limits import LimitsProbe
 from elastic_moe.lab.sweeps.record import describe_commit, describe_machine, describe_versions
 

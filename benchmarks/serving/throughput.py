@@ -12,9 +12,8 @@ from typing import Any
 
 import tokenizers
 
-from benchmarks.peers.bars import Verdict
 from benchmarks.serving.inside import Inside, inside
-from benchmarks.serving.judging import told, verdict
+from benchmarks.verdict import Verdict, summary, verdict
 from elastic_moe import Engine, SamplingParams
 
 STREAMS, CONTEXT, NEW_TOKENS = 16, 32, 64
@@ -52,8 +51,8 @@ def measure(folder: Path, rounds: int) -> tuple[dict[str, Any], list[Verdict]]:
         "streams": STREAMS,
         "context": CONTEXT,
         "new_tokens": NEW_TOKENS,
-        "http_tokens_per_second": told(http),
-        "engine_tokens_per_second": told(engine_alone),
+        "http_tokens_per_second": summary(http),
+        "engine_tokens_per_second": summary(engine_alone),
     }
     return case, [verdict("http over engine", shares, LEAST_SHARE)]
 
@@ -79,9 +78,9 @@ def over_http(server: Inside, ids: list[list[int]]) -> tuple[float, list[str]]:
 def alone(server: Inside, ids: list[list[int]]) -> tuple[float, list[str]]:
     """The same asked of the engine, which is not even asked for pieces."""
     params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     done = server.engine.generate(ids, None, params)
-    return time.perf_counter() - begun, [completion.text for completion in done]
+    return time.perf_counter() - start, [completion.text for completion in done]
 
 
 def contexts(seed: int, vocab_size: int) -> list[list[int]]:

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from benchmarks.peers.bars import (
+    ALL_BARS,
     BARS,
     LLAMA,
     REFERENCE,
@@ -17,7 +18,7 @@ from benchmarks.peers.bars import (
     judge,
     saving,
 )
-from benchmarks.peers.run import ALL_BARS, STAGES, ceiling
+from benchmarks.peers.run import STAGES, ceiling
 
 B, M = 30e9, 400e9
 

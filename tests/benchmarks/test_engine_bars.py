@@ -6,8 +6,7 @@ import dataclasses
 
 import pytest
 
-from benchmarks.peers.bars import LLAMA, Round, judge
-from benchmarks.peers.engine_bars import ENGINE_BARS, MIXES, REPEATED, mixing
+from benchmarks.peers.bars import ENGINE_BARS, LLAMA, MIXES, REPEATED, Round, judge, mixing
 
 B = 30e9
 TOUCHED = 1.5e9

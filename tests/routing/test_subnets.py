@@ -1,4 +1,4 @@
-"""Sub-networks: what a choice of the axes means, fingerprints, and every refusal; names: `test_names`."""
+"""Sub-networks: what a choice of the axes means, fingerprints, refusals. `test_names` has names."""
 
 from __future__ import annotations
 

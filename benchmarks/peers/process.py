@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Process:
-    """One contestant's process: `python -m benchmarks.peers.SCRIPT`, from the project's folder.
+    """One contestant: `python -m benchmarks.peers.contestants.SCRIPT` in the project's folder.
 
     Attributes:
         versions: what it runs on, by its own account.
@@ -25,7 +25,7 @@ class Process:
         self._log = ROOT / "build" / f"{script}.log"
         self._log.parent.mkdir(exist_ok=True)
         self._process = subprocess.Popen(
-            [str(python), "-m", f"benchmarks.peers.{script}", *map(str, arguments)],
+            [str(python), "-m", f"benchmarks.peers.contestants.{script}", *map(str, arguments)],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""One MoE layer after the other: run_layer.py WHO THREADS SIZES [KERNEL]. Under WHO's own Python.
+"""One MoE layer after the other: moe_layer.py WHO THREADS SIZES [KERNEL]. Under WHO's own Python.
 
 WHO is "ours" (.venv), "zentorch" (build/peers-zentorch), or some of transformers' expert
 implementations with commas between (build/peers); SIZES is JSON. The layers' weights together are
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.peers.worker import layer_handlers, serve
+from benchmarks.peers.contestants.worker import layer_handlers, serve
 
 
 class Layers:

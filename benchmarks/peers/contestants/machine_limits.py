@@ -1,4 +1,4 @@
-"""The limits of the machine: run_limits.py THREADS. Runs under .venv."""
+"""The limits of the machine: machine_limits.py THREADS. Runs under .venv."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from benchmarks.peers.worker import serve
+from benchmarks.peers.contestants.worker import serve
 from elastic_moe.lab.bench.limits import LimitsProbe
 
 

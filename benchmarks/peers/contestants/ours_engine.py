@@ -1,4 +1,4 @@
-"""elastic-moe's engine: run_engine.py FOLDER THREADS. Runs under .venv.
+"""elastic-moe's engine: ours_engine.py FOLDER THREADS. Runs under .venv.
 
 Requests come in as a caller's would, and every step of the model is watched from inside: when it
 began and ended, what it touched, how long the native call took.
@@ -20,8 +20,8 @@ import tokenizers
 import torch
 from elastic_moe_kernels.step import Counters
 
-from benchmarks.peers.timed_native import TimedNative
-from benchmarks.peers.worker import Ids, serve
+from benchmarks.peers.contestants.timed_native import TimedNative
+from benchmarks.peers.contestants.worker import Ids, serve
 from elastic_moe.engine import Engine, SamplingParams
 from elastic_moe.engine.config import EngineOptions
 from elastic_moe.engine.running.loading import load_runner

@@ -73,7 +73,7 @@ class LayerContestant(Protocol):
     """A way to run MoE layers one by one."""
 
     def prepare(self, rows: int, who: str) -> int:
-        """Make inputs of so many rows, for this contestant; returns how many layers there are."""
+        """Make inputs of `rows` rows for contestant `who`; returns the number of layers."""
         ...
 
     def run(self, layer: int) -> object: ...

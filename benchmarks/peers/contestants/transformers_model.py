@@ -1,4 +1,4 @@
-"""transformers: run_transformers.py FOLDER. Runs under build/peers."""
+"""transformers: transformers_model.py FOLDER. Runs under build/peers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from benchmarks.peers.worker import Ids, model_handlers, serve
+from benchmarks.peers.contestants.worker import Ids, model_handlers, serve
 
 
 class Transformers:

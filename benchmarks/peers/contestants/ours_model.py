@@ -1,4 +1,4 @@
-"""elastic-moe: run_ours.py FOLDER THREADS BACKEND [KERNEL]. Runs under .venv.
+"""elastic-moe: ours_model.py FOLDER THREADS BACKEND [KERNEL]. Runs under .venv.
 
 KERNEL names what runs twice, to see that the bars notice.
 """
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.peers.slowdown import SLOWER, TwiceTheExperts
-from benchmarks.peers.timed_native import TimedNative
-from benchmarks.peers.worker import Ids, model_handlers, serve
+from benchmarks.peers.contestants.slowdown import SLOWER, TwiceTheExperts
+from benchmarks.peers.contestants.timed_native import TimedNative
+from benchmarks.peers.contestants.worker import Ids, model_handlers, serve
 from elastic_moe.config import resolve_routing
 from elastic_moe.engine import Engine, SamplingParams
 from elastic_moe.engine.running.loading import Backend, load_runner

@@ -1,4 +1,4 @@
-"""llama.cpp: run_llama_cpp.py FILE.gguf THREADS. Runs under build/peers."""
+"""llama.cpp: llama_cpp_model.py FILE.gguf THREADS. Runs under build/peers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import llama_cpp as llama
 import numpy as np
 
-from benchmarks.peers.worker import Ids, model_handlers, serve
+from benchmarks.peers.contestants.worker import Ids, model_handlers, serve
 
 
 class LlamaCpp:

@@ -10,6 +10,10 @@
     │   └── QueueFullError      too many requests are unfinished; try again later
     ├── BenchmarkError      what was to be timed computes something else, or cannot run
     ├── ServerError         a server cannot be set up as was asked
+    ├── ProfileError        a profile cannot have this name               (also ValueError)
+    │   ├── ProfileNotFoundError    there is no profile of this name
+    │   └── ProfilesFileError       profiles cannot change: they are kept in no file
+    ├── PreconditionError   a change was meant for another state of what it changes
     ├── CorpusError         text for training or evaluation is missing or unusable
     └── TrainingError       a run cannot start, resume or go on
         ├── NotGrownError       its network has not run with all layers yet
@@ -83,6 +87,22 @@ class BenchmarkError(ElasticMoEError):
 
 class ServerError(ElasticMoEError):
     """A server cannot be set up as was asked: a taken port, a key that no header can hold."""
+
+
+class ProfileError(ElasticMoEError, ValueError):
+    """A profile cannot have this name."""
+
+
+class ProfileNotFoundError(ProfileError):
+    """There is no profile of this name."""
+
+
+class ProfilesFileError(ProfileError):
+    """Profiles cannot be changed, as they are kept in no file."""
+
+
+class PreconditionError(ElasticMoEError):
+    """Somebody else changed it meanwhile (HTTP's If-Match and If-None-Match)."""
 
 
 class CorpusError(ElasticMoEError):

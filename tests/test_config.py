@@ -18,10 +18,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from pydantic.alias_generators import to_camel
 
-from elastic_moe.config import ElasticRoutingConfig, resolve_routing
+from elastic_moe.config import ElasticRoutingConfig, RoutingConfig, resolve_routing
 from elastic_moe.errors import RoutingError
+from elastic_moe.protocol.routing import AppliedRouting
+from elastic_moe.protocol.routing import values as values_of
 from elastic_moe.routing import Subnet, as_float32, parse_name, resolve
-from tests.routing.shapes import MINI, OLMOE
+from elastic_moe.routing.axes import AXES, spellings
+from tests.routing.shapes import MINI, OLMOE, choices, shapes, tables
 
 # As JSON.stringify writes them.
 LAYERS_32 = ",".join(str(layer) for layer in range(32))
@@ -106,7 +109,7 @@ def test_no_instance_can_change_the_defaults():
 
 
 def test_every_field_has_these_two_spellings():
-    assert set(SPELLINGS) == set(ElasticRoutingConfig.model_fields)
+    assert {*SPELLINGS, "depth", "name"} == set(ElasticRoutingConfig.model_fields)
     assert json.loads(ElasticRoutingConfig().model_dump_json()).keys() == set(SPELLINGS)
     camel = json.loads(ElasticRoutingConfig().model_dump_json(by_alias=True))
     assert camel.keys() == set(SPELLINGS.values())
@@ -159,7 +162,17 @@ def test_both_spellings_at_once_are_refused(field, same, order):
 
 
 @pytest.mark.parametrize(
-    "key", ["top_k", "topK", "depth", "sparsity", "routing_topk", "RoutingTopK", "routingTopk", ""]
+    "key",
+    [
+        "top-k",
+        "experts",
+        "active_experts",
+        "profile",
+        "routing_topk",
+        "RoutingTopK",
+        "routingTopk",
+        "",
+    ],
 )
 def test_an_unknown_key_is_refused_and_the_known_ones_are_named(key):
     for parse in (ElasticRoutingConfig.parse, lambda d: ElasticRoutingConfig.full(**d)):
@@ -171,6 +184,85 @@ def test_an_unknown_key_is_refused_and_the_known_ones_are_named(key):
         ElasticRoutingConfig.parse_json(json.dumps({key: 2}))
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
         ElasticRoutingConfig(**{key: 2})
+
+
+@pytest.mark.parametrize(
+    ("axis", "spelling"), [(axis, s) for axis in AXES for s in spellings(axis.name)]
+)
+def test_every_spelling_of_an_axis_is_accepted_wherever_one_is(axis, spelling):
+    value = 0.5 if axis.kind == "share" else 1
+    expected = ElasticRoutingConfig.full(**{axis.client: value})
+    assert ElasticRoutingConfig.full(**{spelling: value}) == expected
+    assert ElasticRoutingConfig.parse({spelling: value}).value(axis) == value
+    assert RoutingConfig.parse({spelling: value}).value(axis) == value
+    assert RoutingConfig.parse_json(json.dumps({spelling: value})).value(axis) == value
+
+
+def test_two_spellings_are_refused_whatever_they_are():
+    for both in ({"top_k": 1, "routingTopK": 1}, {"topK": 1, "routing_top_k": 1}):
+        for kind in (RoutingConfig, ElasticRoutingConfig):
+            with pytest.raises(RoutingError, match=r"are both given\. Keep one spelling"):
+                kind.parse(both)
+
+
+def test_a_depth_takes_the_place_of_the_default_layers():
+    assert ElasticRoutingConfig(depth=12).resolve(MINI).name == "L12-k2-t0.65"
+    assert "depth" not in ElasticRoutingConfig().model_dump()
+    assert ElasticRoutingConfig(depth=12).model_dump()["depth"] == 12
+
+
+# --- an answer's routing, given back
+
+
+def answer(subnet: Subnet) -> dict[str, Any]:
+    """`routing` of an answer, as JSON brings it."""
+    written = AppliedRouting(
+        name=subnet.name,
+        model="elastic-mini",
+        active_params=subnet.active_params,
+        flops_per_token=subnet.flops_per_token(64),
+        mean_experts=1.5,
+        profile="interactive",
+        limited={"depth": {"asked": 48, "applied": 12}},
+        **values_of(subnet),
+    )
+    data: dict[str, Any] = json.loads(written.model_dump_json())
+    return data
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_an_answers_routing_is_a_configuration_that_means_the_same(data):
+    shape = data.draw(shapes())
+    subnet = resolve(shape, **data.draw(choices(shape) | tables(shape)))
+    told = answer(subnet)
+    assert ElasticRoutingConfig.parse(told).resolve(shape) == subnet
+    assert ElasticRoutingConfig.parse_json(json.dumps(told)).resolve(shape) == subnet
+    assert ElasticRoutingConfig.full(**told).resolve(shape) == subnet
+    assert RoutingConfig.parse(told).resolve(shape) == subnet
+    without_name = values_of(subnet)
+    assert RoutingConfig.parse(without_name).resolve(shape) == subnet
+    assert {axis.wire for axis in AXES} <= told.keys()
+
+
+def test_a_name_alone_says_all():
+    for kind in (RoutingConfig, ElasticRoutingConfig):
+        assert kind.parse({"name": "L24-k2"}).resolve(MINI) == parse_name(MINI, "L24-k2")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"depth": 23}, {"active_layers": [0]}, {"top_k": 3}, {"sparsity": 0.1}, {"name": "L3"}],
+)
+def test_a_name_beside_values_that_mean_something_else_is_refused(change):
+    told = {**answer(parse_name(MINI, "L24-k2")), **change}
+    with pytest.raises(RoutingError, match=r"name|both given"):
+        RoutingConfig.parse(told).resolve(MINI)
+
+
+def test_what_an_answer_tells_of_its_run_is_accepted_beside_a_name_only():
+    with pytest.raises(RoutingError, match="unknown key 'profile'"):
+        RoutingConfig.parse({"top_k": 2, "profile": "interactive"})
 
 
 # --- the whole network with changes

@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from elastic_moe.config import RoutingConfig
 from elastic_moe.protocol.base import Answer, Body, Count
-from elastic_moe.protocol.routing import RoutingConfig
+from elastic_moe.routing.axes import TOP_K
 
 
 class TopKStep(Body):
@@ -47,7 +48,7 @@ class Profile(Body):
     def _together(self) -> Profile:
         steps = self.top_k_by_tokens
         if steps is not None:
-            if self.routing.top_k is not None:
+            if self.routing.value(TOP_K) is not None:
                 raise ValueError("routing.top_k and top_k_by_tokens are both given; keep one")
             bounds = [step.up_to for step in steps]
             known = [bound for bound in bounds[:-1] if bound is not None]
@@ -58,11 +59,19 @@ class Profile(Body):
                 raise ValueError(f"{name} is locked, but the profile does not say it")
         return self
 
+    @property
+    def routings(self) -> list[RoutingConfig]:
+        """Every sub-network that it may mean."""
+        steps = self.top_k_by_tokens
+        if steps is None:
+            return [self.routing]
+        return [self.routing.with_value(TOP_K, step.top_k) for step in steps]
+
     def routing_for(self, tokens: int) -> RoutingConfig:
         """The sub-network of a request that may take so many tokens."""
         for step in self.top_k_by_tokens or ():
             if step.up_to is None or tokens <= step.up_to:
-                return self.routing.model_copy(update={"top_k": step.top_k})
+                return self.routing.with_value(TOP_K, step.top_k)
         return self.routing
 
 

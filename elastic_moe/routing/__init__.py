@@ -7,7 +7,7 @@ from a name.
 
 from elastic_moe.routing.axes import LayerSubnet
 from elastic_moe.routing.checks import as_float32, shorten, spell_float32
-from elastic_moe.routing.names import is_name
+from elastic_moe.routing.names import is_name, read_name
 from elastic_moe.routing.resolution import parse_name, resolve
 from elastic_moe.routing.shape import ModelShape
 from elastic_moe.routing.subnet import Subnet
@@ -19,6 +19,7 @@ __all__ = [
     "as_float32",
     "is_name",
     "parse_name",
+    "read_name",
     "resolve",
     "shorten",
     "spell_float32",

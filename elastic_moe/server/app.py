@@ -24,7 +24,7 @@ from elastic_moe.server.errors import ApiError, tell_failure, tell_http, tell_in
 from elastic_moe.server.middleware.gate import Gate
 from elastic_moe.server.middleware.injector import INJECTION, Injector
 from elastic_moe.server.observe.account import ACCOUNT
-from elastic_moe.server.routing.choose import Wish
+from elastic_moe.server.routing.request import RoutingRequest
 from elastic_moe.server.service import Service
 from elastic_moe.server.settings import ServerSettings
 from elastic_moe.server.sse import ClientGone
@@ -82,22 +82,26 @@ def create_app(engine: Engine, settings: ServerSettings | None = None) -> FastAP
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    def wished(body: SamplingRequest | protocol.EmbeddingRequest, request: Request) -> Wish:
+    def routing_of(
+        body: SamplingRequest | protocol.EmbeddingRequest, request: Request
+    ) -> RoutingRequest:
         injection = request.scope.get(INJECTION)
-        wish = service.wish(body.model, body.routing_config, body.profile, injection)
-        return replace(wish, account=request.scope[ACCOUNT])
+        routing = service.routing_request(body.model, body.routing_config, body.profile, injection)
+        return replace(routing, account=request.scope[ACCOUNT])
 
     @app.post("/v1/chat/completions", **_answers(protocol.ChatCompletion, protocol.ChatChunk))
     async def chat_completions(body: protocol.ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        wish = wished(body, request)
-        return await Chat(service, wish.fill(body), wish).answer(request.receive)
+        routing = routing_of(body, request)
+        return await Chat(service, routing.with_sampling(body), routing).answer(request.receive)
 
     @app.post("/v1/completions", **_answers(protocol.TextCompletion, protocol.TextCompletion))
     async def completions(body: protocol.CompletionRequest, request: Request) -> Response:
         """Continue texts."""
-        wish = wished(body, request)
-        return await TextCompleting(service, wish.fill(body), wish).answer(request.receive)
+        routing = routing_of(body, request)
+        return await TextCompleting(service, routing.with_sampling(body), routing).answer(
+            request.receive
+        )
 
     @app.post(
         "/v1/embeddings",
@@ -106,7 +110,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     )
     async def embed(body: protocol.EmbeddingRequest, request: Request) -> Response:
         """Make vectors of texts, for tests."""
-        return await embeddings(service, body, wished(body, request), request.receive)
+        return await embeddings(service, body, routing_of(body, request), request.receive)
 
 
 def _answers(whole: type[Any], piece: type[Any]) -> dict[str, Any]:

@@ -17,6 +17,10 @@ from starlette.routing import Match
 from elastic_moe.errors import (
     ContextLengthError,
     EngineError,
+    PreconditionError,
+    ProfileError,
+    ProfileNotFoundError,
+    ProfilesFileError,
     QueueFullError,
     RequestError,
     RoutingError,
@@ -64,11 +68,12 @@ class ApiError(Exception):
         return Response(content, self.status, self.headers, "application/json")
 
 
-def as_api_error(error: BaseException, *, param: str | None = None) -> ApiError:
+def as_api_error(error: BaseException, *, param: str | None = None, status: int = 400) -> ApiError:
     """What a failure means to the client.
 
     Args:
         param: the part of the request that a bad prompt is in.
+        status: where a profile does not exist.
     """
     if isinstance(error, ApiError):
         return error
@@ -76,6 +81,14 @@ def as_api_error(error: BaseException, *, param: str | None = None) -> ApiError:
         return ApiError(400, str(error), param=param, code="context_length_exceeded")
     if isinstance(error, RoutingError):
         return ApiError(400, str(error), param="routing_config", code="invalid_routing")
+    if isinstance(error, ProfileNotFoundError):
+        return ApiError(status, str(error), param="profile", code="profile_not_found")
+    if isinstance(error, ProfilesFileError):
+        return ApiError(409, str(error), code="no_profiles_file")
+    if isinstance(error, ProfileError):
+        return ApiError(400, str(error), param="name")
+    if isinstance(error, PreconditionError):
+        return ApiError(412, str(error), code="precondition_failed")
     if isinstance(error, RequestError):
         return ApiError(400, str(error))
     if isinstance(error, QueueFullError):

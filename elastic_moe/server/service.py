@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from elastic_moe.engine import Engine
@@ -19,8 +18,8 @@ from elastic_moe.server.errors import ApiError
 from elastic_moe.server.middleware.faults import FaultBook, Injection
 from elastic_moe.server.observe.metrics import Metrics
 from elastic_moe.server.observe.record import RequestLog
-from elastic_moe.server.routing.choose import Chosen, Wish, check_profile, resolve_config
 from elastic_moe.server.routing.profiles import ProfileBook
+from elastic_moe.server.routing.request import ResolvedRouting, RoutingRequest
 from elastic_moe.server.settings import ServerSettings
 
 
@@ -67,7 +66,7 @@ class Service:
             int(time.time()),
             default,
             LogprobWriter(engine.tokenizer),
-            ProfileBook.open(settings.profiles, shape, partial(check_profile, shape)),
+            ProfileBook.open(settings.profiles, shape),
             faults,
             RequestLog(),
         )
@@ -86,19 +85,20 @@ class Service:
 
     def check_model(self, model: str) -> None:
         """Raise `ApiError` or `RoutingError` unless requests may ask for this name."""
-        self.wish(model, None, None)
+        self.routing_request(model, None, None)
 
-    def wish(
+    def routing_request(
         self,
         model: str,
         config: RoutingConfig | None,
         profile: str | None,
         injection: Injection | None = None,
-    ) -> Wish:
-        """What a model's name, a `routing_config` and a profile ask for.
+    ) -> RoutingRequest:
+        """The routing that a model's name, a `routing_config` and a profile ask for.
 
         Raises:
-            ApiError: no such model or profile, or the profile is pinned.
+            ApiError: there is no such model, or the profile is pinned.
+            ProfileNotFoundError: there is no such profile.
             RoutingError: they mean different sub-networks, or the model does not have one.
         """
         name, at, suffix = model.partition("@")
@@ -121,18 +121,15 @@ class Service:
             profile = suffix
         elif at:
             by_name = self.engine.resolve(suffix)
-        by_config = None if config is None else resolve_config(self.engine.shape, config)
+        by_config = None if config is None else config.resolve(self.engine.shape)
         if by_name is not None and by_config not in (None, by_name):
             raise RoutingError(
                 f"the model's name asks for {by_name.name} and routing_config for "
                 f"{by_config.name}. Ask in one place."
             )
         own = by_config or by_name
-        limits = self.settings.limits
-        if profile is None:
-            return Wish(limits, own or self.default, injection=injection)
-        found = self.profiles.get(profile)
-        if own is not None and found.pinned and own != resolve_config(own.shape, found.routing):
+        found = None if profile is None else self.profiles.get(profile)
+        if own is not None and found and found.pinned and own != found.routing.resolve(own.shape):
             raise ApiError(
                 400,
                 f"the profile {profile} is pinned: requests that name it cannot bring a "
@@ -140,7 +137,14 @@ class Service:
                 param="routing_config",
                 code="profile_pinned",
             )
-        return Wish(limits, own or self.default, profile, found, own is not None, injection)
+        return RoutingRequest(
+            self.settings.limits,
+            own or self.default,
+            explicit=own is not None,
+            profile_name=profile,
+            profile=found,
+            injection=injection,
+        )
 
     def card(self, name: str) -> ModelCard:
         """What the models endpoint tells of a name."""
@@ -161,16 +165,16 @@ class Service:
             ),
         )
 
-    def applied(self, chosen: Chosen, applied: AppliedRouting) -> dict[str, Any]:
+    def applied(self, routing: ResolvedRouting, applied: AppliedRouting) -> dict[str, Any]:
         """`protocol.AppliedRouting` of a request that has ended."""
         return {
             "name": applied.name,
             "model": self.engine.name,
-            **values(chosen.subnet),
+            **values(routing.subnet),
             "active_params": applied.active_params,
             "flops_per_token": applied.flops_per_token,
             "mean_experts": applied.mean_experts,
-            **chosen.told(),
+            **routing.report(),
         }
 
 

@@ -6,10 +6,11 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Header, Query, Response
 
+from elastic_moe.errors import ProfileNotFoundError
 from elastic_moe.protocol import ErrorResponse
 from elastic_moe.protocol.faults import FaultPlan, FaultState, RequestRecords
 from elastic_moe.protocol.profiles import NamedProfile, Profile, ProfileList
-from elastic_moe.server.errors import ApiError
+from elastic_moe.server.errors import ApiError, as_api_error
 from elastic_moe.server.middleware.etags import check_match, etag
 from elastic_moe.server.middleware.faults import FaultBook
 from elastic_moe.server.service import Service
@@ -43,7 +44,10 @@ def _add_profiles(app: FastAPI, service: Service) -> None:
     @app.get("/admin/profiles/{name}")
     async def get_profile(name: str, response: Response) -> Profile:
         """One of them, with its ETag."""
-        profile = profiles.get(name, status=404)
+        try:
+            profile = profiles.get(name)
+        except ProfileNotFoundError as error:
+            raise as_api_error(error, status=404) from None
         response.headers["etag"] = etag(profile)
         return profile
 
@@ -62,6 +66,8 @@ def _add_profiles(app: FastAPI, service: Service) -> None:
 
         With If-Match, only if nobody else has changed it meanwhile.
         """
+        if if_none_match is not None and if_none_match.strip() != "*":
+            raise ApiError(400, "If-None-Match must be * here.", param="if-none-match")
         if profiles.put(name, profile, if_match, if_none_match):
             response.status_code = 201
         response.headers["etag"] = etag(profile)
@@ -70,7 +76,10 @@ def _add_profiles(app: FastAPI, service: Service) -> None:
     @app.delete("/admin/profiles/{name}", status_code=204, responses={**_STALE, **_NO_FILE})
     def delete_profile(name: str, if_match: IfMatch = None) -> None:
         """Take one away."""
-        profiles.delete(name, if_match)
+        try:
+            profiles.delete(name, if_match)
+        except ProfileNotFoundError as error:
+            raise as_api_error(error, status=404) from None
 
 
 def _add_faults(app: FastAPI, service: Service) -> None:

@@ -15,7 +15,7 @@ from elastic_moe.protocol.chat import ChatRequest, Message
 from elastic_moe.server.api.generation import Answering, answer_json
 from elastic_moe.server.api.sampling import sampling_params
 from elastic_moe.server.errors import ApiError
-from elastic_moe.server.routing.choose import Wish
+from elastic_moe.server.routing.request import RoutingRequest
 from elastic_moe.server.service import Service, usage
 from elastic_moe.server.sse import EventStream, TextEvent, event, merged
 from elastic_moe.server.tools.choice import ToolUse, ToolWriter, read_arguments
@@ -48,8 +48,8 @@ class Chat(Answering):
 
     prefix = "chatcmpl"
 
-    def __init__(self, service: Service, body: ChatRequest, wish: Wish) -> None:
-        super().__init__(service, body, wish)
+    def __init__(self, service: Service, body: ChatRequest, routing: RoutingRequest) -> None:
+        super().__init__(service, body, routing)
         self._body = body
         self._tools: ToolUse | None = None
 
@@ -61,7 +61,7 @@ class Chat(Answering):
         """
         ids = await asyncio.to_thread(self._encode)
         params = self._params(len(ids))
-        self.choose(len(ids) + params.max_tokens)
+        self.resolve_routing(len(ids) + params.max_tokens)
         if self._body.stream:
             return EventStream(self._events(ids, params), self.headers)
         (done,) = await self.generate([ids], params, receive)
@@ -70,7 +70,7 @@ class Chat(Answering):
             **self.head("chat.completion"),
             "choices": [self._choice(choice, writer) for choice in done.choices],
             "usage": usage(done.usage),
-            "routing": self.service.applied(self.chosen, done.routing),
+            "routing": self.service.applied(self.routing, done.routing),
         }
         return answer_json(body, self.headers)
 
@@ -165,7 +165,7 @@ class Chat(Answering):
                     continue
                 done = delta.completion
                 self.account.completions.append(done)
-                applied = self.service.applied(self.chosen, done.routing)
+                applied = self.service.applied(self.routing, done.routing)
                 yield event({**chunk(delta, {}, ended=True), "routing": applied})
                 if self.include_usage:
                     yield event({**head, "choices": [], "usage": usage(done.usage)})

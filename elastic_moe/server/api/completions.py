@@ -16,7 +16,7 @@ from elastic_moe.server.api.generation import Answering, answer_json
 from elastic_moe.server.api.logprobs import Echoed, Place
 from elastic_moe.server.api.sampling import sampling_params
 from elastic_moe.server.errors import ApiError
-from elastic_moe.server.routing.choose import Wish
+from elastic_moe.server.routing.request import RoutingRequest
 from elastic_moe.server.service import Service, usage
 from elastic_moe.server.sse import EventStream, TextEvent, event, merged
 
@@ -29,8 +29,8 @@ class TextCompleting(Answering):
 
     prefix = "cmpl"
 
-    def __init__(self, service: Service, body: CompletionRequest, wish: Wish) -> None:
-        super().__init__(service, body, wish)
+    def __init__(self, service: Service, body: CompletionRequest, routing: RoutingRequest) -> None:
+        super().__init__(service, body, routing)
         self._body = body
 
     async def answer(self, receive: Any) -> Response:
@@ -41,7 +41,7 @@ class TextCompleting(Answering):
         """
         prompts = await asyncio.to_thread(self._prompts)
         params = self._params(prompts)
-        self.choose(max(map(len, prompts)) + params.max_tokens)
+        self.resolve_routing(max(map(len, prompts)) + params.max_tokens)
         if self._body.stream:
             return EventStream(self._events(prompts, params), self.headers)
         done = await self.generate(prompts, params, receive)
@@ -52,7 +52,7 @@ class TextCompleting(Answering):
             for choice in completion.choices
         ]
         body["usage"] = usage(*(completion.usage for completion in done))
-        body["routing"] = self.service.applied(self.chosen, done[0].routing)
+        body["routing"] = self.service.applied(self.routing, done[0].routing)
         return answer_json(body, self.headers)
 
     def _prompts(self) -> list[list[int]]:
@@ -137,7 +137,7 @@ class TextCompleting(Answering):
             if delta.completion is not None:
                 done.append(delta.completion)
                 self.account.completions.append(delta.completion)
-                body["routing"] = self.service.applied(self.chosen, delta.completion.routing)
+                body["routing"] = self.service.applied(self.routing, delta.completion.routing)
             yield event(body)
         if self.include_usage:
             yield event({**head, "choices": [], "usage": usage(*(c.usage for c in done))})

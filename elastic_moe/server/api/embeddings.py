@@ -13,13 +13,13 @@ from elastic_moe.protocol.embeddings import EmbeddingRequest
 from elastic_moe.server.api.completions import MAX_PROMPTS
 from elastic_moe.server.api.generation import answer_json
 from elastic_moe.server.errors import ApiError
-from elastic_moe.server.routing.choose import Wish
+from elastic_moe.server.routing.request import RoutingRequest
 from elastic_moe.server.service import Service
 from elastic_moe.server.sse import unless_gone
 
 
 async def embeddings(
-    service: Service, body: EmbeddingRequest, wish: Wish, receive: Receive
+    service: Service, body: EmbeddingRequest, routing: RoutingRequest, receive: Receive
 ) -> Response:
     """Vectors of all texts, unless the client goes.
 
@@ -44,10 +44,10 @@ async def embeddings(
         return [engine.encode(own) if isinstance(own, str) else own for own in inputs]
 
     prompts = await asyncio.to_thread(encode)
-    chosen = wish.choose(max(map(len, prompts)))
+    resolved = routing.resolve(max(map(len, prompts)))
 
     async def read() -> list[Embedding]:
-        return [await asyncio.to_thread(engine.embed, ids, chosen.subnet) for ids in prompts]
+        return [await asyncio.to_thread(engine.embed, ids, resolved.subnet) for ids in prompts]
 
     done = await unless_gone(receive, read())
     tokens = sum(embedding.prompt_tokens for embedding in done)
@@ -59,9 +59,9 @@ async def embeddings(
         ],
         "model": body.model,
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-        "routing": service.applied(chosen, done[0].routing),
+        "routing": service.applied(resolved, done[0].routing),
     }
-    return answer_json(answer, {"x-elastic-subnet": chosen.subnet.name})
+    return answer_json(answer, {"x-elastic-subnet": resolved.subnet.name})
 
 
 def _write(embedding: Embedding, body: EmbeddingRequest) -> list[float] | str:

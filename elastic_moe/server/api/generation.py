@@ -17,7 +17,7 @@ from elastic_moe.engine.outputs import Completion, Delta
 from elastic_moe.protocol.sampling import SamplingRequest
 from elastic_moe.server.errors import ApiError
 from elastic_moe.server.middleware.faults import Injection
-from elastic_moe.server.routing.choose import Chosen, Wish
+from elastic_moe.server.routing.request import ResolvedRouting, RoutingRequest
 from elastic_moe.server.service import Service
 from elastic_moe.server.sse import unless_gone
 
@@ -26,7 +26,7 @@ class Answering:
     """One request on its way.
 
     Attributes:
-        chosen: the sub-network that it runs under, once `choose` has been called.
+        routing: the sub-network that it runs, once `resolve_routing` has been called.
         headers: of the answer.
         account: where it is noted what was generated.
         include_usage: whether its stream ends with its usage.
@@ -34,18 +34,18 @@ class Answering:
 
     prefix: ClassVar[str]  # of ids
 
-    def __init__(self, service: Service, body: SamplingRequest, wish: Wish) -> None:
+    def __init__(self, service: Service, body: SamplingRequest, routing: RoutingRequest) -> None:
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options needs stream: true.", param="stream_options")
         options = body.stream_options
-        self.service, self._wish, self._model = service, wish, body.model
-        self.chosen: Chosen
+        self.service, self._request, self._model = service, routing, body.model
+        self.routing: ResolvedRouting
         self.include_usage = options is not None and options.include_usage
         self.headers: dict[str, str] = {}
-        self.account = wish.account
+        self.account = routing.account
 
-    def choose(self, tokens: int) -> None:
-        """Decide for a sub-network.
+    def resolve_routing(self, tokens: int) -> None:
+        """Set `routing`, and the header that names it.
 
         Args:
             tokens: of the longest prompt and max_tokens.
@@ -53,8 +53,8 @@ class Answering:
         Raises:
             RoutingError: the server's limits refuse it.
         """
-        self.chosen = self._wish.choose(tokens)
-        self.headers["x-elastic-subnet"] = self.chosen.subnet.name
+        self.routing = self._request.resolve(tokens)
+        self.headers["x-elastic-subnet"] = self.routing.subnet.name
 
     def head(self, kind: str) -> dict[str, Any]:
         """What every answer and every event of it begins with."""
@@ -70,7 +70,7 @@ class Answering:
         self, prompts: Sequence[list[int]], params: SamplingParams, receive: Receive
     ) -> list[Completion]:
         """Complete all prompts, unless the client goes."""
-        subnet, params = self.chosen.subnet, forced(params, self._wish.injection)
+        subnet, params = self.routing.subnet, forced(params, self._request.injection)
         work = self.service.engine.agenerate(prompts, subnet, params)
         done: list[Completion] = await unless_gone(receive, work)
         self.account.completions += done
@@ -80,7 +80,7 @@ class Answering:
         self, prompts: Sequence[list[int]], params: SamplingParams
     ) -> list[AsyncGenerator[Delta]]:
         """The same, piece by piece."""
-        subnet, params = self.chosen.subnet, forced(params, self._wish.injection)
+        subnet, params = self.routing.subnet, forced(params, self._request.injection)
         astream = self.service.engine.astream
         return [astream(prompt, subnet, params) for prompt in prompts]
 

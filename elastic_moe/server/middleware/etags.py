@@ -6,7 +6,7 @@ import hashlib
 
 from pydantic import BaseModel
 
-from elastic_moe.server.errors import ApiError
+from elastic_moe.errors import PreconditionError
 
 
 def etag(value: BaseModel) -> str:
@@ -15,15 +15,13 @@ def etag(value: BaseModel) -> str:
 
 
 def check_match(current: str | None, if_match: str | None, if_none_match: str | None) -> None:
-    """Raise 412 if a change was meant for another state.
+    """Raise `PreconditionError` if a change was meant for another state.
 
     Args:
         current: the ETag of what there is; None if there is nothing.
         if_match: change only this state; '*': only what is there.
-        if_none_match: '*': only make what is not there.
+        if_none_match: not None: only make what is not there.
     """
-    if if_none_match is not None and if_none_match.strip() != "*":
-        raise ApiError(400, "If-None-Match must be * here.", param="if-none-match")
     if if_none_match is not None and current is not None:
         raise _changed(f"it exists, with ETag {current}")
     if if_match is None:
@@ -35,5 +33,5 @@ def check_match(current: str | None, if_match: str | None, if_none_match: str | 
         raise _changed(f"its ETag is {current}")
 
 
-def _changed(state: str) -> ApiError:
-    return ApiError(412, f"nothing was changed: {state}.", code="precondition_failed")
+def _changed(state: str) -> PreconditionError:
+    return PreconditionError(f"nothing was changed: {state}.")

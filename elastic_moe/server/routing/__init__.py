@@ -1,1 +1,1 @@
-"""Which sub-network a request gets: its own wish, profiles, the operator's limits."""
+"""The sub-network that a request runs: its own routing, profiles, the operator's limits."""

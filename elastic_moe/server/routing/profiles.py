@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,21 @@ import tomlkit
 from pydantic import ValidationError
 from tomlkit.exceptions import ParseError
 
-from elastic_moe.errors import RoutingError, ServerError
+from elastic_moe.config import RoutingConfig
+from elastic_moe.errors import (
+    ProfileError,
+    ProfileNotFoundError,
+    ProfilesFileError,
+    RoutingError,
+    ServerError,
+)
 from elastic_moe.files import write_text
 from elastic_moe.protocol.profiles import Profile, TopKStep
-from elastic_moe.protocol.routing import RoutingConfig
 from elastic_moe.routing import ModelShape, is_name, shorten
-from elastic_moe.server.errors import ApiError
+from elastic_moe.routing.axes import DEPTH, TOP_K
 from elastic_moe.server.middleware.etags import check_match, etag
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
-Check = Callable[[Profile], None]
 
 
 def built_in(shape: ModelShape) -> dict[str, Profile]:
@@ -32,12 +37,12 @@ def built_in(shape: ModelShape) -> dict[str, Profile]:
     return {
         "interactive": Profile(
             description="Even speed: half of the experts per token, for every request alike.",
-            routing=RoutingConfig(top_k=half),
+            routing=RoutingConfig().with_value(TOP_K, half),
             pinned=True,
         ),
         "batch": Profile(
             description="Throughput: three quarters of the layers; the longer, the fewer experts.",
-            routing=RoutingConfig(depth=ceil(3 * layers / 4)),
+            routing=RoutingConfig().with_value(DEPTH, ceil(3 * layers / 4)),
             top_k_by_tokens=[
                 TopKStep(up_to=256, top_k=k),
                 TopKStep(up_to=1024, top_k=half),
@@ -46,7 +51,7 @@ def built_in(shape: ModelShape) -> dict[str, Profile]:
         ),
         "prototyping": Profile(
             description="Quick and rough: half of the layers, one expert per token.",
-            routing=RoutingConfig(depth=ceil(layers / 2), top_k=1),
+            routing=RoutingConfig().with_value(DEPTH, ceil(layers / 2)).with_value(TOP_K, 1),
         ),
         "deterministic": Profile(
             description="The same request gets the same answer: the whole network, most likely "
@@ -64,30 +69,35 @@ class ProfileBook:
 
     Args:
         path: of the TOML file that they are kept in; None keeps them as they are.
-        check: raises if a profile means nothing for the model.
+        shape: of the model that runs them.
+
+    Raises:
+        ServerError: a profile means nothing for the model.
     """
 
-    def __init__(self, profiles: Mapping[str, Profile], path: Path | None, check: Check) -> None:
+    def __init__(
+        self, profiles: Mapping[str, Profile], path: Path | None, shape: ModelShape
+    ) -> None:
         for name, profile in profiles.items():
             try:
                 _check_name(name)
-                check(profile)
-            except (ApiError, RoutingError) as error:
+                _check_routing(profile, shape)
+            except (ProfileError, RoutingError) as error:
                 raise ServerError(f"profile {shorten(name)}: {error}") from error
-        self._profiles, self._path, self._check = dict(profiles), path, check
+        self._profiles, self._path, self._shape = dict(profiles), path, shape
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: Path | None, shape: ModelShape, check: Check) -> ProfileBook:
+    def open(cls, path: Path | None, shape: ModelShape) -> ProfileBook:
         """Those of a file, or the built-in ones. A file that does not exist is made with these.
 
         Raises:
             ServerError: the file cannot be read, or a profile means nothing for the model.
         """
         if path is None:
-            return cls(built_in(shape), None, check)
+            return cls(built_in(shape), None, shape)
         if not path.exists():
-            book = cls(built_in(shape), path, check)
+            book = cls(built_in(shape), path, shape)
             document = tomlkit.document()
             for name, profile in book.all().items():
                 document[name] = _plain(profile)
@@ -104,7 +114,7 @@ class ProfileBook:
                 fault = error.errors()[0]
                 where = ".".join(map(str, (name, *fault["loc"])))
                 raise ServerError(f"{path}: {where}: {fault['msg']}.") from None
-        return cls(found, path, check)
+        return cls(found, path, shape)
 
     def all(self) -> dict[str, Profile]:
         """All of them."""
@@ -113,20 +123,17 @@ class ProfileBook:
     def __contains__(self, name: str) -> bool:
         return name in self._profiles
 
-    def get(self, name: str, *, status: int = 400) -> Profile:
+    def get(self, name: str) -> Profile:
         """The profile of this name.
 
         Raises:
-            ApiError: with `status`: there is none.
+            ProfileNotFoundError: there is none.
         """
         profile = self._profiles.get(name)
         if profile is None:
             there = ", ".join(self._profiles) or "none"
-            raise ApiError(
-                status,
-                f"the profile {name[:80]!a} does not exist; there are {there}.",
-                param="profile",
-                code="profile_not_found",
+            raise ProfileNotFoundError(
+                f"the profile {name[:80]!a} does not exist; there are {there}."
             )
         return profile
 
@@ -143,11 +150,12 @@ class ProfileBook:
             Whether it is new.
 
         Raises:
-            ApiError: somebody else changed it meanwhile (412), there is no file to keep it in
-                (409), or the model cannot run it (400).
+            PreconditionError: somebody else changed it meanwhile.
+            ProfilesFileError: there is no file to keep it in.
+            ProfileError, RoutingError: the name is none, or the model cannot run it.
         """
         _check_name(name)
-        self._check(profile)
+        _check_routing(profile, self._shape)
         with self._lock:
             old = self._profiles.get(name)
             check_match(None if old is None else etag(old), if_match, if_none_match)
@@ -159,21 +167,20 @@ class ProfileBook:
         """Take a profile away.
 
         Raises:
-            ApiError: as `put`; 404: there is none.
+            PreconditionError, ProfilesFileError: as `put`.
+            ProfileNotFoundError: there is none.
         """
         with self._lock:
-            check_match(etag(self.get(name, status=404)), if_match, None)
+            check_match(etag(self.get(name)), if_match, None)
             self._keep(name, None)
             self._profiles = {n: p for n, p in self._profiles.items() if n != name}
 
     def _keep(self, name: str, profile: Profile | None) -> None:
         """Change one table of the file; comments and other tables stay as somebody wrote them."""
         if self._path is None:
-            raise ApiError(
-                409,
+            raise ProfilesFileError(
                 "profiles are changed in the file of --profiles, and this server was started "
-                "without one.",
-                code="no_profiles_file",
+                "without one."
             )
         document = _read(self._path)
         if profile is None:
@@ -192,21 +199,23 @@ def _read(path: Path) -> tomlkit.TOMLDocument:
 
 def _plain(profile: Profile) -> dict[str, Any]:
     """As TOML has it: what says nothing is left out."""
-    return profile.model_dump(exclude_defaults=True, exclude_none=True)
+    return profile.model_dump(exclude_defaults=True, exclude_none=True, by_alias=True)
+
+
+def _check_routing(profile: Profile, shape: ModelShape) -> None:
+    """Raise `RoutingError` unless the model has every sub-network that a profile may mean."""
+    for routing in profile.routings:
+        routing.resolve(shape)
 
 
 def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name):
-        raise ApiError(
-            400,
+        raise ProfileError(
             f"a profile's name must be 1 to 64 letters, digits, '_', '.' or '-', beginning with a "
-            f"letter, got {shorten(name)}.",
-            param="name",
+            f"letter, got {shorten(name)}."
         )
     if is_name(name):
-        raise ApiError(
-            400,
+        raise ProfileError(
             f"a profile's name must not be a sub-network's, as both come after '@' in a model's "
-            f"name, got {shorten(name)}.",
-            param="name",
+            f"name, got {shorten(name)}."
         )

@@ -38,8 +38,7 @@ def test_knobs_are_executed(served: Running, seed: int) -> None:
     knobs = draw_knobs(draw, served)
     ids = [draw.randrange(5, 4000) for _ in range(30)]
     done = served.complete(ids, routing_config=knobs, echo=True, logprobs=0, **LENGTH)
-    spelled = {"topK": "routingTopK", "top_k": "routing_top_k", "sparsity": "sparsity_threshold"}
-    config = ElasticRoutingConfig.full(**{spelled.get(k, k): v for k, v in knobs.items()})
+    config = ElasticRoutingConfig.full(**knobs)
     subnet = served.engine.resolve(config)
     rows = served.engine.score(ids, subnet).double().log_softmax(-1)
     told = done["choices"][0]["logprobs"]["token_logprobs"]
@@ -54,8 +53,23 @@ def test_knobs_are_executed(served: Running, seed: int) -> None:
     assert done["routing"]["flops_per_token"] == subnet.flops_per_token(len(ids) // 2, mean)
     assert done["routing"]["active_params"] == subnet.active_params
     again = {k: done["routing"][k] for k in ANSWERED}
-    answer = served.complete(ids, routing_config=again, echo=True, logprobs=0, **LENGTH)
-    assert answer["routing"] == done["routing"]
+    for back in (again, done["routing"]):
+        answer = served.complete(ids, routing_config=back, echo=True, logprobs=0, **LENGTH)
+        assert answer["routing"] == done["routing"]
+
+
+def test_values_per_layer_come_back_as_an_answer_and_as_a_name(served: Running) -> None:
+    shape = served.engine.shape
+    top_k = [1] + [2] * (shape.num_layers - 1)
+    pool = [[3, 1, 0]] + [[0, 1]] * (shape.num_layers - 1)
+    config = {"depth": 3, "top_k": top_k, "expert_pool": pool}
+    done = served.complete(routing_config=config, **LENGTH)["routing"]
+    assert done["top_k"] == top_k
+    assert done["name"].startswith("L3-k1x1,2x")
+    assert served.complete(routing_config=done, **LENGTH)["routing"] == done
+    assert served.complete(model=f"tiny@{done['name']}", **LENGTH)["routing"] == done
+    error = served.refused(400, routing_config={**done, "top_k": 1})
+    assert "beside other values must mean the same" in error["message"]
 
 
 def test_an_absent_part_is_the_models_full_value(served: Running) -> None:
@@ -91,7 +105,7 @@ def test_a_name_may_carry_the_sub_network(served: Running) -> None:
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        ({"depth": 0}, "depth must be in [1, "),
+        ({"depth": 0}, "depth must be an integer in [1, "),
         ({"depth": 99}, "got 99"),
         ({"depth": True}, "routing_config.depth"),
         ({"top_k": 9}, "top_k must be an integer in [1, "),

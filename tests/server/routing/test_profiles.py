@@ -12,6 +12,7 @@ import pytest
 
 from elastic_moe.errors import ServerError
 from elastic_moe.protocol.profiles import Profile
+from elastic_moe.routing.axes import TOP_K
 from elastic_moe.server.settings import ServerSettings
 from tests.server.conftest import Running
 
@@ -185,7 +186,7 @@ def test_of_many_who_change_the_same_state_one_wins(running: Running, path: Path
 @pytest.mark.parametrize(
     ("name", "body", "told"),
     [
-        ("p", {"routing": {"depth": 99}}, "depth must be in"),
+        ("p", {"routing": {"depth": 99}}, "depth must be an integer in"),
         ("p", {"routing": {"top_k": 99}}, "top_k must be"),
         ("p", {"top_k_by_tokens": [{"top_k": 99}]}, "top_k must be"),
         ("p", {"rooting": {}}, "unknown key"),
@@ -253,7 +254,7 @@ def test_a_file_that_does_not_exist_is_made_with_the_built_in_profiles(
         ("[a]\nx = 1", "a.x"),
         ("[a", "cannot be read"),
         ("[k2]", "must not be a sub-network's"),
-        ("[a]\nrouting = {depth = 99}", "profile 'a': depth must be in"),
+        ("[a]\nrouting = {depth = 99}", "profile 'a': depth must be an integer in"),
     ],
 )
 def test_a_bad_file_is_told_at_the_start(start: Any, tmp_path: Path, text: str, told: str) -> None:
@@ -271,4 +272,4 @@ def test_the_documented_profile_means_something() -> None:
     profile = Profile.model_validate(table)
     assert name == "drafts"
     assert profile.pinned
-    assert [profile.routing_for(n).top_k for n in (512, 513)] == [4, 2]
+    assert [profile.routing_for(n).value(TOP_K) for n in (512, 513)] == [4, 2]

@@ -36,15 +36,15 @@ from elastic_moe.errors import CorpusError, ElasticMoEError, TrainingError
 from elastic_moe.files import exchanging_folder, replacing
 from elastic_moe.model.checkpoints.checkpoint import Checkpoint
 from elastic_moe.model.config import ModelConfig
-from elastic_moe.train.export import STATE, export
-from elastic_moe.train.mini import ELASTIC_MINI
-from elastic_moe.train.parents import keep_parent
-from elastic_moe.train.runs.checkpoint import load_state
+from elastic_moe.train.export import export, keep_parent
+from elastic_moe.train.models import ELASTIC_MINI
+from elastic_moe.train.runs.loop import run_steps
 from elastic_moe.train.settings import check_device
-from elastic_moe.train.step.loop import Trainer, run
 from elastic_moe.train.step.plan import DTYPES, TrainingPlan
+from elastic_moe.train.step.state import STATE, load_state
+from elastic_moe.train.step.trainer import Trainer
 from elastic_moe.train.text.prepare import MANIFEST, TOKENIZER, TOKENS, open_stream, read_manifest
-from experiments.science.runs import SITTINGS, choose, is_finished
+from experiments.science.runs import SESSIONS, choose, is_finished
 from experiments.science.runs import TOKENS as RUN_TOKENS
 from experiments.science.train import train as train_science
 
@@ -157,7 +157,7 @@ def train_mini(
         weights = {name: checkpoint.read(name, torch.float32) for name in checkpoint.shapes}
         trainer.adopt(weights, f"sha256:{checkpoint.files.sha256()}")
         keep_parent(folder, begins_with)
-    run(trainer, folder, max_seconds=seconds, report=say, report_seconds=30)
+    run_steps(trainer, folder, max_seconds=seconds, report=say, report_seconds=30)
     grown = trainer.step and plan.stage(trainer.step - 1).layers == config.num_layers
     if not grown:
         say("no step has run all layers yet: no checkpoint comes back, the state stays here")
@@ -173,7 +173,7 @@ def bring_back(folder: Path, to: Path) -> Path:
     """
     export(folder, to / "checkpoint", max_shard_bytes=SHARD_BYTES)
     check_shards(to / "checkpoint")
-    for name in ("log.jsonl", SITTINGS):
+    for name in ("log.jsonl", SESSIONS):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, to / name)
     return to
@@ -266,7 +266,7 @@ def take(folder: Path, into: Path) -> list[Path]:
     return taken
 
 
-def say(line: str) -> None:
+def say(line: object) -> None:
     """Print a line at once, even into a file."""
     print(line, flush=True)
 

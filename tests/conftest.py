@@ -24,7 +24,7 @@ from elastic_moe.model.checkpoints.saving import save_checkpoint
 from elastic_moe.model.config import ElasticBlock
 from elastic_moe.model.families import write_config
 from elastic_moe.model.reference.transformer import ElasticTransformer
-from elastic_moe.train.mini import ELASTIC_MINI
+from elastic_moe.train.models import ELASTIC_MINI
 
 # Property tests take the same examples in every run, so that a change alone turns one red;
 # `make explore` looks at others.

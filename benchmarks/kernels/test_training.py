@@ -14,10 +14,10 @@ import torch
 
 from benchmarks.kernels.conftest import Report
 from elastic_moe.routing import Subnet
-from elastic_moe.train.mini import ELASTIC_MINI
-from elastic_moe.train.step.loop import Trainer
+from elastic_moe.train.models import ELASTIC_MINI
 from elastic_moe.train.step.plan import Stage, TrainingPlan
 from elastic_moe.train.step.sampling import SamplingPlan
+from elastic_moe.train.step.trainer import Trainer
 from elastic_moe.train.text.tokens import TokenStream
 
 LAYERS, PIECES = 12, 8

@@ -2,8 +2,8 @@
 
 With nothing given it reads the Python library of this machine and needs no download. The folder of
 the run gets checkpoint/ (a standard checkpoint, which sweep, extract and serve take), loss.png,
-log.csv, and what the run needs to go on: the same command goes on from where the run was stopped,
-by Ctrl-C, by a crash or because its time was over.
+log.csv, and the state of the run. After Ctrl-C, a crash or the end of its time, run it again to
+resume.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from elastic_moe.train.machine import keep_freed_memory, share_the_machine
 from elastic_moe.train.options import add_arguments as add_options
-from elastic_moe.train.options import share_the_machine
-from elastic_moe.train.runs.memory import keep_freed_memory
-from elastic_moe.train.runs.progress import StepReport, clock
+from elastic_moe.train.options import to_config
+from elastic_moe.train.runs.progress import Event, Report, StepDone, clock
 
 EXAMPLES = """examples:
   elastic-moe train --minutes 5                             a small model, in five minutes
@@ -30,7 +30,7 @@ EXAMPLES = """examples:
   elastic-moe train --fixed full --out inelastic            the control: nothing is ever reduced
   elastic-moe train --reduce-depth 0.4 --reduce-threshold 0 --distill 0.5 --out other
   elastic-moe train --from notes-model/checkpoint --fixed L6 --tokens 500000 --out refined
-  elastic-moe train --out notes-model --corpus notes/       goes on where it was stopped
+  elastic-moe train --out notes-model --corpus notes/       resumes where it was stopped
 """
 
 
@@ -41,34 +41,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it; returns the exit status: 1 if a signal ended the run."""
-    began = time.monotonic()
+    started = time.monotonic()
     share_the_machine()
-    from elastic_moe.train.command import summary_lines, train  # deferred: loads torch
+    from elastic_moe.train.session import run as run_training  # deferred: loads torch
+    from elastic_moe.train.session import summary_lines
 
     keep_freed_memory()
 
+    config = to_config(args)
     with _progress() as (report, seconds):
-        summary = train(args, report, began=began, report_seconds=seconds)
-    summary["loss_curve"] = _draw(Path(summary["out"])) if summary["steps"] else None
-    print(json.dumps(summary) if args.json else "\n".join(summary_lines(summary)))
-    return 1 if summary["ended_by"] == "signal" else 0
+        result = run_training(config, report=report, started=started, report_seconds=seconds)
+    curve = _draw(result.out) if result.steps else None
+    if args.json:
+        print(json.dumps({**result.to_json(), "loss_curve": str(curve) if curve else None}))
+    else:
+        print("\n".join(summary_lines(result, curve)))
+    return 1 if result.ended_by == "signal" else 0
 
 
-def _draw(out: Path) -> str:
+def _draw(out: Path) -> Path:
     from elastic_moe.lab.view.loss_curve import write_loss_png  # deferred: loads matplotlib
 
     write_loss_png(out, out / "loss.png")
-    return str(out / "loss.png")
+    return out / "loss.png"
 
 
 @contextmanager
-def _progress() -> Iterator[tuple[Callable[[str], None], float]]:
-    """What reports go to, and the seconds between two of a step: a bar on a terminal, else lines.
-
-    On standard error.
-    """
+def _progress() -> Iterator[tuple[Report, float]]:
+    """(report, seconds between two steps' events): a bar on a terminal, else lines; on stderr."""
     if not sys.stderr.isatty():
-        yield lambda line: print(line, file=sys.stderr, flush=True), 10.0
+        yield lambda event: print(event, file=sys.stderr, flush=True), 10.0
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
@@ -83,21 +85,21 @@ def _progress() -> Iterator[tuple[Callable[[str], None], float]]:
     with Progress(*columns, console=Console(stderr=True)) as bars:
         shown: dict[str, Any] = {}
 
-        def report(line: str) -> None:
-            if not isinstance(line, StepReport):
-                bars.console.print(line, markup=False, highlight=False, emoji=False)
+        def report(event: Event) -> None:
+            if not isinstance(event, StepDone):
+                bars.console.print(str(event), markup=False, highlight=False, emoji=False)
                 return
             # Steps of sub-networks differ: a smoothed number can be read.
-            loss, rate = shown.get("loss", line.loss), shown.get("rate", line.tokens_per_second)
-            shown["loss"] = loss + 0.1 * (line.loss - loss)
-            shown["rate"] = rate + 0.1 * (line.tokens_per_second - rate)
+            loss, rate = shown.get("loss", event.loss), shown.get("rate", event.tokens_per_second)
+            shown["loss"] = loss + 0.1 * (event.loss - loss)
+            shown["rate"] = rate + 0.1 * (event.tokens_per_second - rate)
             fields: dict[str, Any] = {
                 "loss": f"{shown['loss']:.3f}",
                 "rate": f"{shown['rate']:,.0f}",
-                "left": clock(line.seconds_left),
+                "left": clock(event.seconds_left),
             }
             if "task" not in shown:
-                shown["task"] = bars.add_task("", total=line.total_steps, **fields)
-            bars.update(shown["task"], completed=line.step, **fields)
+                shown["task"] = bars.add_task("", total=event.total_steps, **fields)
+            bars.update(shown["task"], completed=event.step, **fields)
 
         yield report, 0.25

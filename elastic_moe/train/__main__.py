@@ -24,8 +24,9 @@ import time
 from collections.abc import Sequence
 
 from elastic_moe.errors import ElasticMoEError, OptionError
-from elastic_moe.train.options import add_arguments, share_the_machine
-from elastic_moe.train.runs.memory import keep_freed_memory
+from elastic_moe.train.machine import keep_freed_memory, share_the_machine
+from elastic_moe.train.options import add_arguments, to_config
+from elastic_moe.train.runs.progress import Event
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -44,15 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Progress goes to standard error, the summary to standard output.
     """
-    began = time.monotonic()
+    started = time.monotonic()
     args = make_parser().parse_args(argv)
     share_the_machine()
-    from elastic_moe.train.command import summary_lines, train  # deferred: loads torch
+    from elastic_moe.train.session import run, summary_lines  # deferred: loads torch
 
     keep_freed_memory()
 
     try:
-        summary = train(args, say, began=began)
+        result = run(to_config(args), report=print_event, started=started)
     except OptionError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -62,14 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("\nInterrupted.\n")
         return 1
-    lines = [json.dumps(summary)] if args.json else summary_lines(summary)
+    lines = [json.dumps(result.to_json())] if args.json else summary_lines(result)
     sys.stdout.write("\n".join(lines) + "\n")
-    return 1 if summary["ended_by"] == "signal" else 0
+    return 1 if result.ended_by == "signal" else 0
 
 
-def say(line: str) -> None:
+def print_event(event: Event) -> None:
     """Print a line about the progress at once, even into a file."""
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(f"{event}\n")
     sys.stderr.flush()
 
 

@@ -28,20 +28,25 @@ from tokenizers import Tokenizer
 
 from elastic_moe.errors import ElasticMoEError, NotGrownError, TrainingError
 from elastic_moe.files import exchanging_folder, write_text
-from elastic_moe.model.checkpoints.folder import CONFIG, MANIFEST, read_json, read_training_manifest
+from elastic_moe.model.checkpoints.folder import (
+    CONFIG,
+    MANIFEST,
+    is_training_manifest,
+    read_json,
+    read_training_manifest,
+)
 from elastic_moe.model.checkpoints.saving import MAX_SHARD_BYTES, save_checkpoint
 from elastic_moe.model.config import ElasticBlock, ModelConfig
 from elastic_moe.model.families import read_config, write_config
 from elastic_moe.train.ledger import Ledger, replay
 from elastic_moe.train.models import config_from_json
 from elastic_moe.train.options import add_shard_size
-from elastic_moe.train.parents import read_parent, tokens_before
-from elastic_moe.train.runs.checkpoint import check_same_run, load_state
 from elastic_moe.train.step.plan import TrainingPlan
+from elastic_moe.train.step.state import STATE, check_same_run, load_state
 from elastic_moe.train.text.prepare import TOKENIZER, read_manifest
 from elastic_moe.train.text.tokens import BOS, END, IM_END, PAD, SPECIAL_TOKENS, special_id
 
-STATE = "state.safetensors"
+PARENT = "parent-manifest.json"  # of the weights that a run started with, kept in its folder
 # What an export writes, and what is not carried over from an earlier one.
 _WRITTEN = (
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
@@ -248,6 +253,49 @@ def _replacing(folder: Path) -> Iterator[Path]:
         ) from None
 
 
+def keep_parent(run: Path, checkpoint: Path) -> bool:
+    """Copy a checkpoint's manifest into the folder of a run; False if none tells of a training.
+
+    The manifest that the run's export writes holds it as "before", so that every file and every
+    step that led to the weights stays on record.
+    """
+    manifest = read_training_manifest(checkpoint)
+    if not manifest:
+        return False
+    run.mkdir(parents=True, exist_ok=True)
+    write_text(run / PARENT, json.dumps(manifest, indent=1) + "\n")
+    return True
+
+
+def read_parent(run: Path) -> dict[str, Any] | None:
+    """What `keep_parent` kept; None if nothing.
+
+    Raises:
+        TrainingError: it is no manifest.
+    """
+    path = run / PARENT
+    if not path.is_file():
+        return None
+    try:
+        manifest: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        manifest = None
+    if is_training_manifest(manifest):
+        return dict(manifest)
+    raise TrainingError(
+        f"{path} is no manifest of a checkpoint: it must hold 'corpus' and 'training'. Copy "
+        f"{MANIFEST} of the checkpoint that the run began with there again."
+    )
+
+
+def tokens_before(manifest: dict[str, Any] | None) -> int:
+    """Tokens that the weights which a manifest belongs to had read, all trainings together."""
+    if manifest is None:
+        return 0
+    training = manifest["training"]
+    return int(training["tokens"]) + int(training.get("tokens_before", 0))
+
+
 def tokenizer_config(max_positions: int = 4096) -> dict[str, Any]:
     """What transformers needs beside tokenizer.json, the chat template included."""
     extra = [token for token in SPECIAL_TOKENS if token not in (BOS, END, PAD)]
@@ -279,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_shard_size(parser)
     args = parser.parse_args(argv)
     try:
-        export(args.run, args.folder, max_shard_bytes=args.max_shard_size)
+        export(args.run, args.folder, max_shard_bytes=args.max_shard_bytes)
     except (ElasticMoEError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

@@ -9,38 +9,48 @@ from pathlib import Path
 from typing import Any
 
 from elastic_moe.errors import CheckpointError, OptionError
-from elastic_moe.model.checkpoints.config_keys import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE
 from elastic_moe.model.checkpoints.folder import CONFIG, find_checkpoint, read_json
 from elastic_moe.model.config import ElasticBlock, ModelConfig
 from elastic_moe.model.families import read_config
-from elastic_moe.train.mini import ELASTIC_MINI
 
-SMALL = "small"  # elastic-mini with a quarter of its layers: what minutes on a CPU suffice for
-MODELS = {SMALL: replace(ELASTIC_MINI, num_layers=12), "elastic-mini": ELASTIC_MINI}
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """An option that sets one size of the model, in [1, most]."""
-
-    option: str
-    field: str
-    help: str
-    most: int = MAX_SIZE
-
-
-SIZES = (
-    Size("layers", "num_layers", "layers", MAX_LAYERS),
-    Size("hidden", "hidden_size", "hidden size"),
-    Size("experts", "num_experts", "experts per layer", MAX_EXPERTS),
-    Size("top-k", "max_top_k", "experts per token"),
-    Size("expert-hidden", "expert_hidden", "hidden channels of each expert"),
-    Size("granules", "width_granules", "parts that an expert's width can be cut into"),
-    Size("heads", "num_heads", "query heads"),
-    Size("kv-heads", "num_kv_heads", "key and value heads"),
-    Size("head-dim", "head_dim", "channels of a head"),
-    Size("positions", "max_positions", "the longest context"),
+# The shape of the bundled super-network.
+ELASTIC_MINI = ModelConfig(
+    model_type="qwen3_moe",
+    vocab_size=4096,
+    hidden_size=128,
+    num_layers=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    num_experts=16,
+    max_top_k=4,
+    expert_hidden=64,
+    max_positions=4096,
+    rope_theta=10000.0,
+    rms_norm_eps=1e-6,
+    tied_embeddings=True,
+    qk_norm="head",
+    renormalize=True,
+    elastic=ElasticBlock(width_granules=8),
 )
+
+DEFAULT_MODEL = (
+    "small"  # elastic-mini with a quarter of its layers: minutes on a CPU suffice for it
+)
+MODELS = {DEFAULT_MODEL: replace(ELASTIC_MINI, num_layers=12), "elastic-mini": ELASTIC_MINI}
+# Sizes that a user may set: name -> field of `ModelConfig`.
+SIZES = {
+    "layers": "num_layers",
+    "hidden": "hidden_size",
+    "experts": "num_experts",
+    "top_k": "max_top_k",
+    "expert_hidden": "expert_hidden",
+    "granules": "width_granules",
+    "heads": "num_heads",
+    "kv_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "positions": "max_positions",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +72,7 @@ def sized_model(name: str, sizes: Mapping[str, int], vocab_size: int) -> Model:
     """A named shape with other sizes.
 
     Args:
-        sizes: fields of `SIZES` that differ.
+        sizes: those that differ, by field of `ModelConfig`.
 
     Raises:
         OptionError: they do not go together.
@@ -76,27 +86,21 @@ def sized_model(name: str, sizes: Mapping[str, int], vocab_size: int) -> Model:
     config = replace(
         base, **changes, vocab_size=vocab_size, elastic=ElasticBlock(width_granules=granules)
     )
-    for wrong, message in (
-        (
-            config.num_heads % config.num_kv_heads,
-            f"--kv-heads must divide --heads {config.num_heads}, got {config.num_kv_heads}.",
-        ),
-        (
-            config.head_dim % 2 or not config.head_dim,
-            f"--head-dim must be even and at least 2, got {config.head_dim}"
-            + ("." if "head_dim" in sizes else ", which is --hidden / --heads. Give --head-dim."),
-        ),
-        (
-            config.max_top_k > config.num_experts,
-            f"--top-k must be at most --experts {config.num_experts}, got {config.max_top_k}.",
-        ),
-        (
-            config.expert_hidden % granules,
-            f"--granules must divide --expert-hidden {config.expert_hidden}, got {granules}.",
-        ),
-    ):
-        if wrong:
-            raise OptionError(message)
+    if config.num_heads % config.num_kv_heads:
+        raise OptionError(
+            f"--kv-heads must divide --heads {config.num_heads}, got {config.num_kv_heads}."
+        )
+    if config.head_dim % 2 or not config.head_dim:
+        end = "." if "head_dim" in sizes else ", which is --hidden / --heads. Give --head-dim."
+        raise OptionError(f"--head-dim must be even and at least 2, got {config.head_dim}{end}")
+    if config.max_top_k > config.num_experts:
+        raise OptionError(
+            f"--top-k must be at most --experts {config.num_experts}, got {config.max_top_k}."
+        )
+    if config.expert_hidden % granules:
+        raise OptionError(
+            f"--granules must divide --expert-hidden {config.expert_hidden}, got {granules}."
+        )
     return Model(config)
 
 

@@ -1,8 +1,7 @@
-"""From options to what a run is made of: model, text and plan. Nothing is written here."""
+"""From a configuration to what a run is made of: model, text and plan. Writes nothing."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,18 +21,18 @@ from elastic_moe.errors import (
 )
 from elastic_moe.model.checkpoints.folder import BUNDLED, find_checkpoint
 from elastic_moe.routing import parse_name
+from elastic_moe.train.config import SHARES, TrainConfig, flag_of_axis
 from elastic_moe.train.experts.native import choose_backend
 from elastic_moe.train.export import check_target
 from elastic_moe.train.models import (
+    DEFAULT_MODEL,
     MODELS,
     SIZES,
-    SMALL,
     Model,
     model_from_checkpoint,
     model_from_file,
     sized_model,
 )
-from elastic_moe.train.options import CHANCES, SHARES, check, filled, flag
 from elastic_moe.train.runs.folder import (
     OPTIONS,
     check_config,
@@ -41,49 +40,39 @@ from elastic_moe.train.runs.folder import (
     check_recorded,
     to_record,
 )
-from elastic_moe.train.step.plan import PIECE_TOKENS, Stage, TrainingPlan, parse_stages
-from elastic_moe.train.step.sampling import SamplingPlan
+from elastic_moe.train.step.plan import PIECE_TOKENS, PLAN, Stage, TrainingPlan, parse_stages
+from elastic_moe.train.step.sampling import AXES, SamplingPlan
 from elastic_moe.train.text.corpus import Listing, SourceFile, text_files
-from elastic_moe.train.text.prepare import (
-    MANIFEST,
-    TOKENIZER,
-    Mixture,
-    check_options,
-    read_manifest,
-)
+from elastic_moe.train.text.prepare import MANIFEST, TOKENIZER, check_options, read_manifest
 from elastic_moe.train.text.tokens import check_tokenizer
 
-PLAN = "plan.json"
 CHECKPOINT = "checkpoint"  # in the folder of a run
 WARMUP_STEPS, SHORT_WARMUP_STEPS = 100, 20  # of random weights, and of trained ones
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a run is made of.
+    """Everything that a run is made of.
 
     Attributes:
-        args: its options, filled.
-        model: what is trained.
+        config: what the user asked for.
+        model: that is trained.
         tokenizer: a given one; None trains one.
         texts: files besides the library.
-        mixture: how much of each kind of text is read.
         plan: of the run; None while the time box has not decided how many steps it has.
         record: what `options.json` keeps.
     """
 
-    args: argparse.Namespace
+    config: TrainConfig
     model: Model
     tokenizer: Tokenizer | None
     texts: Sequence[SourceFile]
-    mixture: Mixture
     plan: TrainingPlan | None
     record: dict[str, Any]
 
     @property
     def out(self) -> Path:
-        out: Path = self.args.out
-        return out
+        return self.config.out
 
     @property
     def data(self) -> Path:
@@ -91,73 +80,83 @@ class Settings:
 
     def with_steps(self, steps: int) -> TrainingPlan:
         """The plan of a run of so many steps."""
-        return _plan(self.args, self.model, (_stage(self.args, self.model, steps),))
+        return _plan(self.config, self.model, (_stage(self.config, self.model, steps),))
 
 
-def read_settings(options: argparse.Namespace) -> Settings:
-    """Check options, against each other and against the run that is there.
+def read_settings(config: TrainConfig) -> Settings:
+    """Check a configuration against its model, its texts and the run that is there.
 
     Raises:
         OptionError: names the option that is wrong.
         CorpusError: what was prepared for the run is damaged.
     """
-    check(options)
-    args = filled(options)
-    out: Path = args.out
+    out = config.out
     check_folder(out)
     prepared = out / "data" / MANIFEST
     manifest = read_manifest(prepared.parent)[0] if prepared.exists() else None
+    start = _start(config)
     with _as_option_errors():
         check_target(out / CHECKPOINT)
-        tokenizer = _tokenizer(args, out)
-        model = _model(args, out, tokenizer)
-        _check_reductions(options, model)
+        tokenizer = _tokenizer(config, start)
+        model = _model(config, start, tokenizer)
+        _check_reductions(config, model)
         if tokenizer is not None:
             check_tokenizer(tokenizer, model.config.vocab_size)
-        record = to_record(args, _sizes(model), model.raw)
+        record = to_record(config, start, _sizes(model), model.raw)
         check_recorded(out, record)
-        if model.start is None or not (out / OPTIONS).is_file():  # else it was read there
-            check_config(out, model.raw, "--config" if model.start is None else "--from")
-        texts = text_files(args.corpus, args.include, out) if args.corpus is not None else ()
-        mixture = _mixture(args)
+        if start is None or not (out / OPTIONS).is_file():  # else it was read there
+            check_config(out, model.raw, "--config" if start is None else "--from")
+        texts: Sequence[SourceFile] = ()
+        if config.corpus is not None:
+            texts = text_files(config.corpus, config.include, out)
         if manifest is not None:
             check_options(
                 out / "data",
                 manifest,
-                seed=args.seed,
-                library=args.with_library,
+                seed=config.seed,
+                library=config.reads_library,
                 files=texts,
-                mixture=mixture,
+                mixture=config.mixture,
                 tokenizer=tokenizer,
                 vocab_size=model.config.vocab_size,
             )
-        plan = _plan(args, model, stages) if (stages := _stages(args, model, out)) else None
-        trial = plan or _plan(args, model, (_stage(args, model, 1),))
-        check_device(args.device)
-        choose_backend(args.backend, model.config, trial, torch.device(args.device))
-    return Settings(args, model, tokenizer, texts, mixture, plan, record)
+        plan = _plan(config, model, stages) if (stages := _stages(config, model)) else None
+        trial = plan or _plan(config, model, (_stage(config, model, 1),))
+        check_device(config.device)
+        choose_backend(config.backend, model.config, trial, torch.device(config.device))
+    return Settings(config, model, tokenizer, texts, plan, record)
+
+
+def _start(config: TrainConfig) -> str | None:
+    """The checkpoint that a run starts from; of a folder its whole path, wherever one stands."""
+    start = config.from_checkpoint
+    if start is not None and not (BUNDLED / start).is_dir() and Path(start).exists():
+        return str(Path(start).resolve())
+    return start
 
 
 @contextmanager
 def _as_option_errors() -> Iterator[None]:
-    """What is wrong with the arguments is told as such, whoever finds it."""
+    """Raise every error about an argument as an `OptionError`, whichever function finds it."""
     try:
         yield
+    except OptionError:
+        raise
     except (CorpusError, CheckpointError, RoutingError, TrainingError) as error:
-        raise error if isinstance(error, OptionError) else OptionError(str(error)) from None
+        raise OptionError(str(error)) from None
 
 
-def _tokenizer(args: argparse.Namespace, out: Path) -> Tokenizer | None:
-    begun = out / "data" / TOKENIZER
-    name = getattr(args, "from") or args.tokenizer
+def _tokenizer(config: TrainConfig, start: str | None) -> Tokenizer | None:
+    own = config.out / "data" / TOKENIZER
+    name = start or config.tokenizer
     if name is None:
         return None
-    if getattr(args, "from") and (out / OPTIONS).is_file() and begun.is_file():
-        path = begun  # the checkpoint may have gone since
+    if start and (config.out / OPTIONS).is_file() and own.is_file():
+        path = own  # the checkpoint may have gone since
     elif Path(name).is_file():
         path = Path(name)
     else:
-        is_checkpoint = (BUNDLED / name).is_dir() or Path(name).is_dir() or getattr(args, "from")
+        is_checkpoint = (BUNDLED / name).is_dir() or Path(name).is_dir() or start
         path = find_checkpoint(name) / TOKENIZER if is_checkpoint else Path(name)
     try:
         tokenizer: Tokenizer = Tokenizer.from_file(str(path))
@@ -169,75 +168,62 @@ def _tokenizer(args: argparse.Namespace, out: Path) -> Tokenizer | None:
     return tokenizer
 
 
-def _model(args: argparse.Namespace, out: Path, tokenizer: Tokenizer | None) -> Model:
-    start = getattr(args, "from")
-    if start is not None and (out / OPTIONS).is_file():
-        return replace(model_from_checkpoint(str(out.resolve())), start=start)  # no bundled one
+def _model(config: TrainConfig, start: str | None, tokenizer: Tokenizer | None) -> Model:
+    if start is not None and (config.out / OPTIONS).is_file():
+        own = model_from_checkpoint(str(config.out.resolve()))  # a path: no bundled model's name
+        return replace(own, start=start)
     if start is not None:
         return model_from_checkpoint(start)
-    if args.config is not None:
-        return model_from_file(args.config)
-    vocab_size = args.vocab_size
+    if config.config is not None:
+        return model_from_file(config.config)
+    vocab_size = config.vocab_size
     if vocab_size is None and tokenizer is not None:
         vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    given = {size.field: getattr(args, size.option.replace("-", "_")) for size in SIZES}
+    given = {field: getattr(config, name) for name, field in SIZES.items()}
     return sized_model(
-        args.model or SMALL,
+        config.model or DEFAULT_MODEL,
         {field: value for field, value in given.items() if value is not None},
-        vocab_size or MODELS[SMALL].vocab_size,
+        vocab_size or MODELS[DEFAULT_MODEL].vocab_size,
     )
 
 
 def _sizes(model: Model) -> dict[str, Any]:
     """The model's sizes by option."""
-    config = model.config
-    sizes = {s.option.replace("-", "_"): getattr(config, s.field) for s in SIZES}
-    return {"vocab_size": config.vocab_size, **sizes}
+    sizes = {name: getattr(model.config, field) for name, field in SIZES.items()}
+    return {"vocab_size": model.config.vocab_size, **sizes}
 
 
-def _check_reductions(options: argparse.Namespace, model: Model) -> None:
-    """Refuse what was asked to be reduced where the model has but one of it."""
-    for axis, what in _irreducible(model).items():
-        name = f"reduce_{axis}"
-        value = getattr(options, name)
-        if value:
+def _check_reductions(config: TrainConfig, model: Model) -> None:
+    """Refuse to reduce an axis of which the model has but one."""
+    for axis, part in _irreducible(model).items():
+        chance = (config.reduce or {}).get(axis)
+        if chance:
             raise OptionError(
-                f"{flag(name)} must be 0 for a model of one {what}, got {value}: there is nothing "
-                f"to reduce. Leave it out, or train a model that has more."
+                f"{flag_of_axis(axis)} must be 0 for a model of one {part}, got {chance}: there "
+                f"is nothing to reduce. Leave it out, or train a model that has more."
             )
 
 
 def _irreducible(model: Model) -> dict[str, str]:
-    """The axes along which there is nothing to reduce, and what the model has but one of."""
+    """The axes along which there is nothing to reduce, and the part that the model has one of."""
     config = model.config
-    sizes = (
-        ("depth", config.num_layers, "layer"),
-        ("pool", config.num_experts, "expert"),
-        ("top_k", config.max_top_k, "expert per token"),
-        ("width", config.width_granules, "granule"),
-        ("threshold", config.max_top_k, "expert per token"),
-    )
-    return {axis: what for axis, most, what in sizes if most == 1}
+    sizes = {
+        "depth": (config.num_layers, "layer"),
+        "pool": (config.num_experts, "expert"),
+        "top_k": (config.max_top_k, "expert per token"),
+        "width": (config.width_granules, "granule"),
+        "threshold": (config.max_top_k, "expert per token"),
+    }
+    return {axis: part for axis, (most, part) in sizes.items() if most == 1}
 
 
-def _mixture(args: argparse.Namespace) -> Mixture:
-    usual = Mixture()
-    with_library: bool = args.with_library
-    return Mixture(
-        text_fraction=args.corpus_fraction or usual.text_fraction,
-        library_passes=args.library_passes if with_library else usual.library_passes,
-        docstring_passes=args.docstring_passes if with_library else usual.docstring_passes,
-        chat_fraction=args.chat_fraction if with_library else 0.0,
-    )
-
-
-def _stages(args: argparse.Namespace, model: Model, out: Path) -> tuple[Stage, ...] | None:
-    """The stages that the options say, or those of the run that a time box began; None: not yet."""
-    if args.stages is not None:
-        return parse_stages(args.stages)
-    if args.tokens is not None:
-        return (_stage(args, model, -(-args.tokens // args.batch_tokens)),)
-    path = out / PLAN
+def _stages(config: TrainConfig, model: Model) -> tuple[Stage, ...] | None:
+    """The stages that the options say, or those that a time box has fixed before; None: not yet."""
+    if config.stages is not None:
+        return parse_stages(config.stages)
+    if config.total_tokens is not None:
+        return (_stage(config, model, -(-config.total_tokens // config.step_tokens)),)
+    path = config.out / PLAN
     if not path.is_file():
         return None
     try:
@@ -249,44 +235,47 @@ def _stages(args: argparse.Namespace, model: Model, out: Path) -> tuple[Stage, .
         ) from None
 
 
-def _stage(args: argparse.Namespace, model: Model, steps: int) -> Stage:
+def _stage(config: TrainConfig, model: Model, steps: int) -> Stage:
     """The one stage of a run whose options say no stages."""
-    if args.split and args.batch_tokens < 2 * args.length:
+    step_tokens, length = config.step_tokens, config.sequence_tokens
+    if config.split and step_tokens < 2 * length:
         raise OptionError(
-            f"--split needs steps of at least 2 sequences, got --batch-tokens {args.batch_tokens} "
-            f"and --length {args.length}. Make one of them larger or the other one smaller."
+            f"--split needs steps of at least 2 sequences, got --batch-tokens {step_tokens} "
+            f"and --length {length}. Make one of them larger or the other one smaller."
         )
-    pieces = args.batch_tokens // PIECE_TOKENS
-    return Stage(steps, model.config.num_layers, pieces, args.length)
+    return Stage(steps, model.config.num_layers, step_tokens // PIECE_TOKENS, length)
 
 
-def _plan(args: argparse.Namespace, model: Model, stages: tuple[Stage, ...]) -> TrainingPlan:
-    shape = model.config.shape
-    if args.fixed is not None:
-        parse_name(shape, args.fixed)
-        sampling = SamplingPlan(fixed=args.fixed)
-    else:
-        chances = {axis: getattr(args, f"reduce_{axis}") for axis in CHANCES}
-        chances |= dict.fromkeys(_irreducible(model), 0.0)
-        shares = {field: getattr(args, share) for share, field in SHARES.items()}
-        sampling = SamplingPlan(**chances, **shares)
+def _sampling(config: TrainConfig, model: Model) -> SamplingPlan:
+    if config.fixed is not None:
+        parse_name(model.config.shape, config.fixed)
+        return SamplingPlan(fixed=config.fixed)
+    nothing_to_reduce = _irreducible(model)
+    fields: dict[str, Any] = {field: config.share(name) for name, field in SHARES.items()}
+    for axis in AXES:
+        fields[axis] = 0.0 if axis in nothing_to_reduce else config.chance(axis)
+    return SamplingPlan(**fields)
+
+
+def _plan(config: TrainConfig, model: Model, stages: tuple[Stage, ...]) -> TrainingPlan:
     steps = sum(stage.steps for stage in stages)
     most = WARMUP_STEPS if model.start is None else SHORT_WARMUP_STEPS
     plan = TrainingPlan(
         stages=stages,
-        sampling=sampling,
-        seed=args.seed,
+        sampling=_sampling(config, model),
+        seed=config.seed,
         warmup_steps=max(1, min(most, steps // 10)),
-        save_every_steps=args.save_every,
-        distill=args.distill,
-        sandwich=args.sandwich,
-        split=args.split,
-        bias_rate=args.bias_rate,
-        balance=args.balance,
-        dtype=args.dtype,
+        save_every_steps=config.save_every,
+        distill=config.distilled_share,
+        sandwich=config.sandwich,
+        split=config.split or 0.0,
+        bias_rate=config.bias_rate,
+        balance=config.balance,
+        dtype=config.dtype,
     )
     plan.check_model(model.config)
-    return replace(plan, muon_lr=plan.muon_lr * args.lr_scale, adam_lr=plan.adam_lr * args.lr_scale)
+    scale = config.lr_scale
+    return replace(plan, muon_lr=plan.muon_lr * scale, adam_lr=plan.adam_lr * scale)
 
 
 def check_device(device: str) -> None:
@@ -303,7 +292,7 @@ def check_device(device: str) -> None:
 
 
 def describe_texts(settings: Settings) -> str | None:
-    """What is read of --corpus, and what is not; None without."""
+    """A line on the files that are read of --corpus, and on those that are not; None without."""
     if not isinstance(settings.texts, Listing):
         return None
-    return f"{settings.args.corpus}: {settings.texts.describe()}"
+    return f"{settings.config.corpus}: {settings.texts.describe()}"

@@ -26,9 +26,9 @@ from elastic_moe.lab.sweeps.quality import Quality, window_sums
 from elastic_moe.lab.sweeps.record import describe_commit, describe_machine, describe_versions
 from elastic_moe.lab.sweeps.text import EvaluationSet
 from elastic_moe.model.checkpoints.folder import read_json
-from elastic_moe.train.runs.checkpoint import FREE
 from elastic_moe.train.runs.log import read_log
 from elastic_moe.train.step.plan import completed
+from elastic_moe.train.step.state import FREE
 from experiments.science.measuring import (
     TOKENS,
     Bundles,
@@ -41,7 +41,7 @@ from experiments.science.runs import (
     CHECKPOINT,
     RECIPE,
     RUNS,
-    SITTINGS,
+    SESSIONS,
     SPECIALISTS,
     Run,
     is_finished,
@@ -70,7 +70,7 @@ def describe_run(
     """The line of one run."""
     manifest = json.loads((folder / CHECKPOINT / "manifest.json").read_text(encoding="utf-8"))
     training, corpus, shape = manifest["training"], manifest["corpus"], engine.shape
-    noted = folder / SITTINGS  # may be missing where checkpoint and log came from elsewhere
+    noted = folder / SESSIONS  # may be missing where checkpoint and log came from elsewhere
     sittings = noted.read_text(encoding="utf-8").splitlines() if noted.is_file() else []
     devices = dict.fromkeys(json.loads(sitting)["device"] for sitting in sittings)
     told = {}

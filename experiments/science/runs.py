@@ -17,18 +17,18 @@ from typing import Any
 from safetensors import safe_open
 
 from elastic_moe.errors import TrainingError
-from elastic_moe.train.mini import ELASTIC_MINI
-from elastic_moe.train.runs.checkpoint import FREE
+from elastic_moe.train.models import ELASTIC_MINI
 from elastic_moe.train.runs.log import read_log
 from elastic_moe.train.step.plan import Stage, TrainingPlan, completed
 from elastic_moe.train.step.sampling import SamplingPlan
+from elastic_moe.train.step.state import FREE
 from elastic_moe.train.text.prepare import MANIFEST, TOKENIZER, read_manifest
 
 LAYERS, PIECES, LENGTH = 12, 8, 512
 TOKENS = 10_000_000
 CONFIG = replace(ELASTIC_MINI, num_layers=LAYERS)
 STATE, CHECKPOINT = "state.safetensors", "checkpoint"
-SITTINGS = "sittings.jsonl"  # of a run: on what it went on, and from which step
+SESSIONS = "sittings.jsonl"  # of a run: a line per start, on what machine and from which step
 RECENT_STEPS = 50
 
 # What the steps of each family run: the fields of the plan in which families differ. The elastic

@@ -4,7 +4,7 @@
     python -m experiments.science.train --out runs/science --status
 
 DIR holds prepared text: tokens and manifest, as `python -m elastic_moe.train` leaves them in
-RUN/data. Stopped or killed at any moment, the same command goes on. A finished run leaves a
+RUN/data. Stopped or killed at any moment, the same command resumes. A finished run leaves a
 checkpoint folder, which `python -m experiments.science.evaluate` measures. Runs from a bare
 checkout with torch, numpy, safetensors and tokenizers: PYTHONPATH=.:kernels.
 """
@@ -17,21 +17,22 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from elastic_moe.errors import ElasticMoEError, TrainingError
 from elastic_moe.train.export import export
-from elastic_moe.train.step.loop import Trainer
-from elastic_moe.train.step.loop import run as run_training
+from elastic_moe.train.runs.loop import run_steps
+from elastic_moe.train.runs.progress import Event, NextCommand, Report
+from elastic_moe.train.step.trainer import Trainer
 from elastic_moe.train.text.prepare import open_stream
 from experiments.science.runs import (
     CHECKPOINT,
     CONFIG,
     RUNS,
-    SITTINGS,
+    SESSIONS,
     STATE,
     TOKENS,
     Run,
@@ -71,9 +72,9 @@ def train(
             return False
         bring_data(data, folder)
         trainer = Trainer(CONFIG, plan, open_stream(data, run.seed), device=device)
-        note_sitting(folder, device)
+        note_session(folder, device)
         say(f"{run.name}: step {saved_step(folder / STATE)} of {plan.total_steps}")
-        run_training(trainer, folder, max_seconds=left, report=teller(run.name))
+        run_steps(trainer, folder, max_seconds=left, report=reporter(run.name))
         if trainer.step < plan.total_steps:
             return False
         export(folder, folder / CHECKPOINT)
@@ -81,18 +82,18 @@ def train(
     return True
 
 
-def teller(name: str) -> Callable[[str], None]:
-    """Says what the loop reports, but not what it would do next."""
+def reporter(name: str) -> Report:
+    """Prints the loop's events, but for the command that would come next."""
 
-    def tell(line: str) -> None:
-        if not line.startswith("next:"):
-            say(f"{name}: {line}")
+    def report(event: Event) -> None:
+        if not isinstance(event, NextCommand):
+            say(f"{name}: {event}")
 
-    return tell
+    return report
 
 
-def note_sitting(folder: Path, device: str) -> None:
-    """Append what the run goes on with to its folder."""
+def note_session(folder: Path, device: str) -> None:
+    """Append the machine and the first step of this start to the run's folder."""
     on_cuda = torch.device(device).type == "cuda"
     line = {
         "from_step": saved_step(folder / STATE),
@@ -100,7 +101,7 @@ def note_sitting(folder: Path, device: str) -> None:
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
     }
-    with (folder / SITTINGS).open("a", encoding="utf-8") as file:
+    with (folder / SESSIONS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -157,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     say(status(args.out))
     if not done:
-        say("next: the same command goes on from there")
+        say("next: run the same command again to resume")
     return 0
 
 

@@ -18,7 +18,7 @@ from elastic_moe.lab.cost.trained import read_training
 from elastic_moe.lab.view.frontier import format_percent, format_si
 from elastic_moe.train.step.plan import parse_stages
 from elastic_moe.train.step.sampling import SamplingPlan
-from tests.train.small import PLAN, trainer
+from tests.train.tiny import PLAN, trainer
 
 
 def ledger(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from elastic_moe.cli import main
-from elastic_moe.train import command
+from elastic_moe.train import session
 from tests.train.commands import TINY, state
-from tests.train.small import library, novels
+from tests.train.tiny import library, novels
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SHORT = ("--tokens", "4096", "--batch-tokens", "512", "--length", "128")
@@ -25,7 +25,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with novels, and a library of one module instead of Python's."""
     sources = library(tmp_path)
     novels(tmp_path)
-    monkeypatch.setattr(command, "library_files", lambda: sources)
+    monkeypatch.setattr(session, "library_files", lambda: sources)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tiny steps are slower on many
     yield tmp_path
@@ -84,7 +84,7 @@ def test_a_run_without_a_step_has_no_picture(
     assert train(root, "--minutes", 0) == 0
     out = capsys.readouterr().out
     assert "loss curve" not in out
-    assert out.endswith("the time is over: the same command goes on from there\n")
+    assert out.endswith("the time is over: run the same command again to resume\n")
     assert not (root / "run" / "loss.png").exists()
 
 

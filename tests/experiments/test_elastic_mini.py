@@ -14,7 +14,7 @@ from elastic_moe.engine import Engine
 from elastic_moe.lab.sweeps.record import describe_commit
 from elastic_moe.lab.sweeps.text import evaluation_set, language_reference
 from elastic_moe.model.checkpoints.folder import BUNDLED
-from elastic_moe.train.step.loop import Trainer
+from elastic_moe.train.step.trainer import Trainer
 from elastic_moe.train.text.prepare import Mixture, open_stream, prepare
 from experiments.elastic_mini import measure as elastic_mini
 from experiments.elastic_mini import model_card
@@ -22,7 +22,7 @@ from experiments.elastic_mini import opponents as mini_opponents
 from experiments.elastic_mini.bigram import Bigram, fit_bigram
 from experiments.elastic_mini.ngram import KneserNey, fit_kneser_ney
 from experiments.science.measuring import AUTHORS, REFERENCE, measure
-from tests.train.small import CONFIG, PLAN, library
+from tests.train.tiny import CONFIG, PLAN, library
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = BUNDLED / "elastic-mini"

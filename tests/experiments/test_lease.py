@@ -15,14 +15,14 @@ import torch
 
 from elastic_moe.errors import CheckpointError, CorpusError, TrainingError
 from elastic_moe.model.checkpoints.checkpoint import Checkpoint
-from elastic_moe.train.runs.checkpoint import load_state
 from elastic_moe.train.step.plan import TrainingPlan, parse_stages
 from elastic_moe.train.step.sampling import SamplingPlan
+from elastic_moe.train.step.state import load_state
 from elastic_moe.train.text.prepare import Mixture, open_stream, prepare
 from experiments import lease
 from experiments.science import runs
 from experiments.science import train as science
-from tests.train.small import CONFIG, library, novels
+from tests.train.tiny import CONFIG, library, novels
 
 TINY = replace(CONFIG, vocab_size=400)
 PLAN = TrainingPlan(

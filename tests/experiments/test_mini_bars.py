@@ -18,7 +18,7 @@ from experiments.elastic_mini import measure as elastic_mini
 from experiments.elastic_mini.measure import FIRST, Bars, check_out, judge, read_lines
 from experiments.elastic_mini.opponents import choose_training, read_trainings
 from experiments.science.measuring import AUTHORS, REFERENCE
-from tests.train.small import library
+from tests.train.tiny import library
 
 Line = dict[str, Any]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from elastic_moe.errors import TrainingError
 from elastic_moe.train.step.plan import parse_stages
 from experiments.elastic_mini.ngram import KneserNey, fit_kneser_ney
-from tests.train.small import PLAN, stream
+from tests.train.tiny import PLAN, stream
 
 BOS = 0
 

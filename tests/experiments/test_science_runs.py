@@ -16,7 +16,7 @@ import torch
 from elastic_moe.engine import Engine
 from elastic_moe.errors import BenchmarkError, CorpusError, TrainingError
 from elastic_moe.train.ledger import replay
-from elastic_moe.train.step.loop import Trainer
+from elastic_moe.train.step.trainer import Trainer
 from elastic_moe.train.text.corpus import HELD_OUT_AUTHORS
 from elastic_moe.train.text.prepare import Mixture, open_stream, prepare
 from experiments.science import evaluate, report, runs, train
@@ -31,7 +31,7 @@ from experiments.science.measuring import (
 )
 from experiments.science.runs import CHECKPOINT, RUNS, Run, choose
 from experiments.science.summary import POINTS
-from tests.train.small import library
+from tests.train.tiny import library
 
 STEP = 4096
 TINY = replace(runs.CONFIG, vocab_size=300, hidden_size=16, expert_hidden=8, head_dim=8)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from elastic_moe.train.__main__ import main
-from elastic_moe.train.runs.checkpoint import load_state
+from elastic_moe.train.step.state import load_state
 
 STAGES = "2x2x1x128,6x4x1x128"
 SIZES = {

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from elastic_moe.train import command
-from tests.train.small import library, novels
+from elastic_moe.train import session
+from tests.train.tiny import library, novels
 
 
 @pytest.fixture(autouse=True)
@@ -26,5 +26,5 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with novels, and a library of one module instead of Python's."""
     sources = library(tmp_path)
     novels(tmp_path)
-    monkeypatch.setattr(command, "library_files", lambda: sources)
+    monkeypatch.setattr(session, "library_files", lambda: sources)
     return tmp_path

@@ -13,17 +13,19 @@ import pytest
 from elastic_moe.errors import TrainingError
 from elastic_moe.model.checkpoints.checkpoint import load_config
 from elastic_moe.model.reference.loading import load_model
-from elastic_moe.train import command
+from elastic_moe.train import session
 from elastic_moe.train.__main__ import main, make_parser
+from elastic_moe.train.config import TrainConfig
 from elastic_moe.train.export import export
-from elastic_moe.train.runs.checkpoint import load_state
+from elastic_moe.train.options import to_config
 from elastic_moe.train.settings import read_settings
 from elastic_moe.train.step.plan import Stage, TrainingPlan
 from elastic_moe.train.step.sampling import SamplingPlan
+from elastic_moe.train.step.state import load_state
 from elastic_moe.train.text.prepare import read_manifest
 from elastic_moe.train.text.tokens import train_tokenizer
 from tests.train.commands import LENGTH, STAGES, TINY, error, state, train
-from tests.train.small import ERNIE
+from tests.train.tiny import ERNIE
 
 ONE_OF_EACH = ["--layers", "1", "--experts", "1", "--top-k", "1", "--granules", "1"]
 
@@ -47,7 +49,7 @@ def test_a_run_reads_the_texts_stops_and_goes_on_to_a_checkpoint(
     read = 3072 / manifest["stream_tokens"]
 
     with monkeypatch.context() as once:
-        once.setattr(command, "_prepare", lambda *_: pytest.fail("prepared again"))
+        once.setattr(session, "_prepare", lambda *_: pytest.fail("prepared again"))
         assert train(root, *options) == 0
     assert state(root)["step"] == 6
     assert state(root)["plan"]["seed"] == state(root)["data"]["order"] == 3
@@ -110,7 +112,7 @@ def test_options_reach_the_plan(tmp_path: Path) -> None:
     options += ["--full-share", "0.5", "--prefix-share", "0.9", "--per-layer-share", "0.1"]
     options += ["--balance", "0.01"]
     args = make_parser().parse_args(["--out", str(tmp_path / "none"), *options])
-    plan = read_settings(args).plan
+    plan = read_settings(to_config(args)).plan
     usual = TrainingPlan(stages=(Stage(98, 12, 2, 64),))
     assert plan == replace(
         usual,
@@ -125,17 +127,17 @@ def test_options_reach_the_plan(tmp_path: Path) -> None:
         sampling=SamplingPlan(full=0.5, depth=0.5, threshold=0.0, prefix=0.9, per_layer=0.1),
     )
     args = make_parser().parse_args(["--out", str(tmp_path / "none"), "--fixed", "L6", *LENGTH])
-    plan = read_settings(args).plan
+    plan = read_settings(to_config(args)).plan
     assert plan.sampling == SamplingPlan(fixed="L6")
 
 
 def test_without_options_a_small_elastic_model_reads_the_library(tmp_path: Path) -> None:
-    found = read_settings(make_parser().parse_args(["--out", str(tmp_path / "none")]))
+    found = read_settings(TrainConfig(out=tmp_path / "none"))
     assert found.plan.sampling == SamplingPlan()
     assert sum(s.steps * s.step_tokens for s in found.plan.stages) >= 3_000_000
     assert found.model.config.num_layers == 12
-    assert found.args.with_library
-    assert found.mixture.chat_fraction == 0.05
+    assert found.config.reads_library
+    assert found.config.mixture.chat_fraction == 0.05
     assert not (tmp_path / "none").exists()
 
 
@@ -282,7 +284,7 @@ def test_a_run_inside_its_corpus_goes_on(root: Path) -> None:
 def test_a_sandwich_distils_unless_it_is_told_not_to(tmp_path: Path) -> None:
     def distill(*options: str) -> float:
         args = make_parser().parse_args(["--out", str(tmp_path / "none"), *options, *LENGTH])
-        plan = read_settings(args).plan
+        plan = read_settings(to_config(args)).plan
         assert plan is not None
         return plan.distill
 
@@ -295,7 +297,7 @@ def test_a_sandwich_distils_unless_it_is_told_not_to(tmp_path: Path) -> None:
 def test_heads_share_the_hidden_size_unless_they_are_given_one(tmp_path: Path) -> None:
     def heads(*options: str) -> tuple[int, int]:
         args = make_parser().parse_args(["--out", str(tmp_path / "none"), *options, *LENGTH])
-        config = read_settings(args).model.config
+        config = read_settings(to_config(args)).model.config
         return config.num_heads, config.head_dim
 
     usual, channels = heads()
@@ -308,7 +310,7 @@ def test_heads_share_the_hidden_size_unless_they_are_given_one(tmp_path: Path) -
 def test_an_axis_of_one_value_is_never_drawn(tmp_path: Path) -> None:
     options = ["--top-k", "1", "--granules", "1", "--split", "0.5", *LENGTH]
     args = make_parser().parse_args(["--out", str(tmp_path / "none"), *options])
-    plan = read_settings(args).plan
+    plan = read_settings(to_config(args)).plan
     assert plan is not None
     chances = plan.sampling
     assert chances.top_k == chances.width == chances.threshold == 0.0
@@ -453,7 +455,7 @@ def test_it_runs_without_what_the_command_line_needs() -> None:
         "import sys\n"
         "for name in ('pydantic', 'rich', 'matplotlib', 'jinja2', 'huggingface_hub'):\n"
         "    sys.modules[name] = None\n"
-        "import elastic_moe.train.command, elastic_moe.train.export\n"
+        "import elastic_moe.train.session, elastic_moe.train.export\n"
         "from elastic_moe.train.__main__ import main\n"
         "main(['--help'])\n"
     )

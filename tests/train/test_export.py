@@ -21,13 +21,14 @@ from elastic_moe.model.reference.loading import load_model
 from elastic_moe.train import export as export_module
 from elastic_moe.train.export import export, main, trained_axes
 from elastic_moe.train.ledger import replay
-from elastic_moe.train.mini import ELASTIC_MINI
-from elastic_moe.train.runs.checkpoint import load_state
-from elastic_moe.train.step.loop import Trainer, run
+from elastic_moe.train.models import ELASTIC_MINI
+from elastic_moe.train.runs.loop import run_steps
 from elastic_moe.train.step.plan import TrainingPlan, parse_stages
 from elastic_moe.train.step.sampling import SamplingPlan
+from elastic_moe.train.step.state import load_state
+from elastic_moe.train.step.trainer import Trainer
 from elastic_moe.train.text.prepare import Mixture, open_stream, prepare
-from tests.train.small import CONFIG, PLAN, library
+from tests.train.tiny import CONFIG, PLAN, library
 
 MODEL = replace(CONFIG, vocab_size=300)
 
@@ -258,7 +259,11 @@ def test_export_of_a_run_that_ended_is_what_the_run_says_comes_next(
     folder.mkdir()
     (folder / "data").symlink_to(data / "data")
     plan = replace(PLAN, stages=parse_stages("6x1x1x128"))
-    run(Trainer(MODEL, plan, open_stream(folder / "data", 0)), folder, report=lines.append)
+    run_steps(
+        Trainer(MODEL, plan, open_stream(folder / "data", 0)),
+        folder,
+        report=lambda event: lines.append(str(event)),
+    )
     assert f"python -m elastic_moe.train.export {folder} FOLDER" in lines[-1]
     export(folder, tmp_path / "out")
     assert load_model(tmp_path / "out").config.num_layers == 6

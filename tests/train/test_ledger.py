@@ -12,7 +12,7 @@ from elastic_moe.train.ledger import replay
 from elastic_moe.train.step.plan import TrainingPlan, parse_stages
 from elastic_moe.train.step.sampling import SamplingPlan
 from tests.train.commands import train
-from tests.train.small import CONFIG, ERNIE
+from tests.train.tiny import CONFIG, ERNIE
 
 
 def test_a_network_of_dense_layers_alone_draws_no_value_that_a_router_has() -> None:

@@ -22,9 +22,9 @@ from elastic_moe.model.checkpoints.folder import (
 from elastic_moe.model.families import read_config
 from elastic_moe.routing import ModelShape, Subnet, parse_name, resolve, shorten
 from elastic_moe.routing.subnet import INACTIVE
+from elastic_moe.train.export import PARENT, read_parent
 from elastic_moe.train.ledger import replay
 from elastic_moe.train.models import config_from_json
-from elastic_moe.train.parents import PARENT, read_parent
 from elastic_moe.train.runs.log import read_log
 from elastic_moe.train.step.plan import Stage, TrainingPlan
 from elastic_moe.train.step.sampling import fixed_subnet

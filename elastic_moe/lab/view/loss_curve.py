@@ -21,11 +21,10 @@ from elastic_moe.errors import TrainingError
 from elastic_moe.files import write_bytes
 from elastic_moe.lab.view.drawing import BLUE, INK, MUTED, VERMILION, drawing_style
 from elastic_moe.lab.view.frontier import clean, format_si
-from elastic_moe.train.export import STATE
 from elastic_moe.train.models import config_from_json
-from elastic_moe.train.runs.checkpoint import load_state
 from elastic_moe.train.runs.log import read_log, split_records
 from elastic_moe.train.step.plan import TrainingPlan
+from elastic_moe.train.step.state import STATE, load_state
 
 Record = dict[str, Any]
 Numbers = NDArray[np.float64]

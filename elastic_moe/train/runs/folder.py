@@ -1,40 +1,37 @@
-"""What a run was begun with: the same command goes on, another one is refused by its option.
+"""The folder of a run: the options that it was started with, and the lock of its training.
 
-And a folder that holds something else is left as it is.
+The same options resume the run; others are refused by name. A folder that holds anything else is
+left as it is.
 """
 
 from __future__ import annotations
 
-import argparse
+import errno
+import fcntl
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from elastic_moe.errors import OptionError
+from elastic_moe.errors import OptionError, TrainingError
 from elastic_moe.files import write_text
 from elastic_moe.model.checkpoints.folder import CONFIG, read_json
+from elastic_moe.train.config import SHARES, TrainConfig, flag
+from elastic_moe.train.step.sampling import AXES
+from elastic_moe.train.step.state import STATE
 from elastic_moe.train.text.prepare import MANIFEST, TOKENIZER, TOKENS
-from elastic_moe.train.export import STATE
-from elastic_moe.train.runs.lock import LOCK
-from elastic_moe.train.options import CHANCES, SHARES, flag
 
 OPTIONS = "options.json"
-_RECORDED = (
-    *("tokens", "batch_tokens", "length", "stages", "from"),
-    *("with_library", "corpus_fraction", "library_passes", "docstring_passes", "chat_fraction"),
-    *(f"reduce_{axis}" for axis in CHANCES),
-    *(*SHARES, "fixed", "sandwich", "distill", "split", "lr_scale", "bias_rate", "balance"),
-    *("seed", "dtype"),
-)
-
-
+LOCK = ".lock"
+_TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
 # What `options.json` of earlier versions lacks; the state and config.json are compared anyway.
 _LATER = ("config", "balance", "split", *SHARES)
 
 
-def has_begun(folder: Path) -> bool:
+def has_started(folder: Path) -> bool:
     """Whether a folder holds a run whose options or steps are on record."""
     return (folder / OPTIONS).exists() or (folder / STATE).exists()
 
@@ -49,7 +46,7 @@ def check_folder(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"--out {folder} is no folder. Name a new one, or that of a run.")
-    if not folder.is_dir() or has_begun(folder) or (folder / "data" / MANIFEST).exists():
+    if not folder.is_dir() or has_started(folder) or (folder / "data" / MANIFEST).exists():
         return
     strange = [path for path in sorted(folder.iterdir()) if not _is_leftover(path)]
     if strange:
@@ -84,7 +81,7 @@ def check_config(folder: Path, raw: Mapping[str, Any] | None, option: str) -> No
     path = folder / CONFIG
     there = read_json(folder, CONFIG) if path.is_file() else None
     wanted = None if raw is None else json.loads(json.dumps(raw))
-    if there == wanted or (there is None and not has_begun(folder)):
+    if there == wanted or (there is None and not has_started(folder)):
         return
     remedy = "Repeat the command that began it, or begin another one in another folder with --out."
     if raw is None:
@@ -97,21 +94,49 @@ def check_config(folder: Path, raw: Mapping[str, Any] | None, option: str) -> No
 
 
 def to_record(
-    args: argparse.Namespace, sizes: Mapping[str, int], raw: Mapping[str, Any] | None
+    config: TrainConfig,
+    start: str | None,
+    sizes: Mapping[str, int],
+    raw: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """What `options.json` keeps of filled options.
+    """What `options.json` keeps of a run: {option: value}, with defaults filled in.
 
     Texts and tokenizer are compared by their content, elsewhere. Left out is what decides no step:
     `minutes` is kept only as whether it decided how many there are.
 
     Args:
+        start: the checkpoint that the run starts from.
         sizes: of the model, by option.
         raw: the config.json that they are from; None for a model of sizes.
     """
-    decided = args.minutes is not None and args.tokens is None and args.stages is None
-    config = None if args.config is None or raw is None else _config_name(raw)
-    own = {"config": config, **sizes, "minutes": decided}
-    return {**{name: getattr(args, name) for name in _RECORDED}, **own}
+    staged, fixed, library = config.stages is not None, config.fixed is not None, config.reads_library
+    mixture = config.mixture
+    return {
+        "tokens": config.total_tokens,
+        "batch_tokens": None if staged else config.step_tokens,
+        "length": None if staged else config.sequence_tokens,
+        "stages": config.stages,
+        "from": start,
+        "with_library": library,
+        "corpus_fraction": None if config.corpus is None else mixture.text_fraction,
+        "library_passes": mixture.library_passes if library else None,
+        "docstring_passes": mixture.docstring_passes if library else None,
+        "chat_fraction": mixture.chat_fraction if library else None,
+        **{f"reduce_{axis}": None if fixed else config.chance(axis) for axis in AXES},
+        **{name: None if fixed else config.share(name) for name in SHARES},
+        "fixed": config.fixed,
+        "sandwich": config.sandwich,
+        "distill": config.distilled_share,
+        "split": config.split or 0.0,
+        "lr_scale": config.lr_scale,
+        "bias_rate": config.bias_rate,
+        "balance": config.balance,
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "config": None if config.config is None or raw is None else _config_name(raw),
+        **sizes,
+        "minutes": config.minutes is not None and config.total_tokens is None and not staged,
+    }
 
 
 def _config_name(raw: Mapping[str, Any]) -> str:
@@ -150,7 +175,7 @@ def check_recorded(folder: Path, now: Mapping[str, Any]) -> None:
             )
 
 
-def record(folder: Path, now: Mapping[str, Any]) -> None:
+def write_record(folder: Path, now: Mapping[str, Any]) -> None:
     """Write `options.json`, once for a run."""
     if not (folder / OPTIONS).exists():
         write_text(folder / OPTIONS, json.dumps(now, indent=1) + "\n")
@@ -166,3 +191,43 @@ def _got(value: Any) -> str:
     if value is None or value is False:
         return "none"
     return "it" if value is True else str(value)
+
+
+# --- one training at a time: two would remove each other's half-written files
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Make the folder of a run, and keep every other training out of it.
+
+    The lock is the system's, on a file that stays: it goes with the process, however that ends.
+
+    Raises:
+        TrainingError: a training holds it, this process's included, or the file system has no
+            locks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise _refusal(folder, error, os.pread(descriptor, 32, 0)) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _refusal(folder: Path, error: OSError, holder: bytes) -> TrainingError:
+    if error.errno not in _TAKEN:
+        return TrainingError(
+            f"{folder / LOCK} cannot be locked: {error.strerror}. Name a folder on a file system "
+            f"that has locks."
+        )
+    who = f", process {holder.decode().strip()}" if holder.strip().isdigit() else ""
+    return TrainingError(
+        f"a training is running in {folder}{who}. Wait for its end or stop it, or name another "
+        f"folder."
+    )

@@ -1,6 +1,6 @@
 """The log of a run: `log.jsonl`, a line per step, and `log.csv`, the same as a table.
 
-Lines of JSON are what a run writes as it goes on and cuts back when it resumes: a crash spoils at
+A run appends lines of JSON, and cuts them back when it resumes: a crash spoils at
 most the last. The table is made of them whenever a run ends, for spreadsheets and pandas.
 """
 
@@ -64,6 +64,22 @@ def _what_is_wrong(record: Any, before: int) -> str:
     if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
         return f"seconds must be a number of at least 0, got {seconds!r:.50}"
     return ""
+
+
+def drop_records_after(step: int, log: Path) -> list[dict[str, Any]]:
+    """Drop the lines of steps that a kill undid: they will be run, and written, again.
+
+    Returns:
+        The records that stay.
+
+    Raises:
+        TrainingError: as `read_log`.
+    """
+    if not log.exists():
+        return []
+    kept = [(line, record) for line, record in read_lines(log) if record["step"] <= step]
+    write_text(log, "".join(f"{line}\n" for line, _ in kept))
+    return [record for _, record in kept]
 
 
 def write_table(folder: Path) -> Path:

@@ -10,13 +10,15 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from elastic_moe.errors import TrainingError
 from elastic_moe.routing import ModelShape, Subnet
-from elastic_moe.train.step.loop import Trainer
+from elastic_moe.train.step.trainer import Trainer
 from elastic_moe.train.step.plan import Stage, TrainingPlan
 from elastic_moe.train.runs.progress import clock
 from elastic_moe.train.step.sampling import SamplingPlan
@@ -28,6 +30,7 @@ _LEAST_TIMED = 3
 _BESIDE = ".timing-"
 _OVERHEAD = 0.25  # of a step's time at the full network: what no smaller sub-network saves
 _DRAWS = 200
+_RECENT = 8  # steps, whose longest tells how long the next may take
 _END_SECONDS = 3.0  # checkpoint, log and picture of a small model
 
 
@@ -136,3 +139,37 @@ def mean_cost(plan: TrainingPlan, shape: ModelShape) -> float:
         # The teacher's forward pass, without a backward one.
         total += sum(share(rows) / 3 for rows in longer.untrained_teacher(shape, step))
     return total / _DRAWS
+
+
+class StepPace:
+    """How long the next step may take: as the longest of the last ones, by tokens times layers.
+
+    Args:
+        records: of steps that were done before, as the log has them.
+        first_seconds: of a step, where there are none.
+    """
+
+    def __init__(
+        self, plan: TrainingPlan, records: Iterable[Mapping[str, Any]], first_seconds: float = 0.0
+    ) -> None:
+        self.plan, self.first_seconds = plan, first_seconds
+        self.recent: deque[float] = deque(maxlen=_RECENT)  # seconds per token and layer
+        for record in records:
+            self.learn(record)
+
+    def learn(self, record: Mapping[str, Any]) -> None:
+        """Learn from a step that is done; `record` is its line of the log."""
+        self.recent.append(record.get("seconds", 0.0) / self._work(record["step"] - 1))
+
+    def expected(self, step: int) -> float:
+        """Seconds of a step, counted from 0."""
+        return max(self.recent) * self._work(step) if self.recent else self.first_seconds
+
+    def fits(self, step: int, deadline: float) -> bool:
+        """Whether a step may be begun, and done before a time of the monotonic clock."""
+        now = time.monotonic()
+        return now < deadline and now + self.expected(step) <= deadline
+
+    def _work(self, step: int) -> int:
+        stage = self.plan.stage(step)
+        return stage.step_tokens * stage.layers

@@ -19,7 +19,8 @@ from elastic_moe.train.step.sampling import (
     smallest_subnet,
 )
 
-PIECE_TOKENS = 512
+PLAN = "plan.json"  # in the folder of a run
+PIECE_TOKENS = 512  # the unit of a step's text
 SAVE_EVERY_STEPS = 100
 DTYPES = ("float32", "bfloat16")
 BALANCE = 0.003

@@ -41,6 +41,37 @@ _SHARED_WINDOWS, _LEAST_SHARED = 40, 8
 
 
 @dataclass(frozen=True, slots=True)
+class Mixture:
+    """How much of each kind of text is read, and how long the pieces are that get shuffled.
+
+    Attributes:
+        text_fraction: share of the pieces of every text.
+        library_passes, docstring_passes: how many times each is read.
+        chat_fraction: share of all tokens, whatever else there is; chats are made until it is met.
+            They are questions about the library's docstrings, which therefore has to be there.
+        piece_bytes: characters of a piece of a text.
+
+    Raises:
+        CorpusError: a value is out of its range.
+    """
+
+    text_fraction: float = 1.0
+    library_passes: int = 1
+    docstring_passes: int = 2
+    chat_fraction: float = 0.05
+    piece_bytes: int = 12_000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.text_fraction <= 1:
+            raise CorpusError(f"text_fraction must be in (0, 1], got {self.text_fraction}.")
+        if not 0 <= self.chat_fraction < 1:
+            raise CorpusError(f"chat_fraction must be in [0, 1), got {self.chat_fraction}.")
+        for name in ("library_passes", "docstring_passes"):
+            if getattr(self, name) < 0:
+                raise CorpusError(f"{name} must be at least 0, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, slots=True)
 class SourceFile:
     """One file of training text. `name` is its path within its corpus; `sha256` of its bytes."""
 

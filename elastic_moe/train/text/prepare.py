@@ -11,7 +11,7 @@ import random
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from elastic_moe.train.text.corpus import (
     LIBRARY,
     TEXTS,
     Docstring,
+    Mixture,
     SourceFile,
     chat_turn,
     docstrings,
@@ -45,37 +46,6 @@ MANIFEST, TOKENS, TOKENIZER = "manifest.json", "train.npy", "tokenizer.json"
 _KEYS = ("seed", "files", "stream_tokens", "stream_sha256", "tokenizer_sha256", "tokenizer_given")
 _BATCH = 512  # documents that are encoded at a time
 _SAMPLE_BYTES = 20_000_000  # of texts that a tokenizer learns from, which takes seconds
-
-
-@dataclass(frozen=True, slots=True)
-class Mixture:
-    """How much of each kind of text is read, and how long the pieces are that get shuffled.
-
-    Attributes:
-        text_fraction: share of the pieces of every text.
-        library_passes, docstring_passes: how many times each is read.
-        chat_fraction: share of all tokens, whatever else there is; chats are made until it is met.
-            They are questions about the library's docstrings, which therefore has to be there.
-        piece_bytes: characters of a piece of a text.
-
-    Raises:
-        CorpusError: a value is out of its range.
-    """
-
-    text_fraction: float = 1.0
-    library_passes: int = 1
-    docstring_passes: int = 2
-    chat_fraction: float = 0.05
-    piece_bytes: int = 12_000
-
-    def __post_init__(self) -> None:
-        if not 0 < self.text_fraction <= 1:
-            raise CorpusError(f"text_fraction must be in (0, 1], got {self.text_fraction}.")
-        if not 0 <= self.chat_fraction < 1:
-            raise CorpusError(f"chat_fraction must be in [0, 1), got {self.chat_fraction}.")
-        for name in ("library_passes", "docstring_passes"):
-            if getattr(self, name) < 0:
-                raise CorpusError(f"{name} must be at least 0, got {getattr(self, name)}.")
 
 
 MIXTURE_OPTIONS = {  # field -> option of the command

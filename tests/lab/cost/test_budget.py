@@ -28,7 +28,7 @@ from elastic_moe.routing import ModelShape, Subnet, parse_name, resolve
 from elastic_moe.train.ledger import replay
 from elastic_moe.train.step.sampling import SamplingPlan
 from tests.lab.cost.trainings import FULL_ONLY, SHAPE, SMALL_PLAN, STAGES, training
-from tests.train.small import CONFIG
+from tests.train.tiny import CONFIG
 
 COSTS = st.integers(min_value=1, max_value=10**6)
 

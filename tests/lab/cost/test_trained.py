@@ -21,11 +21,11 @@ from elastic_moe.model.checkpoints.extract import extract
 from elastic_moe.model.checkpoints.folder import BUNDLED
 from elastic_moe.routing import parse_name, resolve
 from elastic_moe.train.ledger import replay
-from elastic_moe.train.runs.checkpoint import load_state, save_state
-from elastic_moe.train.step.loop import run
+from elastic_moe.train.runs.loop import run_steps
 from elastic_moe.train.step.plan import TrainingPlan
 from elastic_moe.train.step.sampling import SamplingPlan
-from tests.train.small import CONFIG, PLAN, trainer
+from elastic_moe.train.step.state import load_state, save_state
+from tests.train.tiny import CONFIG, PLAN, trainer
 
 
 def manifest(
@@ -40,7 +40,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was stopped at step 4 of 14, whose log was written further than its state."""
     folder = tmp_path_factory.mktemp("runs") / "small"
     done = trainer(replace(PLAN, save_every_steps=2))
-    run(done, folder, max_seconds=0)
+    run_steps(done, folder, max_seconds=0)
     for _ in range(4):
         done.train_step()
     done.save(folder / "state.safetensors")

@@ -10,7 +10,7 @@ from elastic_moe.lab.cost.trained import Training
 from elastic_moe.train.ledger import replay
 from elastic_moe.train.step.plan import TrainingPlan, parse_stages
 from elastic_moe.train.step.sampling import SamplingPlan
-from tests.train.small import CONFIG
+from tests.train.tiny import CONFIG
 
 SHAPE = CONFIG.shape
 STAGES = parse_stages("2x3x1x128,6x5x2x256")

@@ -8,7 +8,7 @@ from elastic_moe.engine import Engine
 from elastic_moe.lab.sweeps.grid import default_grid, groups, is_trained, product_grid
 from elastic_moe.model.config import ElasticBlock
 from elastic_moe.routing import parse_name
-from elastic_moe.train.mini import ELASTIC_MINI
+from elastic_moe.train.models import ELASTIC_MINI
 
 SHAPE = ELASTIC_MINI.shape
 

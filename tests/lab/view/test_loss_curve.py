@@ -16,10 +16,10 @@ import pytest
 from elastic_moe.errors import TrainingError
 from elastic_moe.lab.view.drawing import BLUE, VERMILION, figure_to_svg
 from elastic_moe.lab.view.loss_curve import figure_of_run, loss_figure, running_mean, write_loss_png
-from elastic_moe.train.step.loop import run
+from elastic_moe.train.runs.loop import run_steps
 from elastic_moe.train.step.plan import parse_stages
 from elastic_moe.train.step.sampling import SamplingPlan
-from tests.train.small import PLAN, trainer
+from tests.train.tiny import PLAN, trainer
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -96,7 +96,7 @@ def test_a_run_is_drawn_as_far_as_it_got(steps: int, kind: str, tmp_path: Path) 
     for _ in range(steps):
         it.train_step()
     it.save(tmp_path / "state.safetensors")
-    run(trainer(), tmp_path, max_seconds=0 if kind != "all" else 60)
+    run_steps(trainer(), tmp_path, max_seconds=0 if kind != "all" else 60)
     log = [
         {**r, "layers": it.plan.stage(r["step"] - 1).layers}
         | {"subnet": it.plan.subnet(it.config.shape, r["step"] - 1).name}
@@ -117,7 +117,7 @@ def test_a_run_is_drawn_as_far_as_it_got(steps: int, kind: str, tmp_path: Path) 
 def test_the_full_network_of_every_stage_is_told_from_reduced_ones(tmp_path: Path) -> None:
     stages = parse_stages("2x10x1x128,6x10x1x128")
     it = trainer(replace(PLAN, stages=stages, sampling=SamplingPlan(full=0.5)))
-    run(it, tmp_path)
+    run_steps(it, tmp_path)
     dots = {
         name: len(item.get_offsets())
         for name, item in drawn(figure_of_run(tmp_path)).items()
@@ -132,7 +132,7 @@ def test_the_full_network_of_every_stage_is_told_from_reduced_ones(tmp_path: Pat
 
 def test_every_pass_of_a_sandwich_is_drawn(tmp_path: Path) -> None:
     it = trainer(replace(PLAN, sampling=SamplingPlan(), sandwich=True))
-    run(it, tmp_path)
+    run_steps(it, tmp_path)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     figure = figure_of_run(tmp_path)
     items = drawn(figure)
@@ -148,7 +148,7 @@ def test_every_pass_of_a_sandwich_is_drawn(tmp_path: Path) -> None:
 
 
 def test_both_networks_of_a_split_step_are_drawn(tmp_path: Path) -> None:
-    run(trainer(replace(PLAN, sampling=SamplingPlan(), split=0.5)), tmp_path)
+    run_steps(trainer(replace(PLAN, sampling=SamplingPlan(), split=0.5)), tmp_path)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     figure = figure_of_run(tmp_path)
     full, reduced = (

@@ -16,13 +16,14 @@ from elastic_moe.errors import TrainingError
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.routing import resolve
 from elastic_moe.train.experts import native
-from elastic_moe.train.runs.checkpoint import load_state
-from elastic_moe.train.runs.progress import Note
+from elastic_moe.train.runs.loop import run_steps
+from elastic_moe.train.runs.progress import Event, Notice
 from elastic_moe.train.step import loss, optim
-from elastic_moe.train.step.loop import Trainer, run
 from elastic_moe.train.step.plan import TrainingPlan, parse_stages
 from elastic_moe.train.step.sampling import SamplingPlan
-from tests.train.small import CONFIG, stream
+from elastic_moe.train.step.state import load_state
+from elastic_moe.train.step.trainer import Trainer
+from tests.train.tiny import CONFIG, stream
 
 NATIVE = replace(CONFIG, head_dim=16)
 PLAN = TrainingPlan(
@@ -123,7 +124,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(
     plan = replace(PLAN, **change)
     torch.set_num_threads(threads)
     straight = Trainer(NATIVE, plan, stream())
-    run(straight, tmp_path / "straight")
+    run_steps(straight, tmp_path / "straight")
     stopped = Trainer(NATIVE, plan, stream())
     for _ in range(4):
         stopped.train_step()
@@ -131,10 +132,10 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(
     stopped.save(tmp_path / "stopped" / "state.safetensors")
     torch.set_num_threads(1)
     resumed = Trainer(NATIVE, plan, stream())
-    lines: list[str] = []
-    run(resumed, tmp_path / "stopped", report=lines.append)
+    events: list[Event] = []
+    run_steps(resumed, tmp_path / "stopped", report=events.append)
     assert resumed.backend == "cpu"
-    assert not any(isinstance(line, Note) for line in lines)
+    assert not any(isinstance(event, Notice) for event in events)
     for (name, p), q in zip(
         straight.model.named_parameters(), resumed.model.parameters(), strict=True
     ):
@@ -154,15 +155,17 @@ def test_steps_whose_bits_depend_on_the_threads_say_when_those_are_others(
     change: dict[str, Any], backend: str, tmp_path: Path
 ) -> None:
     plan = replace(PLAN, **change)
-    lines: list[str] = []
+    events: list[Event] = []
     for threads, told in ((1, False), (2, True), (2, False)):
         torch.set_num_threads(threads)
         it = Trainer(NATIVE, plan, stream(), backend=backend)
-        lines.clear()
-        run(it, tmp_path, max_seconds=0, report=lines.append)
-        assert isinstance(lines[0], Note) == told
+        events.clear()
+        run_steps(it, tmp_path, max_seconds=0, report=events.append)
+        assert isinstance(events[0], Notice) == told
         if told:
-            assert lines[0].startswith("goes on with 2 threads, where it had 1: steps in PyTorch")
+            assert str(events[0]).startswith(
+                "resumes with 2 threads, where it had 1: steps in PyTorch"
+            )
 
 
 def test_a_run_that_goes_on_with_other_kernels_says_so(tmp_path: Path) -> None:

@@ -18,22 +18,23 @@ from pathlib import Path
 
 import torch
 
-from elastic_moe.train.runs.checkpoint import load_state
-from elastic_moe.train.step.loop import Trainer, run
+from elastic_moe.train.step.state import load_state
+from elastic_moe.train.runs.loop import run_steps
+from elastic_moe.train.step.trainer import Trainer
 from elastic_moe.train.step.plan import parse_stages
-from tests.train import small
+from tests.train import tiny
 
 SAVE_EVERY = 2
 STEPS_PER_KILL = 4  # more than a save interval, so that the run gets on
-CONFIG = replace(small.CONFIG, num_layers=2)
+CONFIG = replace(tiny.CONFIG, num_layers=2)
 
 
 def make_trainer(kills: int) -> Trainer:
     """At its first step, with a plan so long that every kill finds a run that is not done."""
     steps = kills * STEPS_PER_KILL + SAVE_EVERY
     stages = parse_stages(f"1x{steps // 2}x1x128,2x{steps - steps // 2}x1x128")
-    plan = replace(small.PLAN, stages=stages, save_every_steps=SAVE_EVERY)
-    return Trainer(CONFIG, plan, small.stream())
+    plan = replace(tiny.PLAN, stages=stages, save_every_steps=SAVE_EVERY)
+    return Trainer(CONFIG, plan, tiny.stream())
 
 
 def start(trainer: Trainer, folder: Path) -> tuple[int, int]:
@@ -46,7 +47,7 @@ def start(trainer: Trainer, folder: Path) -> tuple[int, int]:
     status = 1
     try:
         os.close(read)
-        run(trainer, folder, report=lambda _line: os.write(write, b".") and None, report_seconds=0)
+        run_steps(trainer, folder, report=lambda _line: os.write(write, b".") and None, report_seconds=0)
         status = 0
     finally:
         os._exit(status)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_moe.train import command
+from elastic_moe.train import session
 from tests.train.commands import SIZES, error, state, train
 
 SHORT = ("--tokens", 1024, "--batch-tokens", 512, "--length", 128)
@@ -170,8 +170,8 @@ def test_a_training_whose_checkpoint_cannot_be_written_fails(
         (root / "run" / "checkpoint" / "mine.txt").write_text("mine")
         return "plan"
 
-    steps = command._run
-    monkeypatch.setattr(command, "_run", lambda *args: (steps(*args), spoil())[0])
+    steps = session._train
+    monkeypatch.setattr(session, "_train", lambda *args: (steps(*args), spoil())[0])
     assert train(root, length=SHORT) == 1
     assert "exists and is no checkpoint of a training run" in error(capsys)
     assert (root / "run" / "log.csv").read_text().count("\n") == 3  # what there is to see of it

@@ -14,17 +14,18 @@ from pathlib import Path
 import pytest
 
 from elastic_moe.errors import TrainingError
-from elastic_moe.train import command
-from elastic_moe.train.runs.lock import LOCK, holding
-from elastic_moe.train.step.loop import run
+from elastic_moe.train import session
+from elastic_moe.train.runs.folder import LOCK, lock_folder
+from elastic_moe.train.runs.loop import run_steps
+from elastic_moe.train.runs.progress import Event
 from tests.train.commands import error, train
-from tests.train.small import trainer
+from tests.train.tiny import trainer
 
 _HOLDER = """
 import sys, time
 from pathlib import Path
-from elastic_moe.train.runs.lock import holding
-with holding(Path(sys.argv[1])):
+from elastic_moe.train.runs.folder import lock_folder
+with lock_folder(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -38,7 +39,7 @@ def test_a_folder_in_which_a_training_runs_is_left_as_it_is_until_that_ends(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = root / "run"
-    run(trainer(), folder, max_seconds=0)
+    run_steps(trainer(), folder, max_seconds=0)
     (folder / ".state.safetensors.1.part").write_bytes(b"what the other one is writing")
     (folder / ".checkpoint.1.part").mkdir()
     before = files(folder)
@@ -49,7 +50,7 @@ def test_a_folder_in_which_a_training_runs_is_left_as_it_is_until_that_ends(
             assert holder.stdout.readline() == "held\n"
             message = f"a training is running in {folder}, process {holder.pid}. Wait for its end"
             with pytest.raises(TrainingError, match=re.escape(message)):
-                run(trainer(), folder)
+                run_steps(trainer(), folder)
             assert train(root) == 1
             assert error(capsys).startswith(message)
             assert files(folder) == before
@@ -58,7 +59,7 @@ def test_a_folder_in_which_a_training_runs_is_left_as_it_is_until_that_ends(
         finally:
             holder.send_signal(signal.SIGKILL)
     it = trainer()
-    run(it, folder)  # a kill leaves the file, not the lock
+    run_steps(it, folder)  # a kill leaves the file, not the lock
     assert it.step == 14
     assert not (folder / ".state.safetensors.1.part").exists()
 
@@ -66,12 +67,12 @@ def test_a_folder_in_which_a_training_runs_is_left_as_it_is_until_that_ends(
 def test_a_run_holds_its_folder_from_beginning_to_end(tmp_path: Path) -> None:
     tried: list[int] = []
 
-    def report(line: str) -> None:
+    def report(event: Event) -> None:
         with pytest.raises(TrainingError, match=f"process {os.getpid()}"):
-            run(trainer(), tmp_path)
-        tried.append(len(line))
+            run_steps(trainer(), tmp_path)
+        tried.append(len(str(event)))
 
-    run(trainer(), tmp_path, report=report, report_seconds=0)
+    run_steps(trainer(), tmp_path, report=report, report_seconds=0)
     assert len(tried) == 14 + 2
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert len(lines) == 14
@@ -83,22 +84,22 @@ def test_the_command_holds_its_folder_from_the_text_to_the_checkpoint(
     tried = []
 
     def watched(name: str) -> None:
-        real = getattr(command, name)
+        real = getattr(session, name)
 
         def function(*args: object, **options: object) -> object:
-            with pytest.raises(TrainingError, match="a training is running in"), holding(out):
+            with pytest.raises(TrainingError, match="a training is running in"), lock_folder(out):
                 pass
             tried.append(name)
             return real(*args, **options)
 
-        monkeypatch.setattr(command, name, function)
+        monkeypatch.setattr(session, name, function)
 
     out = root / "run"
-    for name in ("prepare", "measure_pace", "run", "export", "write_table"):
+    for name in ("prepare", "measure_pace", "run_steps", "export", "write_table"):
         watched(name)
     assert train(root, length=("--minutes", 0.5, "--batch-tokens", 512, "--length", 128)) == 0
-    assert sorted(tried) == ["export", "measure_pace", "prepare", "run", "write_table"]
-    with holding(out):
+    assert sorted(tried) == ["export", "measure_pace", "prepare", "run_steps", "write_table"]
+    with lock_folder(out):
         pass
 
 
@@ -111,6 +112,6 @@ def test_a_file_system_without_locks_is_named(
     monkeypatch.setattr(fcntl, "flock", none)
     with (
         pytest.raises(TrainingError, match=r"\.lock cannot be locked: Function not implemented"),
-        holding(tmp_path),
+        lock_folder(tmp_path),
     ):
         pass

@@ -14,14 +14,15 @@ import torch
 
 from elastic_moe.errors import TrainingError
 from elastic_moe.model.config import ModelConfig
-from elastic_moe.train.runs.checkpoint import load_state, save_state
+from elastic_moe.train.step.state import load_state, save_state
 from elastic_moe.train.ledger import replay
-from elastic_moe.train.runs.lock import LOCK
-from elastic_moe.train.step.loop import Trainer, run
+from elastic_moe.train.runs.folder import LOCK
+from elastic_moe.train.runs.loop import run_steps
+from elastic_moe.train.step.trainer import Trainer
 from elastic_moe.train.step.plan import TrainingPlan, parse_stages
 from elastic_moe.train.step.sampling import SamplingPlan
 from tests.train.runs.kills import SAVE_EVERY
-from tests.train.small import CONFIG, PLAN, parameters, stream, trainer
+from tests.train.tiny import CONFIG, PLAN, parameters, stream, trainer
 
 ROOT = Path(__file__).resolve().parents[3]
 STATE = "state.safetensors"
@@ -76,12 +77,12 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(
 ) -> None:
     plan = replace(PLAN, stages=parse_stages("2x3x1x128,6x4x1x128"), **options)
     straight, stopped, resumed = (Trainer(config, plan, stream()) for _ in range(3))
-    run(straight, tmp_path / "straight")
+    run_steps(straight, tmp_path / "straight")
     (tmp_path / "stopped").mkdir()
     for _ in range(4):
         stopped.train_step()
     stopped.save(tmp_path / "stopped" / STATE)
-    run(resumed, tmp_path / "stopped")
+    run_steps(resumed, tmp_path / "stopped")
     assert resumed.step == straight.step == 7
     assert resumed.tokens == straight.tokens
     assert_same_states(tmp_path / "stopped" / STATE, tmp_path / "straight" / STATE)
@@ -96,7 +97,7 @@ def test_what_a_kill_left_of_files_is_cleared_away(tmp_path: Path) -> None:
     kept = [tmp_path / "notes.part", tmp_path / ".mine", tmp_path / ".tmp-notes"]
     for path in (*left, *kept):
         path.write_text("half")
-    run(trainer(), tmp_path, max_seconds=0)
+    run_steps(trainer(), tmp_path, max_seconds=0)
     assert not any(path.exists() for path in left)
     assert all(path.exists() for path in kept)
 
@@ -105,32 +106,32 @@ def test_a_run_resumes_with_the_weights_that_it_began_with_only(tmp_path: Path) 
     weights = parameters(trainer(replace(PLAN, seed=5)))
     begun = trainer()
     begun.adopt(weights, parent="good")
-    run(begun, tmp_path, max_seconds=0)
+    run_steps(begun, tmp_path, max_seconds=0)
     for wrong, message in ((None, "not with random weights"), ("bad", "not with bad")):
         it = trainer()
         if wrong is not None:
             it.adopt(weights, parent=wrong)
         with pytest.raises(TrainingError, match=f"began with good, {message}"):
-            run(it, tmp_path)
+            run_steps(it, tmp_path)
     right = trainer()
     right.adopt(weights, parent="good")
-    run(right, tmp_path)
+    run_steps(right, tmp_path)
     assert load_state(tmp_path / STATE)[1]["parent"] == "good"
-    run(trainer(), tmp_path / "random", max_seconds=0)
+    run_steps(trainer(), tmp_path / "random", max_seconds=0)
     other = trainer()
     other.adopt(weights, parent="good")
     with pytest.raises(TrainingError, match="began with random weights, not with good"):
-        run(other, tmp_path / "random")
+        run_steps(other, tmp_path / "random")
 
 
 def test_steps_that_a_kill_undid_are_logged_once(tmp_path: Path) -> None:
     stopped(tmp_path / "run")
     lines = [json.dumps({"step": step, "loss": -1.0}) for step in range(1, 10)]
     (tmp_path / "run" / "log.jsonl").write_text("\n".join([*lines, '{"step": 10, "lo']))
-    run(trainer(), tmp_path / "run")
+    run_steps(trainer(), tmp_path / "run")
     assert logged_steps(tmp_path / "run") == list(range(1, 15))
     (tmp_path / "run" / STATE).unlink()  # killed before the first state
-    run(trainer(), tmp_path / "run", max_seconds=0)
+    run_steps(trainer(), tmp_path / "run", max_seconds=0)
     assert logged_steps(tmp_path / "run") == []
 
 
@@ -147,24 +148,24 @@ def test_steps_that_a_kill_undid_are_logged_once(tmp_path: Path) -> None:
 def test_a_run_resumes_with_its_own_plan_model_and_data_only(
     other: dict, field: str, tmp_path: Path
 ) -> None:
-    run(trainer(), tmp_path, max_seconds=0)
+    run_steps(trainer(), tmp_path, max_seconds=0)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     made = {"config": CONFIG, "plan": PLAN, "stream": stream(), **other}
     with pytest.raises(TrainingError, match=f"was trained with another {field}"):
-        run(Trainer(**made), tmp_path)
+        run_steps(Trainer(**made), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_how_often_states_are_saved_may_change(tmp_path: Path) -> None:
-    run(trainer(), tmp_path, max_seconds=0)
+    run_steps(trainer(), tmp_path, max_seconds=0)
     begun_with = (tmp_path / "plan.json").read_bytes()
-    run(trainer(replace(PLAN, save_every_steps=5)), tmp_path)
+    run_steps(trainer(replace(PLAN, save_every_steps=5)), tmp_path)
     assert load_state(tmp_path / STATE)[1]["step"] == 14
     assert (tmp_path / "plan.json").read_bytes() == begun_with
 
 
 def test_the_plan_of_a_state_replays_to_what_was_done(tmp_path: Path) -> None:
-    run(trainer(), tmp_path)
+    run_steps(trainer(), tmp_path)
     _, progress = load_state(tmp_path / STATE)
     assert TrainingPlan.from_json(progress["plan"]) == PLAN
     assert json.loads((tmp_path / "plan.json").read_text()) == progress["plan"]
@@ -189,13 +190,13 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from elastic_moe.errors import TrainingError
-from elastic_moe.train.step.loop import run
-from tests.train.small import trainer
+from elastic_moe.train.runs.loop import run_steps
+from tests.train.tiny import trainer
 
 _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
 try:
-    run(trainer(), Path(sys.argv[1]))
+    run_steps(trainer(), Path(sys.argv[1]))
 except TrainingError as error:
     print(error)
 """
@@ -215,7 +216,7 @@ def test_a_full_disk_ends_the_run_in_words_and_leaves_the_old_state(tmp_path: Pa
     assert "The state before it is kept. Make room" in done.stdout
     assert state.read_bytes() == before
     assert sorted(p.name for p in folder.iterdir()) == [LOCK, "log.jsonl", "other", STATE]
-    run(trainer(), folder)
+    run_steps(trainer(), folder)
     assert load_state(state)[1]["step"] == 14
     assert logged_steps(folder) == list(range(8, 15))
 
@@ -228,12 +229,12 @@ def test_a_torn_state_is_refused_in_words_and_left_as_it_is(share: float, tmp_pa
     torn = state.read_bytes()[: int(share * state.stat().st_size)]
     state.write_bytes(torn)
     with pytest.raises(TrainingError) as caught:
-        run(trainer(), folder)
+        run_steps(trainer(), folder)
     assert str(caught.value).startswith(f"{state} cannot be read: ")
     assert "Put a whole copy in its place. Without it, the same command begins" in str(caught.value)
     assert state.read_bytes() == torn
     state.unlink()
-    run(trainer(), folder, max_seconds=0)
+    run_steps(trainer(), folder, max_seconds=0)
     assert load_state(state)[1]["step"] == 0
 
 
@@ -244,9 +245,9 @@ sys.path.insert(0, {root!r})
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from elastic_moe.train.runs import checkpoint
-from elastic_moe.train.step import loop
-from tests.train.small import trainer
+from elastic_moe.train.runs import loop
+from elastic_moe.train.step import state
+from tests.train.tiny import trainer
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -258,21 +259,21 @@ def while_writing_step_6(tensors, path, metadata):
         kill()
 
 class AfterStep8(loop.Progress):
-    def tell(self, record):
+    def step_done(self, record):
         if record["step"] == 8:
             kill()
 
-save_file = checkpoint.save_file
+save_file = state.save_file
 if sys.argv[2] == "while-writing":
-    checkpoint.save_file = while_writing_step_6
+    state.save_file = while_writing_step_6
 else:
     loop.Progress = AfterStep8
-loop.run(trainer(), Path(sys.argv[1]))
+loop.run_steps(trainer(), Path(sys.argv[1]))
 """
 
 
 def test_a_killed_run_becomes_bit_for_bit_the_run_that_was_not(tmp_path: Path) -> None:
-    run(trainer(), tmp_path / "straight")
+    run_steps(trainer(), tmp_path / "straight")
     killed = tmp_path / "killed"
     for moment, saved, logged in (("while-writing", 3, 6), ("between", 6, 8)):
         command = [sys.executable, "-c", _CHILD.format(root=str(ROOT)), str(killed), moment]
@@ -280,7 +281,7 @@ def test_a_killed_run_becomes_bit_for_bit_the_run_that_was_not(tmp_path: Path) -
         assert done.returncode == -signal.SIGKILL
         assert load_state(killed / STATE)[1]["step"] == saved
         assert logged_steps(killed) == list(range(1, logged + 1))
-    run(trainer(), killed)
+    run_steps(trainer(), killed)
     assert_same_states(killed / STATE, tmp_path / "straight" / STATE)
     assert logged_steps(killed) == list(range(1, 15))
     assert sorted(p.name for p in killed.iterdir()) == [LOCK, "log.jsonl", "plan.json", STATE]

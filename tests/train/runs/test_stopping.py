@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 
 from elastic_moe.model.checkpoints.checkpoint import load_config
-from elastic_moe.train.runs.checkpoint import load_state
-from elastic_moe.train.runs.stopping import StoppableTrainer, Stopped, stopping
+from elastic_moe.train.step.state import load_state
+from elastic_moe.train.runs.loop import run_steps
+from elastic_moe.train.runs.progress import Event, StepDone
+from elastic_moe.train.runs.stopping import StopFlag, stop_on_signal
 from tests.train.commands import TINY
-from tests.train.small import CONFIG, PLAN, stream
+from tests.train.tiny import trainer
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -27,11 +29,11 @@ sys.path.insert(0, {root!r})
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from elastic_moe.train import command
+from elastic_moe.train import session
 from elastic_moe.train.__main__ import main
-from tests.train.small import library
+from tests.train.tiny import library
 sources = library(Path(sys.argv[1]))
-command.library_files = lambda: sources
+session.library_files = lambda: sources
 sys.exit(main(sys.argv[2:]))
 """
 
@@ -72,35 +74,37 @@ def test_the_first_signal_is_a_request_and_the_second_acts(number: signal.Signal
 
     before = signal.signal(number, usual)
     try:
-        with stopping() as request:
-            assert not request.wanted
+        with stop_on_signal() as flag:
+            assert not flag.requested
             os.kill(os.getpid(), number)
-            assert request.wanted
+            assert flag.requested
             with pytest.raises(InterruptedError):
                 os.kill(os.getpid(), number)
-        with stopping():
+        with stop_on_signal():
             pass
         assert signal.getsignal(number) is usual
     finally:
         signal.signal(number, before)
 
 
-def test_a_trainer_that_shall_stop_begins_no_step() -> None:
-    it = StoppableTrainer(CONFIG, PLAN, stream())
-    with stopping() as request:
-        it.stop = request
-        it.train_step()
-        request.wanted = True
-        with pytest.raises(Stopped, match="stopped after step 1"):
-            it.train_step()
-        assert it.step == 1
+def test_a_trainer_that_shall_stop_begins_no_step(tmp_path: Path) -> None:
+    it, stop = trainer(), StopFlag()
+
+    def request(event: Event) -> None:
+        stop.requested = stop.requested or isinstance(event, StepDone)
+
+    run_steps(it, tmp_path, report=request, report_seconds=0, stop=stop)
+    assert it.step == 1
+    assert load_state(tmp_path / "state.safetensors")[1]["step"] == 1
+    run_steps(trainer(), tmp_path, stop=stop)
+    assert load_state(tmp_path / "state.safetensors")[1]["step"] == 1
 
 
 def test_in_another_thread_no_signal_is_taken() -> None:
     taken: list[object] = []
 
     def run() -> None:
-        with stopping():
+        with stop_on_signal():
             taken.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=run)

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from elastic_moe.model.checkpoints.checkpoint import load_config
-from elastic_moe.train import command
+from elastic_moe.train import session
 from elastic_moe.train.runs import timebox
-from elastic_moe.train.__main__ import make_parser
-from elastic_moe.train.step.loop import Trainer
-from elastic_moe.train.step.plan import Stage, TrainingPlan
+from elastic_moe.train.config import TrainConfig
+from elastic_moe.train.step.trainer import Trainer
+from elastic_moe.train.step.plan import Stage, TrainingPlan, parse_stages
 from elastic_moe.train.step.sampling import SamplingPlan
 from elastic_moe.train.settings import read_settings
-from elastic_moe.train.runs.timebox import Pace, fit_steps, mean_cost, measure_pace
+from elastic_moe.train.runs.timebox import Pace, StepPace, fit_steps, mean_cost, measure_pace
 from tests.train.commands import error, state, train
-from tests.train.small import PLAN, trainer
+from tests.train.tiny import PLAN, trainer
 
 
 def test_the_steps_that_fit_are_fixed_and_the_run_ends_by_itself(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "measure_pace", lambda *_: Pace(0.6, 0.1))
+    monkeypatch.setattr(session, "measure_pace", lambda *_: Pace(0.6, 0.1))
     box = ("--minutes", 0.4, "--batch-tokens", 512, "--length", 128)
     assert train(root, length=box) == 0
     plan = json.loads((root / "run" / "plan.json").read_text())
@@ -35,7 +37,7 @@ def test_the_steps_that_fit_are_fixed_and_the_run_ends_by_itself(
     assert plan["warmup_steps"] == steps // 10
     log = [json.loads(line) for line in (root / "run" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["lr_scale"] < 0.25  # the rates fell as they should
-    monkeypatch.setattr(command, "measure_pace", lambda *_: pytest.fail("timed again"))
+    monkeypatch.setattr(session, "measure_pace", lambda *_: pytest.fail("timed again"))
     assert train(root, length=("--minutes", 3, *box[2:])) == 0
     assert json.loads((root / "run" / "plan.json").read_text()) == plan
     assert train(root, length=("--tokens", 9, *box[2:])) == 2
@@ -46,7 +48,7 @@ def test_the_steps_that_fit_are_fixed_and_the_run_ends_by_itself(
 def test_a_machine_that_becomes_slower_leaves_a_checkpoint_and_a_run_that_goes_on(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "measure_pace", lambda *_: Pace(0.002, 0.0))
+    monkeypatch.setattr(session, "measure_pace", lambda *_: Pace(0.002, 0.0))
     monkeypatch.setattr(timebox, "_END_SECONDS", 0.5)
     fast = Trainer.train_step
 
@@ -64,7 +66,7 @@ def test_a_machine_that_becomes_slower_leaves_a_checkpoint_and_a_run_that_goes_o
     assert load_config(Path(summary["checkpoint"])).elastic.tokens == summary["tokens"]
     plan = (root / "run" / "plan.json").read_bytes()
     assert train(root, length=("--minutes", 0, "--batch-tokens", 512)) == 0  # is not timed again
-    assert capsys.readouterr().out.endswith("over: the same command goes on from there\n")
+    assert capsys.readouterr().out.endswith("over: run the same command again to resume\n")
     assert state(root)["step"] == summary["steps"]
     assert (root / "run" / "plan.json").read_bytes() == plan
 
@@ -84,7 +86,7 @@ def test_a_torn_plan_is_told_by_its_file(
 def test_a_time_box_takes_steps_that_are_split_where_they_have_two_sequences(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "measure_pace", lambda *_: Pace(0.001, 0.001))
+    monkeypatch.setattr(session, "measure_pace", lambda *_: Pace(0.001, 0.001))
     box = ("--minutes", 0.1, "--length", 512, "--batch-tokens", 1024, "--split", 0.9)
     assert train(root, length=box) == 0
     plan = TrainingPlan.from_json(json.loads((root / "run" / "plan.json").read_text()))
@@ -102,10 +104,10 @@ def test_what_the_end_needs_is_kept_from_the_steps(
     def watched(*_: object, **options: object) -> None:
         given.append(options)
 
-    monkeypatch.setattr(command, "run", watched)
-    monkeypatch.setattr(command, "measure_pace", lambda *_: Pace(0.5, 4.0))
-    monkeypatch.setattr(command, "_finish", lambda *_: {"ended_by": "time", "complete": False})
-    monkeypatch.setattr(command, "summary_lines", lambda _: [])
+    monkeypatch.setattr(session, "run_steps", watched)
+    monkeypatch.setattr(session, "measure_pace", lambda *_: Pace(0.5, 4.0))
+    monkeypatch.setattr(session, "_finish", lambda *_: SimpleNamespace(ended_by="time"))
+    monkeypatch.setattr(session, "summary_lines", lambda *_: [])
     box = ("--minutes", 1, "--batch-tokens", 512)
     assert train(root, length=box) == 0
     assert given[0]["step_seconds"] == 0.5
@@ -122,7 +124,7 @@ def test_a_time_that_is_over_before_ten_steps_trains_nothing_and_says_so(
     assert train(root, length=("--minutes", 0)) == 1
     message = error(capsys)
     assert message.startswith("--minutes: the time was over when the text was prepared.")
-    monkeypatch.setattr(command, "measure_pace", lambda *_: Pace(3.0, 0.1))
+    monkeypatch.setattr(session, "measure_pace", lambda *_: Pace(3.0, 0.1))
     assert train(root, length=("--minutes", 0.5)) == 1
     message = error(capsys)
     assert "and a step takes 2." in message  # of the mean network, which is a reduced one
@@ -132,7 +134,7 @@ def test_a_time_that_is_over_before_ten_steps_trains_nothing_and_says_so(
 
 
 def test_the_cost_of_a_step_follows_what_it_runs() -> None:
-    config = read_settings(make_parser().parse_args(["--out", "none"])).model.config
+    config = read_settings(TrainConfig(out=Path("none"))).model.config
     stages = (Stage(5, 12, 4, 256),)
 
     def cost(**changes: object) -> float:
@@ -183,3 +185,38 @@ def test_the_pace_is_that_of_the_full_network_on_a_trainer_that_is_thrown_away(
     measure_pace(make, PLAN, tmp_path, seconds=1e-9)
     assert list(tmp_path.iterdir()) == before
     assert made[1].step == 3  # no fewer, however short the time is
+
+
+# --- how long the next step may take, read from the last ones
+
+GROWING = TrainingPlan(stages=parse_stages("2x10x1x128,6x10x2x128"))
+
+
+def test_the_next_step_is_taken_to_be_as_long_as_the_longest_of_the_last_eight() -> None:
+    pace = StepPace(GROWING, [], first_seconds=4.0)
+    assert pace.expected(0) == 4.0
+    for step, seconds in ((1, 9.0), (2, 1.0), (3, 3.0)):
+        pace.learn({"step": step, "seconds": seconds})
+    assert pace.expected(3) == pytest.approx(9.0)
+    for step in range(4, 10):
+        pace.learn({"step": step, "seconds": 2.0})
+    assert pace.expected(9) == pytest.approx(3.0)  # the longest is forgotten
+    assert pace.expected(10) == pytest.approx(3.0 * 6)  # three times the layers, twice the tokens
+
+
+def test_records_of_an_earlier_session_count_and_may_lack_the_seconds() -> None:
+    records = [{"step": 9, "seconds": 2.0}, {"step": 10}, {"step": 11, "seconds": 24.0}]
+    assert StepPace(GROWING, records, first_seconds=50.0).expected(11) == pytest.approx(24.0)
+    assert StepPace(GROWING, records[:1]).expected(10) == pytest.approx(12.0)
+    assert StepPace(GROWING, records[1:2], first_seconds=50.0).expected(10) == 0.0
+
+
+def test_a_step_fits_if_it_would_be_done_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    pace = StepPace(GROWING, [], first_seconds=4.0)
+    assert pace.fits(0, 104.0)
+    assert not pace.fits(0, 103.9)
+    assert pace.fits(0, math.inf)
+    unknown = StepPace(GROWING, [])
+    assert unknown.fits(0, 100.1)
+    assert not unknown.fits(0, 100.0)

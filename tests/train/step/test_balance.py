@@ -9,13 +9,13 @@ import torch
 
 from elastic_moe.model.reference.transformer import ElasticTransformer, LayerTrace, Trace
 from elastic_moe.routing import resolve
-from elastic_moe.train.mini import ELASTIC_MINI
+from elastic_moe.train.models import ELASTIC_MINI
 from elastic_moe.train.step.balance import Loads, expert_loads, move_biases
-from elastic_moe.train.step.loop import Trainer
 from elastic_moe.train.step.loss import balance_loss
 from elastic_moe.train.step.plan import TrainingPlan, parse_stages
 from elastic_moe.train.step.sampling import SamplingPlan
-from tests.train.small import CONFIG, PLAN, stream
+from elastic_moe.train.step.trainer import Trainer
+from tests.train.tiny import CONFIG, PLAN, stream
 
 SHAPE = ELASTIC_MINI.shape
 BIASED = replace(CONFIG, model_type="ernie4_5_moe", selection_bias=True)

@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_leaves
 from elastic_moe.train.experts.gpu import attend_repeated
 from elastic_moe.train.experts.mixed import attend_bfloat16
 from elastic_moe.train.experts.padded import run_experts_padded
-from elastic_moe.train.step.loop import Trainer
 from elastic_moe.train.step.plan import TrainingPlan, parse_stages
 from elastic_moe.train.step.sampling import SamplingPlan
-from tests.train.small import CONFIG, PLAN, stream
+from elastic_moe.train.step.trainer import Trainer
+from tests.train.tiny import CONFIG, PLAN, stream
 
 COPIES = {"aten._to_copy.default", "aten.copy_.default"}
 

@@ -13,14 +13,15 @@ import torch
 from elastic_moe.errors import CorpusError, TrainingError
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.routing import resolve
-from elastic_moe.train.runs.checkpoint import load_state
-from elastic_moe.train.runs.progress import Note, clock
-from elastic_moe.train.step.loop import Trainer, run
+from elastic_moe.train.runs.loop import run_steps
+from elastic_moe.train.runs.progress import Event, Notice, clock
 from elastic_moe.train.step.optim import orthogonalize
 from elastic_moe.train.step.plan import TrainingPlan, parse_stages
 from elastic_moe.train.step.sampling import SamplingPlan
+from elastic_moe.train.step.state import load_state
+from elastic_moe.train.step.trainer import Trainer
 from elastic_moe.train.text.tokens import TokenStream
-from tests.train.small import CONFIG, PLAN, parameters, stream, trainer
+from tests.train.tiny import CONFIG, PLAN, parameters, stream, trainer
 
 ALWAYS_REDUCED = {"full": 0.0, "top_k": 0.0, "pool": 0.0, "threshold": 0.0}
 
@@ -207,13 +208,13 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     def spoiled_after(step: int, plan: TrainingPlan, folder: Path) -> str:
         it = trainer(plan)
 
-        def spoil(line: str) -> None:
-            if line.startswith(f"step {step} "):
+        def spoil(event: Event) -> None:
+            if str(event).startswith(f"step {step} "):
                 with torch.no_grad():
                     it.model.layers[1].self_attn.q_proj.weight[2, 3] = float("-inf")
 
         with pytest.raises(TrainingError) as caught:
-            run(it, folder, report=spoil, report_seconds=0)
+            run_steps(it, folder, report=spoil, report_seconds=0)
         assert [p.name for p in folder.glob(".*.part")] == []
         return str(caught.value)
 
@@ -332,9 +333,9 @@ def test_a_run_can_begin_with_given_weights_and_says_so(tmp_path: Path) -> None:
     it.adopt(weights, parent="1234abcd")
     for name, p in parameters(it).items():
         assert torch.equal(p, weights[name].float()), name
-    lines: list[str] = []
-    run(it, tmp_path, report=lines.append)
-    assert lines[0] == "begins with the weights of 1234abcd; the optimisers start anew"
+    events: list[Event] = []
+    run_steps(it, tmp_path, report=events.append)
+    assert str(events[0]) == "starts with the weights of 1234abcd and fresh optimisers"
     assert load_state(tmp_path / "state.safetensors")[1]["parent"] == "1234abcd"
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [record.get("parent") for record in log] == ["1234abcd"] + [None] * 13
@@ -361,8 +362,12 @@ def test_adopted_weights_must_be_the_models() -> None:
 
 def test_progress_is_reported_in_plain_lines_that_end_in_what_to_do(tmp_path: Path) -> None:
     lines: list[str] = []
+
+    def report(event: Event) -> None:
+        lines.append(str(event))
+
     it = trainer()
-    run(it, tmp_path, report=lines.append, report_seconds=0.0)
+    run_steps(it, tmp_path, report=report, report_seconds=0.0)
     assert len(lines) == 14 + 2
     assert lines[0].startswith("step 1 of 14, loss 4.")
     assert " tokens/s, 0:00:" in lines[0]
@@ -370,20 +375,20 @@ def test_progress_is_reported_in_plain_lines_that_end_in_what_to_do(tmp_path: Pa
     assert lines[14] == f"step 14 of 14 saved to {tmp_path / 'state.safetensors'}"
     assert f"python -m elastic_moe.train.export {tmp_path} FOLDER" in lines[15]
     lines.clear()
-    run(trainer(), tmp_path / "quiet", report=lines.append, report_seconds=1000.0)
+    run_steps(trainer(), tmp_path / "quiet", report=report, report_seconds=1000.0)
     assert [line.split(",")[0] for line in lines[:2]] == ["step 1 of 14", "step 14 of 14"]
     assert [clock(0), clock(61), clock(5025)] == ["0:00:00", "0:01:01", "1:23:45"]
 
 
 def test_a_run_stops_when_its_time_is_up(tmp_path: Path) -> None:
-    lines: list[str] = []
+    events: list[Event] = []
     it = trainer()
-    run(it, tmp_path, max_seconds=0, report=lines.append)
+    run_steps(it, tmp_path, max_seconds=0, report=events.append)
     assert it.step == 0
-    assert lines[-1] == "next: the same command goes on from there"
+    assert str(events[-1]) == "next: run the same command again to resume"
     began = time.monotonic()
     slow = trainer(replace(PLAN, stages=parse_stages("2x100000x1x128")))
-    run(slow, tmp_path / "slow", max_seconds=0.2)
+    run_steps(slow, tmp_path / "slow", max_seconds=0.2)
     assert 1 <= slow.step < 1000
     assert time.monotonic() - began < 30
 
@@ -411,19 +416,19 @@ def clock_of_ten(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_begins_only_if_one_as_long_as_the_last_still_fits(tmp_path: Path) -> None:
     def steps(name: str, max_seconds: float, **options: object) -> int:
         it = trainer(replace(PLAN, stages=parse_stages("6x50x1x128")))
-        run(it, tmp_path / name, max_seconds=max_seconds, **options)
+        run_steps(it, tmp_path / name, max_seconds=max_seconds, **options)
         return it.step
 
     assert steps("one", 35.0) == 3
     assert steps("two", 40.0) == 4
     assert steps("three", 9.0) == 1  # nobody knows yet how long one takes
     assert steps("four", 9.0, step_seconds=10.0) == 0
-    lines: list[str] = []
-    assert steps("one", 14.0, report=lines.append) == 3  # 5 s to read the state, 10 s a step
-    assert isinstance(lines[0], Note)
-    assert lines[0] == "no step fits: one takes 10.0 s. Give more time."
-    lines.clear()
-    assert steps("one", 15.0, report=lines.append) == 4
-    assert not any(isinstance(line, Note) for line in lines)
-    assert steps("one", 0.0, report=lines.append) == 4
-    assert not any(isinstance(line, Note) for line in lines)
+    events: list[Event] = []
+    assert steps("one", 14.0, report=events.append) == 3  # 5 s to read the state, 10 s a step
+    assert isinstance(events[0], Notice)
+    assert str(events[0]) == "no step fits: one takes 10.0 s. Give more time."
+    events.clear()
+    assert steps("one", 15.0, report=events.append) == 4
+    assert not any(isinstance(event, Notice) for event in events)
+    assert steps("one", 0.0, report=events.append) == 4
+    assert not any(isinstance(event, Notice) for event in events)

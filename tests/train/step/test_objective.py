@@ -16,12 +16,12 @@ from elastic_moe.model.reference.moe import MoE, run_experts
 from elastic_moe.model.reference.transformer import ElasticTransformer, Trace
 from elastic_moe.routing import Subnet, parse_name
 from elastic_moe.train.experts.mixed import attend_bfloat16, multiply_bfloat16
-from elastic_moe.train.step import loop
-from elastic_moe.train.step.loop import Trainer
+from elastic_moe.train.step import trainer as trainer_module
 from elastic_moe.train.step.loss import HeadLoss, balance_loss, head_loss
 from elastic_moe.train.step.plan import TrainingPlan, parse_stages
 from elastic_moe.train.step.sampling import SamplingPlan
-from tests.train.small import CONFIG, PLAN, stream
+from elastic_moe.train.step.trainer import Trainer
+from tests.train.tiny import CONFIG, PLAN, stream
 
 NATIVE = replace(CONFIG, head_dim=16)  # of a head size that the C++ kernels take
 REDUCED = SamplingPlan(depth=1.0, top_k=1.0, width=1.0, pool=0.0, threshold=0.0, per_layer=0.0)
@@ -181,7 +181,7 @@ def test_bfloat16_rounds_products_and_leaves_the_rest_in_float32(
         heads.append(dtype)
         return head_loss(*args, dtype=dtype, **options)
 
-    monkeypatch.setattr(loop, "head_loss", watched)
+    monkeypatch.setattr(trainer_module, "head_loss", watched)
     seen = []
     for name, module in low.model.named_modules():
         if name.endswith("norm"):  # of layers, queries and keys, and the final one

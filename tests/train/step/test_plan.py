@@ -12,7 +12,7 @@ from elastic_moe.errors import TrainingError
 from elastic_moe.model.checkpoints.folder import BUNDLED
 from elastic_moe.routing import resolve
 from elastic_moe.train.ledger import replay
-from elastic_moe.train.mini import ELASTIC_MINI
+from elastic_moe.train.models import ELASTIC_MINI
 from elastic_moe.train.step.plan import Pass, Stage, TrainingPlan, completed, parse_stages
 from elastic_moe.train.step.sampling import SamplingPlan
 

@@ -11,7 +11,7 @@ import pytest
 
 from elastic_moe.errors import TrainingError
 from elastic_moe.routing import Subnet, resolve
-from elastic_moe.train.mini import ELASTIC_MINI
+from elastic_moe.train.models import ELASTIC_MINI
 from elastic_moe.train.step.sampling import (
     AXES,
     SamplingPlan,

@@ -26,7 +26,7 @@ from elastic_moe.train.text.prepare import (
     read_manifest,
 )
 from elastic_moe.train.text.tokens import END, IM_END, IM_START, train_tokenizer
-from tests.train.small import library, novels
+from tests.train.tiny import library, novels
 
 MIXTURE = Mixture()
 

@@ -19,6 +19,7 @@ from elastic_moe.model.config import ModelConfig
 
 # 1 did not say which plan, model and data a state belongs to; plans of 2 had fewer fields.
 FORMAT = 3
+STATE = "state.safetensors"  # in the folder of a run
 FREE = {"save_every_steps"}  # of a plan: what may change from one resume to the next
 
 
@@ -118,3 +119,27 @@ def check_parent(path: Path, progress: Mapping[str, Any], parent: str | None) ->
             f"{path} began with {saved}, not with {wanted}. Repeat the command that began the run, "
             f"or begin another one in another folder."
         )
+
+
+def machine_change(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, any_threads: bool
+) -> str | None:
+    """What is not as it was, if that may change the last bits of steps.
+
+    Args:
+        before, now: backend, device and threads; states of earlier versions lack some.
+        any_threads: whether steps have the same bits on any number of threads.
+    """
+    for what in ("backend", "device"):
+        if before.get(what) not in (None, now[what]):
+            return (
+                f"resumes with {what} {now[what]}, where it had {before[what]}: steps then differ "
+                f"in their last bits from those of a run that never stopped"
+            )
+    if before.get("threads") in (None, now["threads"]) or any_threads:
+        return None
+    return (
+        f"resumes with {now['threads']} threads, where it had {before['threads']}: steps in "
+        f"PyTorch or with a teacher then differ in their last bits from those of a run that never "
+        f"stopped"
+    )

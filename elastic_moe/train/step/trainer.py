@@ -1,4 +1,4 @@
-"""The training loop: one sub-network a step or several, a schedule of stages, exact resume.
+"""A model in training: its steps, of one sub-network or several, and its state.
 
 Everything random in a step depends on (seed, step) alone, so a run that is killed and resumed on a
 CPU goes through the same states as one that was not, given as many threads: what else it takes to
@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from elastic_moe.errors import TrainingError
-from elastic_moe.files import write_text
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.model.reference.transformer import ElasticTransformer, Trace
 from elastic_moe.routing import Subnet
@@ -28,29 +25,25 @@ from elastic_moe.train.experts import native
 from elastic_moe.train.experts.gpu import use_gpu
 from elastic_moe.train.experts.grouped import use_grouped
 from elastic_moe.train.experts.mixed import use_bfloat16
-from elastic_moe.train.runs.checkpoint import (
-    HALF_STATE,
-    check_parent,
-    check_same_run,
-    load_state,
-    model_to_json,
-    save_state,
-)
-from elastic_moe.train.runs.lock import holding
-from elastic_moe.train.runs.progress import Note, Progress
-from elastic_moe.train.runs.session import StepPace, forget_steps_after, note_of_change
 from elastic_moe.train.step.balance import Loads, expert_loads, move_biases
-from elastic_moe.train.step.init import initialize
 from elastic_moe.train.step.loss import HeadLoss, balance_loss, head_loss
 from elastic_moe.train.step.optim import Muon
 from elastic_moe.train.step.plan import TrainingPlan, completed
+from elastic_moe.train.step.state import (
+    check_parent,
+    check_same_run,
+    load_state,
+    machine_change,
+    model_to_json,
+    save_state,
+)
 from elastic_moe.train.text.tokens import TokenStream
 
-_LOWER = "Lower the rates: begin again in another folder with a smaller --lr-scale."
+_LOWER = "Lower the rates: start again in another folder with a smaller --lr-scale."
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Result:
+class PassResult:
     """Of one sub-network's forward and backward pass; `distilled`: it had a teacher."""
 
     subnet: Subnet
@@ -211,7 +204,7 @@ class Trainer:
             record["parent"] = self.parent  # the optimisers started anew here
         return record
 
-    def _gradients(self, inputs: Tensor, targets: Tensor) -> list[Result]:
+    def _gradients(self, inputs: Tensor, targets: Tensor) -> list[PassResult]:
         """Add up the gradients of every sub-network of the step, by the weights of their losses."""
         plan, shape = self.plan, self.config.shape
         whole = plan.whole(shape, self.step)
@@ -237,7 +230,9 @@ class Trainer:
             torch.autograd.backward((loss.total + plan.balance * balance) * one.weight)
             if one.subnet == whole:
                 taught = one.rows, states.detach()
-            results.append(Result(one.subnet, one.weight, loss, balance.detach(), loads, distilled))
+            results.append(
+                PassResult(one.subnet, one.weight, loss, balance.detach(), loads, distilled)
+            )
         return results
 
     def save(self, path: Path) -> None:
@@ -252,8 +247,8 @@ class Trainer:
             for key, value in self._optimizer(p).state.get(p, {}).items():
                 tensors[f"optim.{key}.{name}"] = value
         counts = {"step": self.step, "piece": self.piece, "tokens": self.tokens}
-        sitting = {"parent": self.parent, **self._machine()}
-        save_state(path, tensors, {**counts, **sitting, **self.identity()})
+        session = {"parent": self.parent, **self._machine()}
+        save_state(path, tensors, {**counts, **session, **self.identity()})
 
     def _check_finite(self, path: Path) -> None:
         named = list(self.model.named_parameters())
@@ -281,11 +276,12 @@ class Trainer:
         """
         return self.backend == "cpu" and not self.plan.distill
 
-    def load(self, path: Path) -> Note | None:
+    def load(self, path: Path) -> str | None:
         """Continue from a state that `save` wrote with the same plan, model, data and parent.
 
         Returns:
-            What is not as it was, if that may change the last bits of steps.
+            A line on backend, device or threads, if they changed in a way that may change the last
+            bits of steps.
         """
         tensors, progress = load_state(path)
         progress["plan"] = completed(progress["plan"], str(path))
@@ -305,7 +301,7 @@ class Trainer:
         self.step, self.piece = progress["step"], progress["piece"]
         self.tokens = progress["tokens"]
         any_threads = self.any_threads or self.device.type != "cpu"
-        return note_of_change(progress, self._machine(), any_threads=any_threads)
+        return machine_change(progress, self._machine(), any_threads=any_threads)
 
     def _machine(self) -> dict[str, Any]:
         """What steps run on, which may change their last bits and nothing else."""
@@ -317,83 +313,22 @@ class Trainer:
         return self.muon if id(p) in self._by_muon else self.adam
 
 
-def run(
-    trainer: Trainer,
-    folder: Path,
-    *,
-    max_seconds: float = math.inf,
-    step_seconds: float = 0.0,
-    report: Callable[[str], None] | None = None,
-    report_seconds: float = 10.0,
-    held: bool = False,
-) -> None:
-    """Train to the end of the plan or for `max_seconds`; resumes what is in `folder`.
+def initialize(model: ElasticTransformer, seed: int) -> None:
+    """Random weights; every output projection is zero, so a layer starts as the identity. So is
+    every correction bias: no expert is preferred.
 
-    A step begins only if one as long as the longest of the last eight still fits.
-
-    Args:
-        max_seconds: from now on, what it takes to read a state included.
-        step_seconds: of the first step, as far as the log does not tell.
-        report: gets a line about the progress now and then, and what to do next at the end.
-        held: the caller holds the folder's lock.
-
-    Raises:
-        TrainingError: another training runs in the folder, which is then left alone; the state
-            there is of another run, or cannot be read or written; numbers are no longer finite,
-            and the last state with finite ones stays.
+    The embeddings are large enough to be heard in the residual stream; the small gain of the final
+    norm makes up for it where they serve as the head.
     """
-    deadline = time.monotonic() + max_seconds
-    with nullcontext() if held else holding(folder):
-        _run(trainer, folder, deadline, step_seconds, report, report_seconds)
-
-
-def _run(
-    trainer: Trainer,
-    folder: Path,
-    deadline: float,
-    step_seconds: float,
-    report: Callable[[str], None] | None,
-    report_seconds: float,
-) -> None:
-    plan, state, log_path = trainer.plan, folder / "state.safetensors", folder / "log.jsonl"
-    for pattern in (".*.part", "data/.*.part", HALF_STATE):  # what a kill left
-        for half in folder.glob(pattern):
-            if half.is_file():
-                half.unlink()
-    note: str | None = None
-    if state.exists():
-        note = trainer.load(state)
-    else:
-        write_text(folder / "plan.json", json.dumps(plan.to_json(), indent=1) + "\n")
-        if trainer.parent is not None:
-            note = f"begins with the weights of {trainer.parent}; the optimisers start anew"
-    if note is not None and report is not None:
-        report(note)
-    before = forget_steps_after(trainer.step, log_path)
-    pace = StepPace(plan, before, step_seconds)
-    left = deadline - time.monotonic()
-    progress = Progress(plan, trainer.step, report, report_seconds, left)
-    first, sitting = trainer.step, {"threads": torch.get_num_threads()}
-    with log_path.open("a", encoding="utf-8") as log:
-        while trainer.step < plan.total_steps and pace.fits(trainer.step, deadline):
-            began = time.monotonic()
-            record = trainer.train_step()
-            record["seconds"] = round(time.monotonic() - began, 3)
-            pace.learn(record)
-            log.write(json.dumps(record | sitting) + "\n")
-            sitting.clear()
-            log.flush()
-            progress.tell(record)
-            if trainer.step % plan.save_every_steps == 0:
-                trainer.save(state)
-    trainer.save(state)
-    if report is not None:
-        if trainer.step == first < plan.total_steps and time.monotonic() < deadline:
-            report(Note(f"no step fits: one takes {pace.expected(first):.1f} s. Give more time."))
-        done = trainer.step == plan.total_steps
-        report(f"step {trainer.step} of {plan.total_steps} saved to {state}")
-        report(
-            f"next: python -m elastic_moe.train.export {folder} FOLDER writes the checkpoint"
-            if done
-            else "next: the same command goes on from there"
-        )
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight", "correction_bias")):
+            nn.init.zeros_(p)
+        elif p.ndim == 1:
+            nn.init.constant_(p, 0.2 if name == "norm.weight" else 1.0)
+        elif name.endswith("mlp.gate.weight"):
+            nn.init.normal_(p, std=0.02, generator=generator)
+        elif name.endswith("embed_tokens.weight"):
+            nn.init.normal_(p, std=0.1, generator=generator)
+        else:
+            nn.init.normal_(p, std=p.shape[-1] ** -0.5, generator=generator)

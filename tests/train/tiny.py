@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from elastic_moe.train.step.loop import Trainer
 from elastic_moe.train.step.plan import TrainingPlan, parse_stages
 from elastic_moe.train.step.sampling import SamplingPlan
+from elastic_moe.train.step.trainer import Trainer
 from elastic_moe.train.text import corpus
 from elastic_moe.train.text.corpus import SourceFile
 from elastic_moe.train.text.tokens import TokenStream

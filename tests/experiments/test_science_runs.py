@@ -151,7 +151,7 @@ def test_training_stops_in_time_goes_on_and_is_measured(
     out = tmp_path / "runs"
     names = "--only=elastic-0,inelastic-0,depth9-0"
     assert train.main(command(data, out, names, "--minutes", "0")) == 0
-    assert "next: the same command" in capsys.readouterr().out
+    assert "next: run the same command again" in capsys.readouterr().out
     assert not (out / "elastic-0").exists()
     assert train.main(command(data, out, names)) == 0
     assert "next: " not in capsys.readouterr().out

@@ -176,7 +176,7 @@ def test_a_run_that_goes_on_with_other_kernels_says_so(tmp_path: Path) -> None:
     assert Trainer(NATIVE, PLAN, stream(), backend="cpu").load(path) is None
     note = Trainer(NATIVE, PLAN, stream(), backend="reference").load(path)
     assert note is not None
-    assert note.startswith("goes on with backend reference, where it had cpu: steps then differ")
+    assert note.startswith("resumes with backend reference, where it had cpu: steps then differ")
 
 
 @pytest.mark.parametrize(

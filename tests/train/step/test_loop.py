@@ -222,7 +222,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     message = spoiled_after(3, replace(PLAN, save_every_steps=1), tmp_path)
     assert message == (
         f"step 3: layers.1.self_attn.q_proj.weight has numbers that are not finite, so {state} is "
-        f"left as it was. Lower the rates: begin again in another folder with a smaller --lr-scale."
+        f"left as it was. Lower the rates: start again in another folder with a smaller --lr-scale."
     )
     tensors, progress = load_state(state)
     assert progress["step"] == 2

@@ -109,7 +109,11 @@ def to_record(
         sizes: of the model, by option.
         raw: the config.json that they are from; None for a model of sizes.
     """
-    staged, fixed, library = config.stages is not None, config.fixed is not None, config.reads_library
+    staged, fixed, library = (
+        config.stages is not None,
+        config.fixed is not None,
+        config.reads_library,
+    )
     mixture = config.mixture
     return {
         "tokens": config.total_tokens,

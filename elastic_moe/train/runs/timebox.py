@@ -18,10 +18,10 @@ from typing import Any
 
 from elastic_moe.errors import TrainingError
 from elastic_moe.routing import ModelShape, Subnet
-from elastic_moe.train.step.trainer import Trainer
-from elastic_moe.train.step.plan import Stage, TrainingPlan
 from elastic_moe.train.runs.progress import clock
+from elastic_moe.train.step.plan import Stage, TrainingPlan
 from elastic_moe.train.step.sampling import SamplingPlan
+from elastic_moe.train.step.trainer import Trainer
 
 RESERVE = 0.06  # of the time that is left: steps are not equally long
 LEAST_STEPS = 10  # fewer train nothing that is worth a checkpoint

@@ -1,4 +1,6 @@
-"""Kill a tiny run at random moments, again and again: `python -m tests.train.runs.kills FOLDER KILLS`.
+"""Kill a tiny run at random moments, again and again.
+
+    python -m tests.train.runs.kills FOLDER KILLS
 
 Every run is a fork of this process, which has everything loaded and has not trained a step: a start
 takes milliseconds. Prints a line of JSON per kill: the step saved before, the last that was logged
@@ -18,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from elastic_moe.train.step.state import load_state
 from elastic_moe.train.runs.loop import run_steps
-from elastic_moe.train.step.trainer import Trainer
 from elastic_moe.train.step.plan import parse_stages
+from elastic_moe.train.step.state import load_state
+from elastic_moe.train.step.trainer import Trainer
 from tests.train import tiny
 
 SAVE_EVERY = 2
@@ -47,7 +49,9 @@ def start(trainer: Trainer, folder: Path) -> tuple[int, int]:
     status = 1
     try:
         os.close(read)
-        run_steps(trainer, folder, report=lambda _line: os.write(write, b".") and None, report_seconds=0)
+        run_steps(
+            trainer, folder, report=lambda _line: os.write(write, b".") and None, report_seconds=0
+        )
         status = 0
     finally:
         os._exit(status)

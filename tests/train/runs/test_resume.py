@@ -14,13 +14,13 @@ import torch
 
 from elastic_moe.errors import TrainingError
 from elastic_moe.model.config import ModelConfig
-from elastic_moe.train.step.state import load_state, save_state
 from elastic_moe.train.ledger import replay
 from elastic_moe.train.runs.folder import LOCK
 from elastic_moe.train.runs.loop import run_steps
-from elastic_moe.train.step.trainer import Trainer
 from elastic_moe.train.step.plan import TrainingPlan, parse_stages
 from elastic_moe.train.step.sampling import SamplingPlan
+from elastic_moe.train.step.state import load_state, save_state
+from elastic_moe.train.step.trainer import Trainer
 from tests.train.runs.kills import SAVE_EVERY
 from tests.train.tiny import CONFIG, PLAN, parameters, stream, trainer
 

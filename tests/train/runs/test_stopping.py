@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from elastic_moe.model.checkpoints.checkpoint import load_config
-from elastic_moe.train.step.state import load_state
 from elastic_moe.train.runs.loop import run_steps
 from elastic_moe.train.runs.progress import Event, StepDone
 from elastic_moe.train.runs.stopping import StopFlag, stop_on_signal
+from elastic_moe.train.step.state import load_state
 from tests.train.commands import TINY
 from tests.train.tiny import trainer
 

@@ -13,13 +13,13 @@ import pytest
 
 from elastic_moe.model.checkpoints.checkpoint import load_config
 from elastic_moe.train import session
-from elastic_moe.train.runs import timebox
 from elastic_moe.train.config import TrainConfig
-from elastic_moe.train.step.trainer import Trainer
+from elastic_moe.train.runs import timebox
+from elastic_moe.train.runs.timebox import Pace, StepPace, fit_steps, mean_cost, measure_pace
+from elastic_moe.train.settings import read_settings
 from elastic_moe.train.step.plan import Stage, TrainingPlan, parse_stages
 from elastic_moe.train.step.sampling import SamplingPlan
-from elastic_moe.train.settings import read_settings
-from elastic_moe.train.runs.timebox import Pace, StepPace, fit_steps, mean_cost, measure_pace
+from elastic_moe.train.step.trainer import Trainer
 from tests.train.commands import error, state, train
 from tests.train.tiny import PLAN, trainer
 

@@ -1,0 +1,1 @@
+"""A run's folder: resume, checkpoint, log, lock, time limit."""

@@ -1,4 +1,4 @@
-"""`EngineOptions`: how much an engine does at once."""
+"""`EngineConfig`: how much an engine does at once."""
 
 from __future__ import annotations
 
@@ -11,31 +11,30 @@ from typing import Any, Self
 
 import torch
 
-from elastic_moe.engine.core import EngineCore
-from elastic_moe.engine.running.runner import Runner
-from elastic_moe.engine.sequence import pages_for
+from elastic_moe.engine.running.runner import ModelRunner
+from elastic_moe.engine.scheduling.block_manager import pages_for
 from elastic_moe.engine.stats import StepRecord
 from elastic_moe.errors import EngineError
 from elastic_moe.routing.checks import as_index, shorten
 
-FREE_BYTES = 4 << 30  # where the system does not tell
+FREE_BYTES = 4 << 30  # where the system does not say
 FULL_CONTEXTS = 8  # of the whole network, that the cache holds by default
 
 
 @dataclass(frozen=True, slots=True)
-class EngineOptions:
+class EngineConfig:
     """How much an engine does at once. Names as in vLLM where it has them.
 
     Attributes:
         max_num_seqs: sequences that run in one step, at most.
-        max_num_batched_tokens: tokens of one step, at most: a longer prompt takes several, and
-            others write in between.
-        max_queue: requests that may be unfinished at once; more are refused.
+        max_num_batched_tokens: tokens of one step, at most: a longer prompt takes several steps, in
+            which others decode too.
+        max_queue: requests that may be unfinished at once. Further calls are refused; a longer list
+            enters request by request.
         kv_cache_bytes: of keys and values; None for eight full contexts of the whole network, or a
-            quarter of the memory that is free, whichever is less. Memory that is not used yet is
-            not taken.
-        enable_prefix_caching: keep keys and values of texts that have ended, for those that begin
-            alike.
+            quarter of the free memory, whichever is less. Memory is taken when it is first used.
+        enable_prefix_caching: keep keys and values of requests that have ended, for prompts that
+            begin alike.
         num_threads: for the kernels; None for as many as PyTorch uses.
         on_step: called with a `StepRecord` before every step, on the engine's thread: it must not
             call the engine.
@@ -78,7 +77,12 @@ class EngineOptions:
                 )
         return cls(**options)
 
-    def num_blocks(self, runner: Runner) -> int:
+    @property
+    def max_requests_per_call(self) -> int:
+        """Requests of one list that are in the queue at once: enough to keep every step full."""
+        return min(2 * self.max_num_seqs, self.max_queue)
+
+    def num_blocks(self, runner: ModelRunner) -> int:
         """Blocks of keys and values that a runner's cache has."""
         shape = runner.config.shape
         most = FULL_CONTEXTS * shape.num_layers * pages_for(runner.config.max_positions)
@@ -86,30 +90,6 @@ class EngineOptions:
             return self.kv_cache_bytes // runner.block_bytes
         return max(
             min(most, _free_bytes(runner.device) // 4 // runner.block_bytes), shape.num_layers
-        )
-
-    def start(self, runner: Runner, num_blocks: int) -> EngineCore:
-        """The thread that does it.
-
-        Raises:
-            EngineError: the memory for keys and values cannot be had.
-        """
-        try:
-            runner.reserve(num_blocks)
-        except (RuntimeError, MemoryError) as error:
-            raise EngineError(
-                f"{num_blocks * runner.block_bytes} bytes for keys and values cannot be had. "
-                f"Choose a smaller kv_cache_bytes."
-            ) from error
-        return EngineCore(
-            runner,
-            num_blocks=num_blocks,
-            max_step_tokens=self.max_num_batched_tokens,
-            max_sequences=self.max_num_seqs,
-            max_queue=self.max_queue,
-            prefix_caching=self.enable_prefix_caching,
-            num_threads=self.num_threads or torch.get_num_threads(),
-            on_step=self.on_step,
         )
 
     @staticmethod

@@ -1,102 +1,102 @@
-"""The engine's one thread: it owns the model and runs step after step for whoever asks.
+"""The engine's one thread: it owns model, scheduler and requests, and runs step after step.
 
-Callers leave requests in a mailbox and get pieces of text through a sink. In between, nothing is
-shared but counters. A request that fails takes no other with it; the thread ends only when it is
-told to, or by a fault of its own, which every request is then told.
+Callers leave messages in an inbox, and get outputs through the queue of their call. Nothing else is
+shared but counters. A request that fails takes no other along. The thread ends when the engine is
+closed, or by a fault of its own, which every unfinished request then raises.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
-from elastic_moe.engine.generation.generation import Piece
-from elastic_moe.engine.job import Job, Sink, Text
-from elastic_moe.engine.running.runner import Chunk, Runner, StepOutput, Wanted
+from elastic_moe.engine.config import EngineConfig
+from elastic_moe.engine.request import OutputQueue, Request, Sequence, SequenceOutput
+from elastic_moe.engine.running.runner import Chunk, LogitsMode, ModelRunner, StepOutput
+from elastic_moe.engine.scheduling.admission import Admission, Call
 from elastic_moe.engine.scheduling.block_manager import BlockManager
-from elastic_moe.engine.scheduling.scheduler import Plan, Scheduler
-from elastic_moe.engine.sequence import Sequence
+from elastic_moe.engine.scheduling.scheduler import Scheduler, SchedulerOutput
 from elastic_moe.engine.stats import EngineStats, StepRecord
-from elastic_moe.errors import EngineError, QueueFullError
+from elastic_moe.errors import EngineError
 
 T = TypeVar("T")
 CLOSED = "the engine is closed. Make a new one with Engine.from_pretrained."
 
 
 class EngineCore:
-    """Runs jobs on a thread of its own.
+    """Runs requests on a thread of its own.
 
     Args:
-        num_blocks: blocks of keys and values, which the runner has reserved.
-        max_queue: jobs that may be unfinished at once.
-        num_threads: for the kernels.
-        on_step: told every step, on the engine's thread.
+        num_blocks: blocks of keys and values to reserve.
+
+    Raises:
+        EngineError: there is not enough memory for the blocks.
     """
 
-    def __init__(
-        self,
-        runner: Runner,
-        *,
-        num_blocks: int,
-        max_step_tokens: int,
-        max_sequences: int,
-        max_queue: int,
-        prefix_caching: bool,
-        num_threads: int,
-        on_step: Callable[[StepRecord], None] | None = None,
-    ) -> None:
-        self._runner, self._on_step = runner, on_step
-        self._max_queue, self._num_threads = max_queue, num_threads
-        self._blocks = BlockManager(num_blocks, prefix_caching=prefix_caching)
+    def __init__(self, runner: ModelRunner, config: EngineConfig, num_blocks: int) -> None:
+        try:
+            runner.reserve(num_blocks)
+        except (RuntimeError, MemoryError) as error:
+            raise EngineError(
+                f"{num_blocks * runner.block_bytes} bytes for keys and values cannot be had. "
+                f"Choose a smaller kv_cache_bytes."
+            ) from error
+        self._runner, self._on_step = runner, config.on_step
+        self._num_threads = config.num_threads or torch.get_num_threads()
+        self._blocks = BlockManager(num_blocks, prefix_caching=config.enable_prefix_caching)
         self._scheduler = Scheduler(
-            self._blocks, max_step_tokens=max_step_tokens, max_sequences=max_sequences
+            self._blocks,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
         )
-        self._texts: dict[Sequence, Text] = {}
-        self._jobs: set[Job] = set()
-        # Pieces that leave when the next native call is about to begin: a reader that wakes earlier
-        # would only wait for the interpreter's lock.
-        self._outbox: list[tuple[Sink, Piece]] = []
-        self._mail: deque[Callable[[], None]] = deque()
+        self._requests: set[Request] = set()  # in the queue
+        self._numbers = itertools.count()
+        # Outputs that leave when the next native call is about to begin: a reader that wakes
+        # earlier would only wait for the interpreter's lock.
+        self._outputs: list[tuple[OutputQueue, SequenceOutput]] = []
+        self._inbox: deque[Callable[[], None]] = deque()
         self._calls: deque[Callable[[], None]] = deque()  # long ones: a step comes between two
         self._wake = threading.Condition()
-        self._unfinished = 0  # jobs that were taken in; guarded by _wake
-        self._closed = False  # no more jobs; guarded by _wake
+        self._admission = Admission(config.max_queue, config.max_requests_per_call)  # under _wake
+        self._closed = False  # no more calls; under _wake
         self._drain_until: float | None = None
         self._preemptions = self._steps = 0
-        self._read = self._written = self._searched = self._found = 0  # tokens
+        self._prompt_tokens = self._written_tokens = self._searched_tokens = self._found_tokens = 0
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._work, name="elastic-moe engine", daemon=True)
         self._thread.start()
 
     # From any thread
 
-    def submit(self, job: Job) -> None:
-        """Take a job in.
+    def submit(self, requests: Iterable[Request]) -> Call:
+        """Accept the requests of one call; see `Admission`.
 
         Raises:
-            QueueFullError: too many are unfinished.
+            QueueFullError: the queue is full.
             EngineError: the engine is closed.
         """
+        call = Call(requests)
         with self._wake:
             self._check_open()
-            if self._unfinished >= self._max_queue:
-                raise QueueFullError(self._unfinished, self._max_queue)
-            self._unfinished += 1
-            self._mail.append(lambda: self._begin(job))
+            for request in self._admission.accept(call):
+                self._inbox.append(partial(self._begin, request))
             self._wake.notify()
+        return call
 
-    def cancel(self, job: Job) -> None:
-        """End a job before the next step, if it has not ended; nothing more comes to its sink."""
-        if not job.ended and os.getpid() == self._pid:
-            self._post(lambda: self._end(job))
+    def cancel(self, call: Call) -> None:
+        """End a call before the next step, if it has not ended; it gets no more outputs."""
+        if os.getpid() == self._pid and not all(r.finished for r in call.requests):
+            self._post(lambda: self._cancel(call))
 
     def call(self, work: Callable[[], T]) -> T:
         """Run something between two steps, on the thread that owns the model."""
@@ -115,9 +115,9 @@ class EngineCore:
         return future.result()
 
     def stats(self) -> EngineStats:
-        """How busy it is."""
+        """The load, as things are now."""
         return EngineStats(
-            unfinished=self._unfinished,
+            unfinished=self._admission.unfinished,
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
             used_blocks=self._blocks.used_blocks,
@@ -125,17 +125,17 @@ class EngineCore:
             preemptions=self._preemptions,
             evicted_pages=self._blocks.evicted_pages,
             steps=self._steps,
-            prompt_tokens=self._read,
-            written_tokens=self._written,
-            searched_tokens=self._searched,
-            found_tokens=self._found,
+            prompt_tokens=self._prompt_tokens,
+            written_tokens=self._written_tokens,
+            searched_tokens=self._searched_tokens,
+            found_tokens=self._found_tokens,
         )
 
     def close(self, drain_seconds: float = 0.0) -> None:
-        """Take nothing more in, let what runs end within so many seconds, stop the thread.
+        """Accept no more calls, let requests end within so many seconds, stop the thread.
 
-        What has not ended by then is told so by an `EngineError`. In a process that was forked off
-        there is no thread to stop, and nothing happens.
+        Requests that have not ended by then raise `EngineError`. In a forked process there is no
+        thread to stop, and nothing happens.
         """
         if os.getpid() != self._pid:
             return
@@ -147,17 +147,20 @@ class EngineCore:
             self._thread.join()
 
     def forget_prefixes(self) -> None:
-        """Drop cached prefixes, as another model would have left others; for `call`."""
+        """Empty the prefix cache, which holds for this model alone; for `call`."""
         if self._scheduler.busy:
             raise EngineError("requests are running. Wait for them to end.")
         self._blocks.drop_idle()
 
     def check_integrity(self) -> None:
-        """Raise `EngineError` unless the books are in order; for `call`."""
+        """Raise `EngineError` unless queues, blocks and requests fit together; for `call`."""
         self._scheduler.check_integrity()
-        known = set(self._scheduler.running) | set(self._scheduler.waiting)
-        if known != set(self._texts) or {t.job for t in self._texts.values()} != self._jobs:
-            raise EngineError("the engine is broken: it lost a text or a job.")
+        scheduled = set(self._scheduler.running) | set(self._scheduler.waiting)
+        unfinished = {
+            s for request in self._requests for s in request.sequences if s.finish_reason is None
+        }
+        if scheduled != unfinished:
+            raise EngineError("the engine is broken: it lost a sequence or a request.")
 
     def _drain(self, until: float) -> None:
         self._drain_until = min(until, self._drain_until or until)
@@ -170,7 +173,7 @@ class EngineCore:
 
     def _post(self, message: Callable[[], None]) -> None:
         with self._wake:
-            self._mail.append(message)
+            self._inbox.append(message)
             self._wake.notify()
 
     # On the engine's thread
@@ -184,10 +187,10 @@ class EngineCore:
                     self._deliver()
                 if not self._scheduler.busy and self._drain_until is None:
                     with self._wake:
-                        while not self._mail and not self._calls:
+                        while not self._inbox and not self._calls:
                             self._wake.wait()
-                while self._mail:
-                    self._mail.popleft()()
+                while self._inbox:
+                    self._inbox.popleft()()
                 if self._calls:
                     self._deliver()  # a call may take long
                     self._calls.popleft()()
@@ -204,164 +207,178 @@ class EngineCore:
             self._deliver()
             with self._wake:
                 self._closed = True
-            for job in list(self._jobs):
-                self._fail(job, error)
-            for late in (self._mail, self._calls):  # what came in meanwhile
+                for request in self._admission.withdraw_all():
+                    request.outputs.fail(error)
+            for request in list(self._requests):
+                self._fail(request, error)
+            for late in (self._inbox, self._calls):  # what came in meanwhile
                 while late:
                     late.popleft()()
-            for job in list(self._jobs):
-                self._fail(job, error)
+            for request in list(self._requests):
+                self._fail(request, error)
 
-    def _begin(self, job: Job) -> None:
-        self._jobs.add(job)
-        for text in job.texts:
-            self._texts[text.sequence] = text
-            self._scheduler.add(text.sequence)
-
-    def _end(self, job: Job) -> None:
-        """Forget a job, finished or not."""
-        if job.ended or job not in self._jobs:
+    def _begin(self, request: Request) -> None:
+        request.number = next(self._numbers)
+        self._requests.add(request)
+        try:
+            for sequence in request.sequences:
+                self._runner.add(sequence)
+        except Exception as error:  # noqa: BLE001  (of this request alone: its sub-network)
+            # Not at once: it would let the next request begin, within the beginning of this one.
+            self._inbox.append(partial(self._fail, request, error))
             return
-        job.ended = True
-        self._jobs.remove(job)
-        for text in job.texts:
-            self._forget(text)
+        for sequence in request.sequences:
+            self._scheduler.add(sequence)
+
+    def _finish(self, request: Request) -> None:
+        """Drop a request, complete or not; others may enter the queue in its stead."""
+        if request not in self._requests:
+            return
+        request.finished = True
+        self._requests.remove(request)
+        for sequence in request.sequences:
+            self._scheduler.remove(sequence)
+            self._runner.remove(sequence)
         with self._wake:
-            self._unfinished -= 1
+            admitted = self._admission.leave(request)
+        for other in admitted:
+            self._begin(other)
 
-    def _forget(self, text: Text) -> None:
-        if self._texts.pop(text.sequence, None) is not None:
-            self._scheduler.remove(text.sequence)
+    def _cancel(self, call: Call) -> None:
+        with self._wake:
+            self._admission.withdraw(call)
+        for request in call.requests:
+            self._finish(request)
 
-    def _fail(self, job: Job, error: BaseException) -> None:
-        self._end(job)
+    def _fail(self, request: Request, error: BaseException) -> None:
+        self._finish(request)
         self._deliver()
-        job.sink.fail(error)
+        request.outputs.fail(error)
 
     def _deliver(self) -> None:
-        for sink, piece in self._outbox:
-            sink.put(piece)
-        for sink, _ in self._outbox:  # now: a reader that wakes takes the interpreter
-            sink.flush()
-        self._outbox.clear()
+        for queue, output in self._outputs:
+            queue.put(output)
+        for queue, _ in self._outputs:  # now: a reader that wakes takes the interpreter
+            queue.flush()
+        self._outputs.clear()
 
     def _step(self) -> None:
-        plan = self._scheduler.plan()
-        for sequence in plan.preempted:
-            self._texts[sequence].fresh = True
-            self._preemptions += 1
-        if not plan.parts:
+        output = self._scheduler.schedule()
+        self._preemptions += len(output.preempted)
+        if not output.scheduled:
             self._deliver()
             return
-        texts = [self._texts[sequence] for sequence, _ in plan.parts]
-        chunks = [
-            self._chunk(text, count) for text, (_, count) in zip(texts, plan.parts, strict=True)
-        ]
+        chunks = [self._chunk(sequence, count) for sequence, count in output.scheduled]
         if self._on_step is not None:
-            self._observe(self._on_step, plan)
+            self._observe(self._on_step, output)
         self._steps += 1
         self._deliver()
         try:
             out = self._runner.run(chunks)
         except Exception as error:  # noqa: BLE001  (whose it is shows when they run singly)
-            self._run_singly(texts, chunks, error)
+            self._run_singly(output.scheduled, chunks, error)
             return
-        self._publish(texts, chunks, out)
+        self._update(output.scheduled, chunks, out)
 
-    def _chunk(self, text: Text, count: int) -> Chunk:
-        """The next tokens of a text, whose pages are there."""
-        sequence, state = text.sequence, text.state
-        start = sequence.computed
-        if text.fresh:
-            state.restart(start)
-            text.fresh = False
-            text.job.first_run = text.job.first_run or time.perf_counter()
-        if state.pages != len(sequence.pages):
-            state.enter(sequence.pages)
-        wanted: Wanted = "none"
+    def _chunk(self, sequence: Sequence, count: int) -> Chunk:
+        """The next tokens of a sequence, whose blocks are allocated."""
+        start, request = sequence.num_computed_tokens, sequence.request
+        if not request.scheduled_time:
+            request.scheduled_time = time.perf_counter()
+        mode: LogitsMode = "none"
         if start + count == len(sequence.token_ids):
-            wanted = text.generation.sampler.wanted
-        if text.tells_prompt and start + 1 < sequence.prompt_tokens:
-            wanted = "all"
-        return Chunk(state, sequence.token_ids[start : start + count], wanted)
+            mode = sequence.sampler.logits_mode
+        if not sequence.reads_cache and start + 1 < sequence.num_prompt_tokens:
+            mode = "all"  # logits of the prompt, for its logprobs
+        return Chunk(sequence, sequence.token_ids[start : start + count], mode)
 
-    def _run_singly(self, texts: list[Text], chunks: list[Chunk], error: Exception) -> None:
+    def _run_singly(
+        self, scheduled: list[tuple[Sequence, int]], chunks: list[Chunk], error: Exception
+    ) -> None:
         """A step failed: run its parts one by one, so that only the guilty ones fail."""
-        for text, chunk in zip(texts, chunks, strict=True):
-            if text.job.ended:
+        for part, chunk in zip(scheduled, chunks, strict=True):
+            request = part[0].request
+            if request.finished:
                 continue
-            chunk.sequence.length = text.sequence.computed
             try:
                 out = self._runner.run([chunk]) if len(chunks) > 1 else None
             except Exception as own:  # noqa: BLE001  (its request gets it)
                 out, error = None, own
             if out is None:
-                self._fail(text.job, error)
+                self._fail(request, error)
             else:
-                self._publish([text], [chunk], out)
+                self._update([part], [chunk], out)
 
-    def _publish(self, texts: list[Text], chunks: list[Chunk], out: StepOutput) -> None:
-        """Give every text its tokens."""
+    def _update(
+        self, scheduled: list[tuple[Sequence, int]], chunks: list[Chunk], out: StepOutput
+    ) -> None:
+        """Record what ran, and sample the next token of every sequence that is up to date."""
         logits = None
         for chunk in chunks:
             if chunk.logits in ("last", "all"):
                 logits = out.logits.numpy(force=True)
                 break
         row = 0
-        for text, chunk, experts in zip(texts, chunks, out.experts_run, strict=True):
-            job, count = text.job, len(chunk.token_ids)
-            rows = 0 if chunk.logits == "none" else count if chunk.logits == "all" else 1
+        for (sequence, count), (_, _, mode), experts_run in zip(
+            scheduled, chunks, out.experts_run, strict=True
+        ):
+            request = sequence.request
+            rows = 0 if mode == "none" else count if mode == "all" else 1
             own = None if logits is None else logits[row : row + rows]
             best_ids = out.best_ids[row : row + rows]
             row += rows
-            if job.ended:  # by a choice before this one
+            if request.finished:  # by a choice before this one
                 continue
-            start = text.sequence.computed
-            self._scheduler.computed(text.sequence, count)
-            job.count(count, experts)
+            start = sequence.num_computed_tokens
+            self._scheduler.update(sequence, count)
+            request.count(count, experts_run)
             if not rows:
                 continue
             try:
-                self._give(text, start, own, best_ids)
+                self._sample(sequence, start, own, best_ids)
             except Exception as error:  # noqa: BLE001  (of this request alone: text, schema)
-                self._fail(job, error)
+                self._fail(request, error)
 
-    def _give(self, text: Text, start: int, logits: Any, best_ids: list[int]) -> None:
-        """Logits (n, V) of a text's last n computed tokens, the first of them at `start`."""
-        job, sequence = text.job, text.sequence
+    def _sample(self, sequence: Sequence, start: int, logits: Any, best_ids: list[int]) -> None:
+        """Use the logits (n, V) of a sequence's last n computed tokens, the first at `start`."""
+        request = sequence.request
         if -1 in best_ids:
             raise EngineError(
-                f"the logits after {sequence.computed} tokens are not numbers: weights or keys of "
-                f"config.json are so large or small that a sum overflows. Fetch or convert the "
-                f"checkpoint again."
+                f"the logits after {sequence.num_computed_tokens} tokens are not numbers: weights "
+                f"or keys of config.json are so large or small that a sum overflows. Fetch or "
+                f"convert the checkpoint again."
             )
-        if text.tells_prompt and start + 1 < sequence.prompt_tokens:
-            job.take_prompt_logits(start, logits)
-        if sequence.remaining:
+        if not sequence.reads_cache and start + 1 < sequence.num_prompt_tokens:
+            request.add_prompt_logits(start, logits)
+        if sequence.num_new_tokens:
             return
-        piece = text.generation.take(None if logits is None else logits[-1], best_ids[-1])
-        if piece.token_id is not None:
-            sequence.token_ids.append(piece.token_id)
-            self._written += 1
-        if not job.first_token:
-            job.first_token = time.perf_counter()
-            self._read += len(job.prompt)
-            self._searched += len(job.prompt) * job.texts[0].sequence.reads_cache
-            self._found += job.texts[0].sequence.cached_tokens or 0
-            piece = piece._replace(prompt_logprobs=job.prompt_logprobs)
-        if piece.finish_reason is not None:
-            if text is job.texts[0]:
-                job.first_end = time.perf_counter()
-            self._forget(text)
-            if job.finished:
-                piece = piece._replace(ending=job.ending())
-                self._end(job)
-        if piece.ending is not None or not job.sink.whole:
-            self._outbox.append((job.sink, piece))
+        output = sequence.sample(None if logits is None else logits[-1], best_ids[-1])
+        if output.token_id is not None:
+            self._written_tokens += 1
+        if not request.first_token_time:
+            request.first_token_time = time.perf_counter()
+            first, prompt_tokens = request.sequences[0], len(request.prompt_token_ids)
+            self._prompt_tokens += prompt_tokens
+            self._searched_tokens += prompt_tokens * first.reads_cache
+            self._found_tokens += first.num_cached_tokens or 0
+            output = output._replace(prompt_logprobs=request.prompt_logprobs)
+        if output.finish_reason is not None:
+            if not sequence.index:
+                request.last_token_time = time.perf_counter()
+            self._scheduler.remove(sequence)
+            if request.all_sequences_finished:
+                output = output._replace(request_finished=True)
+                self._finish(request)
+        if output.request_finished or not request.outputs.final_only:
+            self._outputs.append((request.outputs, output))
 
-    def _observe(self, on_step: Callable[[StepRecord], None], plan: Plan) -> None:
+    def _observe(self, on_step: Callable[[StepRecord], None], output: SchedulerOutput) -> None:
+        record = StepRecord(
+            tuple((*sequence.arrival, count) for sequence, count in output.scheduled),
+            tuple(sequence.arrival for sequence in output.preempted),
+        )
         try:
-            on_step(self._record(plan))
+            on_step(record)
         except Exception as error:  # noqa: BLE001  (an observer's fault is not the requests')
             self._on_step = None
             warnings.warn(
@@ -369,13 +386,3 @@ class EngineCore:
                 RuntimeWarning,
                 stacklevel=1,
             )
-
-    def _record(self, plan: Plan) -> StepRecord:
-        def who(sequence: Sequence) -> tuple[int, int]:
-            text = self._texts[sequence]
-            return text.job.number, text.generation.index
-
-        return StepRecord(
-            tuple((*who(sequence), count) for sequence, count in plan.parts),
-            tuple(who(sequence) for sequence in plan.preempted),
-        )

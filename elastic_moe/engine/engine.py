@@ -1,20 +1,18 @@
 """`Engine`: a loaded checkpoint that scores and generates, each call under its own sub-network.
 
-Calls may come from any thread or event loop, and share batches: one thread of the engine's own runs
-the model (see `core`), for everybody in the same steps.
+Calls may come from any thread or event loop, and share batches: one thread of the engine runs the
+model (see `core`) for all of them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import itertools
 import math
 import os
 import threading
 import weakref
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
@@ -24,21 +22,18 @@ import torch
 from torch import Tensor
 
 from elastic_moe.config import Routing, resolve_routing
-from elastic_moe.engine.config import EngineOptions
+from elastic_moe.engine.config import EngineConfig
 from elastic_moe.engine.core import CLOSED, EngineCore
-from elastic_moe.engine.job import Job, Sink
+from elastic_moe.engine.input_processor import InputProcessor, is_batch
 from elastic_moe.engine.outputs import Completion, Delta, Embedding
-from elastic_moe.engine.prompts import Request, is_batch, pair, token_ids
-from elastic_moe.engine.request_maker import RequestMaker
+from elastic_moe.engine.request import OutputQueue, Request
 from elastic_moe.engine.running.loading import Backend, check_device, choose_backend, load_runner
-from elastic_moe.engine.running.runner import Runner
+from elastic_moe.engine.running.runner import ModelRunner
 from elastic_moe.engine.running.scoring import embed, score
 from elastic_moe.engine.sampling_params import SamplingParams
-from elastic_moe.engine.scheduling.block_manager import PAGE_TOKENS
-from elastic_moe.engine.sequence import pages_for
 from elastic_moe.engine.stats import EngineStats
-from elastic_moe.engine.streams import AsyncPieces, DeltaStream, LoopMails, Pieces, WholeText
-from elastic_moe.errors import ContextLengthError, EngineError, RequestError
+from elastic_moe.engine.streams import AsyncOutputs, BlockingOutputs, DeltaStream, LoopNotifiers
+from elastic_moe.errors import EngineError, RequestError
 from elastic_moe.model.checkpoints.checkpoint import DTypeName
 from elastic_moe.model.checkpoints.folder import checkpoint_name, find_checkpoint
 from elastic_moe.model.checkpoints.weights import TensorFiles
@@ -54,30 +49,31 @@ class Engine:
     """One checkpoint, any sub-network per call. Make it with `Engine.from_pretrained`.
 
     Attributes:
-        backend: what runs: 'reference' (PyTorch alone) or 'cpu' (the C++ kernels).
-        runner: runs it; for who measures, while nothing else runs.
+        backend: 'reference' (PyTorch alone) or 'cpu' (the C++ kernels).
+        runner: the model, for measurements while nothing else runs.
+        config: of the model; `shape` is the part that sub-networks are resolved against.
+        engine_config: how much the engine does at once.
         dtype: what matrix inputs, keys and values are rounded to: 'bfloat16' or 'float32'.
-        options: how many sequences run at once, and the like.
         calibration_sha256: SHA-256 of the text that channels were ranked on, None if they were not.
     """
 
     def __init__(
         self,
-        runner: Runner,
+        runner: ModelRunner,
         tokenizer: Tokenizer,
         folder: Path,
-        options: EngineOptions | None = None,
+        engine_config: EngineConfig | None = None,
     ) -> None:
         self.runner, self.tokenizer, self.folder = runner, tokenizer, folder
-        self.options = options or EngineOptions()
+        self.engine_config = engine_config or EngineConfig()
         self.config, self.shape = runner.config, runner.config.shape
         self.name = checkpoint_name(folder)
         self.backend = runner.backend
         self.dtype = "bfloat16" if runner.dtype == torch.bfloat16 else "float32"
         self.calibration_sha256: str | None = None
-        self._requests = RequestMaker(runner, tokenizer)
-        self._numbers = itertools.count()
-        self._mails = LoopMails()
+        self._num_blocks = self.engine_config.num_blocks(runner)
+        self._inputs = InputProcessor(runner, tokenizer, self._num_blocks)
+        self._notifiers = LoopNotifiers()
         self._core: EngineCore | None = None
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -98,19 +94,19 @@ class Engine:
 
         Args:
             download: fetch an id that is not in the Hugging Face cache; otherwise nothing is.
-            options: fields of `EngineOptions`, such as max_num_seqs or kv_cache_bytes.
+            options: fields of `EngineConfig`, such as max_num_seqs or kv_cache_bytes.
 
         Raises:
             CheckpointError: the checkpoint is missing, broken or not supported.
             EngineError: the backend or device that was named cannot run here, or an option is
                 unknown or outside its range.
         """
-        # What cannot run is told before anything is looked for.
+        # What cannot run is refused before anything is searched.
         choose_backend(backend, check_device(device))
-        chosen = EngineOptions.of(options)
+        engine_config = EngineConfig.of(options)
         folder = find_checkpoint(model, download=download)
         runner = load_runner(folder, backend=backend, dtype=dtype, device=device)
-        return cls(runner, Tokenizer(folder), folder, chosen)
+        return cls(runner, Tokenizer(folder), folder, engine_config)
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -174,7 +170,7 @@ class Engine:
     def score(self, ids: Sequence[int], routing: Routing = None) -> Tensor:
         """Logits (T, V) float32 of a sequence, teacher-forced: row i predicts token i + 1."""
         subnet = self.resolve(routing)
-        tokens = self._tokens(ids, new_tokens=0)
+        tokens = self._inputs.token_ids(ids)
         return score(self._running_core(), self.runner, subnet, tokens)
 
     def embed(self, prompt: Prompt, routing: Routing = None) -> Embedding:
@@ -183,8 +179,7 @@ class Engine:
         No model here was trained for it: texts that share words are near, meanings need not be.
         """
         subnet = self.resolve(routing)
-        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
-        tokens = self._tokens(ids, new_tokens=0)
+        tokens = self._inputs.token_ids(prompt)
         return embed(self._running_core(), self.runner, subnet, tokens)
 
     @overload
@@ -198,11 +193,14 @@ class Engine:
         routing: Routing | Sequence[Routing] = ...,
         sampling: SamplingParams | Sequence[SamplingParams] = ...,
     ) -> list[Completion]: ...
-    def generate(self, prompt: Any, routing: Any = None, sampling: Any = _DEFAULT) -> Any:
+    def generate(
+        self, prompt: Any, routing: Any = None, sampling: Any = _DEFAULT
+    ) -> Completion | list[Completion]:
         """Complete a prompt (text or token ids), or a list of prompts.
 
         With a list of prompts, routing and sampling may be lists of the same length, and a list of
-        completions comes back; they run together, as many at once as the options say.
+        completions comes back. A list may be longer than the queue: its next prompt enters when a
+        place is free.
 
         Raises:
             RoutingError: the model has no such sub-network.
@@ -211,71 +209,102 @@ class Engine:
             ContextLengthError: prompt and max_tokens exceed the model's positions.
             QueueFullError: too many requests are unfinished.
         """
-        one = not is_batch(prompt)
-        requests = [(prompt, routing, sampling)] if one else pair(prompt, routing, sampling)
-        sinks = [WholeText() for _ in requests]
-        done = self._generate(self._make_all(requests, sinks), sinks)
-        return done[0] if one else done
+        outputs = BlockingOutputs(final_only=True)
+        batch = is_batch(prompt)
+        requests = self._requests(prompt, routing, sampling, outputs, batch)
+        cancel = self._submit(requests)
+        try:
+            for _ in requests:
+                outputs.wait()
+        finally:  # if one fails, the others end
+            cancel()
+        return _completions(requests, batch)
 
+    @overload
     def stream(
-        self, prompt: Prompt, routing: Routing = None, sampling: SamplingParams = _DEFAULT
-    ) -> Iterator[Delta]:
-        """Complete one prompt piece by piece; dropping the iterator ends the request.
+        self, prompt: Prompt, routing: Routing = ..., sampling: SamplingParams = ...
+    ) -> DeltaStream: ...
+    @overload
+    def stream(
+        self,
+        prompt: Sequence[Prompt],
+        routing: Routing | Sequence[Routing] = ...,
+        sampling: SamplingParams | Sequence[SamplingParams] = ...,
+    ) -> DeltaStream: ...
+    def stream(self, prompt: Any, routing: Any = None, sampling: Any = _DEFAULT) -> DeltaStream:
+        """As `generate`, piece by piece; dropping or closing the iterator cancels the call.
+
+        Pieces of a list's prompts come as they are made; `Delta.prompt` says whose they are.
 
         Raises, at the call: as `generate`.
         """
-        pieces = Pieces()
-        job = self._make(prompt, routing, sampling, pieces)
-        return DeltaStream(pieces, self._submit(job), self)
+        outputs = BlockingOutputs()
+        batch = is_batch(prompt) and bool(prompt)  # an empty list is a prompt without tokens here
+        requests = self._requests(prompt, routing, sampling, outputs, batch)
+        return DeltaStream(outputs, len(requests), self._submit(requests), self)
 
-    async def agenerate(self, prompt: Any, routing: Any = None, sampling: Any = _DEFAULT) -> Any:
+    @overload
+    async def agenerate(  # type: ignore[overload-overlap]
+        self, prompt: Prompt, routing: Routing = ..., sampling: SamplingParams = ...
+    ) -> Completion: ...
+    @overload
+    async def agenerate(
+        self,
+        prompt: Sequence[Prompt],
+        routing: Routing | Sequence[Routing] = ...,
+        sampling: SamplingParams | Sequence[SamplingParams] = ...,
+    ) -> list[Completion]: ...
+    async def agenerate(
+        self, prompt: Any, routing: Any = None, sampling: Any = _DEFAULT
+    ) -> Completion | list[Completion]:
         """As `generate`, without blocking the event loop."""
-        one = not is_batch(prompt)
-        requests = [(prompt, routing, sampling)] if one else pair(prompt, routing, sampling)
-        mail = self._mails.of_running_loop()
-        sinks = [AsyncPieces(mail, whole=True) for _ in requests]
+        outputs = AsyncOutputs(self._notifiers.of_running_loop(), final_only=True)
+        batch = is_batch(prompt)
+        inputs = (prompt, routing, sampling, outputs, batch)
         # In a thread: long texts and schemas take their time.
-        jobs = await asyncio.to_thread(self._make_all, requests, sinks)
-        gate = asyncio.Semaphore(self._at_once)
-
-        async def serve(job: Job, sink: AsyncPieces) -> Completion:
-            async with gate:
-                cancel = self._submit(job)
-                try:
-                    return await sink.completion()
-                finally:
-                    cancel()
-
-        tasks = [asyncio.create_task(serve(*both)) for both in zip(jobs, sinks, strict=True)]
+        requests = await asyncio.to_thread(self._requests, *inputs)
+        cancel = self._submit(requests)
         try:
-            done = await asyncio.gather(*tasks)
+            for _ in requests:
+                await outputs.get()
         finally:  # if one fails, the others end
-            for task in tasks:
-                task.cancel()
-        return done[0] if one else done
+            cancel()
+        return _completions(requests, batch)
 
+    @overload
+    def astream(
+        self, prompt: Prompt, routing: Routing = ..., sampling: SamplingParams = ...
+    ) -> AsyncGenerator[Delta]: ...
+    @overload
+    def astream(
+        self,
+        prompt: Sequence[Prompt],
+        routing: Routing | Sequence[Routing] = ...,
+        sampling: SamplingParams | Sequence[SamplingParams] = ...,
+    ) -> AsyncGenerator[Delta]: ...
     async def astream(
-        self, prompt: Prompt, routing: Routing = None, sampling: SamplingParams = _DEFAULT
+        self, prompt: Any, routing: Any = None, sampling: Any = _DEFAULT
     ) -> AsyncGenerator[Delta]:
-        """As `stream`, without blocking the event loop."""
-        pieces = AsyncPieces(self._mails.of_running_loop())
-        job = await asyncio.to_thread(self._make, prompt, routing, sampling, pieces)
-        cancel = self._submit(job)
+        """As `stream`, without blocking the event loop; it starts when it is first read."""
+        outputs = AsyncOutputs(self._notifiers.of_running_loop())
+        batch = is_batch(prompt) and bool(prompt)
+        inputs = (prompt, routing, sampling, outputs, batch)
+        requests = await asyncio.to_thread(self._requests, *inputs)
+        unfinished, cancel = len(requests), self._submit(requests)
         try:
-            while True:
-                delta = await pieces.next()
-                yield delta
-                if delta.completion is not None:
-                    return
+            while unfinished:
+                output = await outputs.get()
+                unfinished -= output.request_finished
+                yield output.delta()
         finally:
             cancel()
 
     def stats(self) -> EngineStats:
-        """How busy the engine is."""
+        """The load of the engine, as things are now."""
         return self._running_core().stats()
 
     def check_integrity(self) -> None:
-        """Raise `EngineError` unless the engine's books of sequences and blocks are in order."""
+        """Raise `EngineError` unless queues, blocks and requests of the engine fit together."""
         core = self._running_core()
         core.call(core.check_integrity)
 
@@ -287,8 +316,8 @@ class Engine:
         Text and sub-networks (`encode`, `decode`, `resolve`) need no model and stay usable.
 
         Args:
-            drain_seconds: how long requests that run may take to end; those that have not ended
-                by then raise `EngineError`.
+            drain_seconds: how long unfinished requests may take; those that have not ended by then
+                raise `EngineError`.
         """
         if not (isinstance(drain_seconds, (int, float)) and 0 <= drain_seconds < math.inf):
             raise EngineError(
@@ -318,7 +347,7 @@ class Engine:
             with self._lock:
                 self._check_usable()
                 if self._core is None:
-                    core = self.options.start(self.runner, self._num_blocks)
+                    core = EngineCore(self.runner, self.engine_config, self._num_blocks)
                     # Also when Python ends: a thread inside native code would not survive that.
                     weakref.finalize(self, core.close)
                     self._core = core
@@ -333,68 +362,19 @@ class Engine:
                 "Make it in the process that uses it, or start processes with 'spawn'."
             )
 
-    def _make(self, prompt: Any, routing: Any, sampling: Any, sink: Sink) -> Job:
-        """A job for a request that can be served."""
+    def _requests(
+        self, prompt: Any, routing: Any, sampling: Any, outputs: OutputQueue, batch: bool
+    ) -> list[Request]:
+        """The requests of a call, all of which are checked before the first one runs."""
         self._check_usable()
-        subnet = self.resolve(routing)
-        if not isinstance(sampling, SamplingParams):
-            raise RequestError(f"sampling must be a SamplingParams, got {type(sampling).__name__}.")
-        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
-        tokens = self._tokens(ids, new_tokens=sampling.max_tokens)
-        self._check_room(len(tokens) + sampling.max_tokens, subnet.depth)
-        return self._requests.make(next(self._numbers), tokens, subnet, sampling, sink)
+        return self._inputs.requests(prompt, routing, sampling, outputs, batch=batch)
 
-    def _submit(self, job: Job) -> Callable[[], None]:
-        """Have a job done; returns what ends it."""
+    def _submit(self, requests: Sequence[Request]) -> Callable[[], None]:
+        """Run requests; returns a function that cancels them."""
         core = self._running_core()
-        core.submit(job)
-        return partial(core.cancel, job)
+        return partial(core.cancel, core.submit(requests))
 
-    def _make_all(self, requests: Iterable[Request], sinks: Iterable[Sink]) -> list[Job]:
-        """Jobs for requests, all of which are checked before the first one runs."""
-        return [self._make(*request, sink) for request, sink in zip(requests, sinks, strict=True)]
 
-    def _generate(self, jobs: Sequence[Job], sinks: Sequence[WholeText]) -> list[Completion]:
-        """Do jobs, as many at once as the queue takes; if one fails, the others end."""
-        waiting: deque[tuple[WholeText, Callable[[], None]]] = deque()
-        done: list[Completion] = []
-        try:
-            for job, sink in zip(jobs, sinks, strict=True):
-                if len(waiting) == self._at_once:
-                    done.append(waiting[0][0].wait())
-                    waiting.popleft()
-                waiting.append((sink, self._submit(job)))
-            while waiting:
-                done.append(waiting[0][0].wait())
-                waiting.popleft()
-        finally:
-            for _, cancel in waiting:
-                cancel()
-        return done
-
-    @property
-    def _at_once(self) -> int:
-        """Requests of one call that are unfinished at once."""
-        return min(2 * self.options.max_num_seqs, self.options.max_queue)
-
-    @cached_property
-    def _num_blocks(self) -> int:
-        return self.options.num_blocks(self.runner)
-
-    def _check_room(self, tokens: int, depth: int) -> None:
-        """Raise `RequestError` if a sequence of so many tokens can never have its blocks."""
-        needed, there = pages_for(tokens) * depth, self._num_blocks
-        if needed > there:
-            raise RequestError(
-                f"{tokens} tokens in {depth} layers take {needed} blocks of keys and values, and "
-                f"the cache has {there} ({PAGE_TOKENS} tokens of one layer each). Ask for fewer "
-                f"tokens or layers, or make the engine with kv_cache_bytes of at least "
-                f"{needed * self.runner.block_bytes}."
-            )
-
-    def _tokens(self, prompt: object, new_tokens: int) -> list[int]:
-        limit, vocab_size = self.config.max_positions, self.config.vocab_size
-        ids = token_ids(prompt, vocab_size)
-        if len(ids) + new_tokens > limit:
-            raise ContextLengthError(len(ids), new_tokens, limit)
-        return ids
+def _completions(requests: Sequence[Request], batch: bool) -> Completion | list[Completion]:
+    completions = [request.completion() for request in requests]
+    return completions if batch else completions[0]

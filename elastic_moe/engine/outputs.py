@@ -1,4 +1,4 @@
-"""What comes out of the engine: plain dataclasses."""
+"""Completions, their pieces, and embeddings, as callers get them."""
 
 from __future__ import annotations
 
@@ -111,10 +111,11 @@ class Delta(NamedTuple):  # a tuple: one is made for every token
         text: may be empty: a character is not whole yet, or a stop text may have begun.
         token_ids: of this piece; none if max_tokens is 0.
         finish_reason: in the last piece of a choice.
-        completion: in the very last piece: the whole.
+        completion: in the last piece of a prompt: the whole.
         choice: which one it belongs to.
         logprobs: of the tokens, if asked for.
-        prompt_logprobs: in the very first piece: of the prompt's tokens, if asked for.
+        prompt_logprobs: in the first piece of a prompt: of its tokens, if asked for.
+        prompt: which prompt of a list it belongs to.
     """
 
     text: str
@@ -124,6 +125,7 @@ class Delta(NamedTuple):  # a tuple: one is made for every token
     choice: int = 0
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

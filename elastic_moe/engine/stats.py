@@ -1,4 +1,4 @@
-"""What an engine tells about itself: one step, and how busy it is."""
+"""Records of the engine: one step, and its load."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """What one step ran.
+    """One step.
 
     Attributes:
-        parts: (request's number, choice, tokens) of everything that shared it.
-        preempted: (request's number, choice) of what was put back before it.
+        parts: (request's number, choice, tokens) of every sequence that runs.
+        preempted: (request's number, choice) of every sequence that lost its blocks.
     """
 
     parts: tuple[tuple[int, int, int], ...]
@@ -20,17 +20,17 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """How busy the engine is, at a moment.
+    """The load of the engine at one moment.
 
     Attributes:
-        unfinished: requests that were taken in and have not ended.
-        running, waiting: choices of requests.
-        used_blocks, num_blocks: blocks of keys and values that somebody holds, and all.
-        preemptions, evicted_pages, steps: since the engine began.
-        prompt_tokens, written_tokens: that were read and written since then, also for requests that
+        unfinished: requests in the queue: accepted, admitted and not ended.
+        running, waiting: sequences, one for each choice of a request.
+        used_blocks, num_blocks: blocks of keys and values that sequences hold, and all.
+        preemptions, evicted_pages, steps: since the engine started.
+        prompt_tokens, written_tokens: computed and generated since then, also for requests that
             were cancelled later.
-        searched_tokens, found_tokens: of prompts, those that the prefix cache was asked for, and
-            those that it had.
+        searched_tokens, found_tokens: tokens of prompts that were looked up in the prefix cache,
+            and those found.
     """
 
     unfinished: int

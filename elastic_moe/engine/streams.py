@@ -1,4 +1,4 @@
-"""How pieces of text get from the engine's thread to who waits for them."""
+"""Outputs on their way from the engine's thread to the threads and event loops that read them."""
 
 from __future__ import annotations
 
@@ -10,114 +10,116 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from weakref import WeakValueDictionary
 
-from elastic_moe.engine.generation.generation import Piece
-from elastic_moe.engine.outputs import Completion, Delta
+from elastic_moe.engine.outputs import Delta
+from elastic_moe.engine.request import SequenceOutput
 from elastic_moe.errors import EngineError
 
-Item = Piece | BaseException | None  # None: closed by the reader's own side
 
+class BlockingOutputs:
+    """The outputs of a call that a thread waits for.
 
-class Pieces:
-    """Hands pieces to another thread."""
+    Args:
+        final_only: whether only the last output of each request is wanted.
 
-    whole = False
+    Attributes:
+        queue: None in it means that the reader's own side closed it.
+    """
 
-    def __init__(self) -> None:
-        self.queue: SimpleQueue[Item] = SimpleQueue()
+    def __init__(self, *, final_only: bool = False) -> None:
+        self.final_only = final_only
+        self.queue: SimpleQueue[SequenceOutput | BaseException | None] = SimpleQueue()
         self.put = self.fail = self.queue.put
 
     def flush(self) -> None:
-        """The reader has it already."""
+        """Nothing to do: the reader is awake already."""
+
+    def wait(self) -> None:
+        """Wait for the next output.
+
+        Raises:
+            BaseException: a request of the call failed.
+        """
+        item = self.queue.get()
+        if isinstance(item, BaseException):
+            raise item
 
 
 class DeltaStream:
-    """An iterator over a request's pieces; dropping or closing it ends the request.
+    """An iterator over the pieces of a call; dropping or closing it cancels the call.
 
     Args:
-        pieces: what the engine fills. The engine has no reference to this iterator, so that it
+        outputs: what the engine fills. The engine has no reference to this iterator, so that it
             can be dropped.
-        cancel: ends the request.
+        num_requests: of the call.
+        cancel: cancels the call.
         owner: what must live as long as this.
     """
 
-    def __init__(self, pieces: Pieces, cancel: Callable[[], None], owner: object) -> None:
-        self._queue, self._cancel, self._owner = pieces.queue, cancel, owner
-        self._done = False
+    def __init__(
+        self,
+        outputs: BlockingOutputs,
+        num_requests: int,
+        cancel: Callable[[], None],
+        owner: object,
+    ) -> None:
+        self._outputs, self._unfinished = outputs, num_requests
+        self._cancel, self._owner = cancel, owner
+        self._closed = not num_requests
         self._pid = os.getpid()
 
     def __iter__(self) -> DeltaStream:
         return self
 
     def __next__(self) -> Delta:
-        if self._done:
+        if self._closed:
             raise StopIteration
         if os.getpid() != self._pid:
             raise EngineError("a stream cannot be read after a fork. Make it where it is read.")
-        item = self._queue.get()
+        item = self._outputs.queue.get()
         if item is None:
             raise StopIteration
-        if isinstance(item, BaseException):
-            self._done = True
-            raise item
-        self._done = item.ending is not None
         try:
+            if isinstance(item, BaseException):
+                raise item
+            if item.request_finished:
+                self._unfinished -= 1
+                self._closed = not self._unfinished
             return item.delta()
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """End the request, if it has not ended; from any thread, one that waits for it wakes."""
-        if not self._done:
-            self._done = True
+        """Cancel the call, unless it has ended; from any thread: one that waits for it wakes."""
+        if not self._closed:
+            self._closed = True
             self._cancel()
-            self._queue.put(None)
+            self._outputs.queue.put(None)
 
     def __del__(self) -> None:
         self.close()
 
 
-class WholeText:
-    """Waits for a request's end."""
-
-    whole = True
-
-    def __init__(self) -> None:
-        self._queue: SimpleQueue[Piece | BaseException] = SimpleQueue()
-        self.put = self.fail = self._queue.put
-
-    def flush(self) -> None:
-        """The reader has it already."""
-
-    def wait(self) -> Completion:
-        """The completion, or what went wrong."""
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        assert item.ending is not None
-        return item.ending.completion()
-
-
-class LoopMail:
-    """Hands items from another thread to readers in an event loop; it wakes once for many."""
+class LoopNotifier:
+    """Hands items from another thread to readers in an event loop, waking it once for many."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self._items: deque[tuple[AsyncPieces, Piece | BaseException]] = deque()
+        self._items: deque[tuple[AsyncOutputs, SequenceOutput | BaseException]] = deque()
         self._woken = False
 
-    def post(self, reader: AsyncPieces, item: Piece | BaseException) -> None:
-        """Have a reader get an item once the loop is woken."""
+    def post(self, reader: AsyncOutputs, item: SequenceOutput | BaseException) -> None:
+        """Add an item, which its reader gets once the loop is woken."""
         self._items.append((reader, item))
 
     def wake(self) -> None:
-        """Have the loop hand out what was posted; nobody gets it if the loop is closed."""
+        """Have the loop deliver what was posted; it is dropped if the loop is closed."""
         if self._woken or not self._items:
             return
         self._woken = True
         try:
             self.loop.call_soon_threadsafe(self._deliver)
-        except RuntimeError:  # nobody can be told
+        except RuntimeError:  # closed: nobody reads
             self._woken = False
             self._items.clear()
 
@@ -128,67 +130,62 @@ class LoopMail:
             reader.take(item)
 
 
-class LoopMails:
-    """The mail of every event loop that somebody reads in; safe from any thread."""
+class LoopNotifiers:
+    """The notifier of every event loop with readers; safe from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._mails: WeakValueDictionary[asyncio.AbstractEventLoop, LoopMail]
-        self._mails = WeakValueDictionary()
+        self._notifiers: WeakValueDictionary[asyncio.AbstractEventLoop, LoopNotifier]
+        self._notifiers = WeakValueDictionary()
 
-    def of_running_loop(self) -> LoopMail:
+    def of_running_loop(self) -> LoopNotifier:
         """That of the loop that runs here."""
         loop = asyncio.get_running_loop()
         with self._lock:
-            mail = self._mails.get(loop)
-            if mail is None:
-                mail = self._mails[loop] = LoopMail(loop)
-            return mail
+            notifier = self._notifiers.get(loop)
+            if notifier is None:
+                notifier = self._notifiers[loop] = LoopNotifier(loop)
+            return notifier
 
 
-class AsyncPieces:
-    """Hands pieces to an event loop, where one at a time may wait for the next.
+class AsyncOutputs:
+    """The outputs of a call that a task in an event loop waits for; one task at a time.
 
     Args:
-        whole: whether only the last piece is wanted.
+        final_only: whether only the last output of each request is wanted.
     """
 
-    def __init__(self, mail: LoopMail, *, whole: bool = False) -> None:
-        self.whole = whole
-        self._mail = mail
-        # Less than an asyncio.Queue, which costs as much as all else on the way of a piece.
-        self._items: deque[Piece | BaseException] = deque()
+    def __init__(self, notifier: LoopNotifier, *, final_only: bool = False) -> None:
+        self.final_only = final_only
+        self._notifier = notifier
+        # Less than an asyncio.Queue, which costs as much as all else on the way of an output.
+        self._items: deque[SequenceOutput | BaseException] = deque()
         self._waiting: asyncio.Future[None] | None = None
 
-    def put(self, item: Piece | BaseException) -> None:
-        self._mail.post(self, item)
+    def put(self, item: SequenceOutput | BaseException) -> None:
+        self._notifier.post(self, item)
 
     def flush(self) -> None:
-        self._mail.wake()
+        self._notifier.wake()
 
     def fail(self, error: BaseException) -> None:
-        self._mail.post(self, error)
-        self._mail.wake()
+        self._notifier.post(self, error)
+        self._notifier.wake()
 
-    def take(self, item: Piece | BaseException) -> None:
+    def take(self, item: SequenceOutput | BaseException) -> None:
         """Wake the reader. In the loop's thread."""
         self._items.append(item)
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
-    async def next(self) -> Delta:
-        """The next piece, or what went wrong."""
-        return (await self._next()).delta()
+    async def get(self) -> SequenceOutput:
+        """Wait for the next output.
 
-    async def completion(self) -> Completion:
-        """The whole, of the only piece."""
-        ending = (await self._next()).ending
-        assert ending is not None
-        return ending.completion()
-
-    async def _next(self) -> Piece:
+        Raises:
+            BaseException: a request of the call failed.
+        """
         if not self._items:
-            self._waiting = self._mail.loop.create_future()
+            self._waiting = self._notifier.loop.create_future()
             try:
                 await self._waiting
             finally:

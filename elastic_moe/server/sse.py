@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from elastic_moe.engine.outputs import Delta
 from elastic_moe.server.errors import as_api_error, log_failure
 from elastic_moe.server.observe.account import ACCOUNT
 
@@ -119,37 +118,3 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
         for task in (working, watching):
             task.cancel()
         await asyncio.gather(working, watching, return_exceptions=True)
-
-
-async def merged(
-    streams: Sequence[AsyncGenerator[Delta]],
-) -> AsyncIterator[tuple[int, Delta]]:
-    """Pieces of several streams as they come, each with the number of its stream."""
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as stream:
-            async for delta in stream:
-                yield 0, delta
-        return
-    queue: asyncio.Queue[tuple[int, Delta | Exception]] = asyncio.Queue()
-
-    async def read(number: int) -> None:
-        try:
-            async with aclosing(streams[number]) as stream:
-                async for delta in stream:
-                    queue.put_nowait((number, delta))
-        except Exception as error:  # noqa: BLE001  (raised where they are read)
-            queue.put_nowait((number, error))
-
-    tasks = [asyncio.create_task(read(number)) for number in range(len(streams))]
-    try:
-        left = len(streams)
-        while left:
-            number, item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            left -= item.completion is not None
-            yield number, item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -37,7 +37,7 @@ from torch import Tensor
 from benchmarks.result_file import replace_lines
 from elastic_moe import SamplingParams
 from elastic_moe.engine import Engine
-from elastic_moe.engine.running.runner import Chunk, Runner
+from elastic_moe.engine.running.runner import Chunk, ModelRunner
 from elastic_moe.errors import CorpusError, ElasticMoEError
 from elastic_moe.lab.sweeps.record import describe_commit, describe_machine, describe_versions
 from elastic_moe.lab.sweeps.text import Corpus, language_reference
@@ -113,7 +113,7 @@ def stretches(pieces: Sequence[Sequence[int]], count: int, length: int) -> list[
 
 
 def read_sequences(
-    runner: Runner, deepest: Subnet, depths: Sequence[int], inputs: Sequence[Sequence[int]]
+    runner: ModelRunner, deepest: Subnet, depths: Sequence[int], inputs: Sequence[Sequence[int]]
 ) -> dict[int, Tensor]:
     """Log-probabilities (S, T, V) of what follows every token, for every depth."""
     chunks = [Chunk(runner.open(deepest, len(ids)), ids, "none") for ids in inputs]

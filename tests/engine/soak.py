@@ -24,7 +24,7 @@ from unittest import mock
 import numpy as np
 
 from elastic_moe import Completion, Engine, SamplingParams
-from elastic_moe.engine.generation.generation import Generation
+from elastic_moe.engine.request import Sequence
 from elastic_moe.errors import ElasticMoEError
 from elastic_moe.routing import Subnet
 from tests.conftest import make_tiny_folder
@@ -97,13 +97,13 @@ def answer(completion: Completion) -> Any:
     return completion.choices, completion.prompt_logprobs, completion.finish_reason
 
 
-def cursed_take(take: Any) -> Any:
-    """`Generation.take` that raises in the middle of some requests."""
+def cursed_sample(sample: Any) -> Any:
+    """`Sequence.sample` that raises in the middle of some requests."""
 
-    def faulty(generation: Generation, *arguments: Any) -> Any:
-        if generation._params.logprobs == CURSED and len(generation.token_ids) == 5:
+    def faulty(sequence: Sequence, *arguments: Any) -> Any:
+        if sequence.request.params.logprobs == CURSED and sequence.num_output_tokens == 5:
             raise RuntimeError("cursed")
-        return take(generation, *arguments)
+        return sample(sequence, *arguments)
 
     return faulty
 
@@ -145,7 +145,7 @@ def run(folder: Path, count: int, seed: int, dtype: str, threads: int = 12) -> d
     )
     requests = make_requests(engine.shape, count, seed)
     started = time.monotonic()
-    with mock.patch.object(Generation, "take", cursed_take(Generation.take)):
+    with mock.patch.object(Sequence, "sample", cursed_sample(Sequence.sample)):
         with ThreadPoolExecutor(threads) as pool:
             found = list(pool.map(lambda request: ask(engine, request), requests))
         seconds = time.monotonic() - started

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from elastic_moe import Engine, SamplingParams
-from elastic_moe.engine import job
+from elastic_moe.engine import request as request_module
 from elastic_moe.errors import EngineError, RequestError
 
 TWO = SamplingParams(max_tokens=2, ignore_eos=True)
@@ -212,7 +212,7 @@ def test_tpot_is_the_time_after_the_first_token_over_all_tokens_but_it(
 ) -> None:
     """A clock that moves by 1 s at each look: start 0, first step 1, first token 2, end 3."""
     clock = itertools.count()
-    monkeypatch.setattr(job.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(request_module.time, "perf_counter", lambda: float(next(clock)))
     sampling = SamplingParams(max_tokens=5, ignore_eos=True)
     usage = tiny.generate(IDS, None, sampling).usage
     assert usage.completion_tokens == 5

@@ -164,12 +164,14 @@ def test_the_comparison_sees_two_rows_that_exchange_their_subnetworks(
 ) -> None:
     flatten = flat_batch.flatten
 
-    def exchanged(chunks: Any, sizes: Any, rows: list[int]) -> Any:
-        if len(rows) > 1:
-            first, second = (chunk.sequence.subnet.layers for chunk in chunks[:2])
-            if [layer.active for layer in first] == [layer.active for layer in second]:
-                rows = [rows[1], rows[0], *rows[2:]]
-        return flatten(chunks, sizes, rows)
+    def exchanged(chunks: Any, sizes: list[int]) -> Any:
+        arrays = flatten(chunks, sizes)
+        if len(chunks) > 1:
+            first, second = (chunk.sequence.subnet for chunk in chunks[:2])
+            if first.active_layers == second.active_layers:
+                rows = [chunk.sequence.subnet_row for chunk in chunks]
+                arrays.subnets[:] = np.repeat([rows[1], rows[0], *rows[2:]], sizes)
+        return arrays
 
     monkeypatch.setattr("elastic_moe.engine.running.native.flatten", exchanged)
     engine = Engine.from_pretrained(tiny_folder, backend="cpu", dtype="float32")

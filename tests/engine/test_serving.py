@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from elastic_moe import Engine, SamplingParams
-from elastic_moe.engine.generation.generation import Generation
+from elastic_moe.engine.request import Sequence
 from elastic_moe.engine.stats import StepRecord
 from elastic_moe.errors import EngineError, QueueFullError, RequestError
 from tests.engine.holding import held
@@ -247,7 +247,7 @@ def test_a_step_that_fails_takes_only_the_guilty_one(
 
     def faulty(chunks: Any, **options: Any) -> Any:
         for chunk in chunks:
-            if chunk.sequence.length == 8 and id(chunk.sequence) == guilty[0]:
+            if chunk.sequence.num_computed_tokens == 8 and id(chunk.sequence) == guilty[0]:
                 raise RuntimeError("this row is cursed")
             if not guilty:
                 guilty.append(id(chunk.sequence))
@@ -270,21 +270,21 @@ def test_a_choice_that_fails_ends_the_others_of_its_request(
     """In the same step, before they have their token; a mate goes on."""
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     want = engine.generate(PROMPT, "k1", params).token_ids
-    take, run, core = Generation.take, engine.runner.run, engine._running_core()
+    sample, run = Sequence.sample, engine.runner.run
 
-    def faulty_take(generation: Generation, *arguments: Any) -> Any:
-        if generation._params.n == 3 and len(generation.token_ids) == 20:
+    def faulty_sample(sequence: Sequence, *arguments: Any) -> Any:
+        if sequence.request.params.n == 3 and sequence.num_output_tokens == 20:
             raise ValueError("cursed")
-        return take(generation, *arguments)
+        return sample(sequence, *arguments)
 
     def faulty_run(chunks: Any, **options: Any) -> Any:
-        cursed = [text.state for text in core._texts.values() if text.job.params.n == 3]
-        if any(c.sequence in cursed and c.sequence.length > len(PROMPT) + 20 for c in chunks):
+        cursed = [c.sequence for c in chunks if c.sequence.request.params.n == 3]
+        if any(sequence.num_computed_tokens > len(PROMPT) + 20 for sequence in cursed):
             raise ValueError("cursed")
         return run(chunks, **options)
 
     if where == "in its text":
-        monkeypatch.setattr(Generation, "take", faulty_take)
+        monkeypatch.setattr(Sequence, "sample", faulty_sample)
     else:
         monkeypatch.setattr(engine.runner, "run", faulty_run)
     three = engine.stream(
@@ -303,7 +303,7 @@ def test_a_defect_of_the_engine_is_told_to_everybody(
 ) -> None:
     engine = Engine.from_pretrained(tiny_folder)
     core = engine._running_core()
-    monkeypatch.setattr(core._scheduler, "plan", lambda: 1 / 0)
+    monkeypatch.setattr(core._scheduler, "schedule", lambda: 1 / 0)
     with pytest.raises(EngineError, match="the engine failed: ZeroDivisionError"):
         engine.generate(PROMPT, None, SHORT)
     with pytest.raises(EngineError, match="the engine is closed"):
@@ -362,14 +362,14 @@ def test_a_list_that_fails_leaves_nothing_running(engine: Engine) -> None:
 def test_a_list_of_which_one_raises_ends_the_others(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
 ) -> None:
-    take = Generation.take
+    sample = Sequence.sample
 
-    def faulty(generation: Generation, *arguments: Any) -> Any:
-        if len(generation.token_ids) == 3 and generation._params.max_tokens == 6:
+    def faulty(sequence: Sequence, *arguments: Any) -> Any:
+        if sequence.num_output_tokens == 3 and sequence.request.params.max_tokens == 6:
             raise ValueError("cursed")
-        return take(generation, *arguments)
+        return sample(sequence, *arguments)
 
-    monkeypatch.setattr(Generation, "take", faulty)
+    monkeypatch.setattr(Sequence, "sample", faulty)
     request: Any = ([PROMPT] * 3, None, [SHORT, LONG, LONG])
     with pytest.raises(ValueError, match="cursed"):
         asyncio.run(engine.agenerate(*request)) if asynchronous else engine.generate(*request)

@@ -1,4 +1,4 @@
-"""Pieces on their way to an event loop: one wake for many, and none lost."""
+"""Outputs on their way to an event loop: one wake for many, and none lost."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ from typing import Any
 
 import pytest
 
-from elastic_moe.engine.generation.generation import Piece
-from elastic_moe.engine.streams import AsyncPieces, LoopMails
+from elastic_moe.engine.request import SequenceOutput
+from elastic_moe.engine.streams import AsyncOutputs, LoopNotifiers
 
 
-def piece(number: int) -> Piece:
+def output(number: int) -> SequenceOutput:
     """One whose token is a number."""
-    generation: Any = SimpleNamespace(index=0)
-    return Piece(generation, number, "", None, None)
+    sequence: Any = SimpleNamespace(index=0)
+    return SequenceOutput(sequence, number, "", None, None)
 
 
-async def number(pieces: AsyncPieces) -> int:
+async def number(outputs: AsyncOutputs) -> int | None:
     """The next one's."""
-    delta = await asyncio.wait_for(pieces.next(), 10)
-    return delta.token_ids[0]
+    return (await asyncio.wait_for(outputs.get(), 10)).token_id
 
 
 def test_a_loop_is_woken_once_for_all_that_waits() -> None:
     async def run() -> tuple[list[int], int, int]:
-        mail = LoopMails().of_running_loop()
-        readers = [AsyncPieces(mail) for _ in range(3)]
+        notifier = LoopNotifiers().of_running_loop()
+        readers = [AsyncOutputs(notifier) for _ in range(3)]
         loop, wakes = asyncio.get_running_loop(), 0
         wake = loop.call_soon_threadsafe
 
@@ -41,7 +40,7 @@ def test_a_loop_is_woken_once_for_all_that_waits() -> None:
 
         def post(numbers: range) -> None:
             for i in numbers:
-                readers[i % 3].put(piece(i))
+                readers[i % 3].put(output(i))
             for reader in readers:
                 reader.flush()
 
@@ -64,57 +63,57 @@ def test_a_loop_is_woken_once_for_all_that_waits() -> None:
 
 def test_what_is_put_waits_for_the_flush() -> None:
     async def run() -> bool:
-        pieces = AsyncPieces(LoopMails().of_running_loop())
-        pieces.put(piece(0))
+        outputs = AsyncOutputs(LoopNotifiers().of_running_loop())
+        outputs.put(output(0))
         with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(pieces.next(), 0.05)
-        pieces.flush()
-        return await number(pieces) == 0  # the one who gave up took nothing
+            await asyncio.wait_for(outputs.get(), 0.05)
+        outputs.flush()
+        return await number(outputs) == 0  # the one who gave up took nothing
 
     assert asyncio.run(run())
 
 
 def test_an_error_wakes_without_a_flush_and_comes_last() -> None:
     async def run() -> None:
-        pieces = AsyncPieces(LoopMails().of_running_loop())
-        pieces.put(piece(0))
-        threading.Thread(target=pieces.fail, args=(ValueError("gone"),)).start()
-        assert await number(pieces) == 0
+        outputs = AsyncOutputs(LoopNotifiers().of_running_loop())
+        outputs.put(output(0))
+        threading.Thread(target=outputs.fail, args=(ValueError("gone"),)).start()
+        assert await number(outputs) == 0
         with pytest.raises(ValueError, match="gone"):
-            await number(pieces)
+            await number(outputs)
 
     asyncio.run(run())
 
 
 def test_a_reader_that_gave_up_just_as_it_was_woken_loses_nothing() -> None:
     async def run() -> list[int]:
-        pieces = AsyncPieces(LoopMails().of_running_loop())
-        waiting = asyncio.ensure_future(pieces.next())
+        outputs = AsyncOutputs(LoopNotifiers().of_running_loop())
+        waiting = asyncio.ensure_future(outputs.get())
         await asyncio.sleep(0)
         waiting.cancel()
-        pieces.take(piece(0))  # its future is cancelled, it has not run yet
-        pieces.take(piece(1))
+        outputs.take(output(0))  # its future is cancelled, it has not run yet
+        outputs.take(output(1))
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        waiting = asyncio.ensure_future(pieces.next())
+        waiting = asyncio.ensure_future(outputs.get())
         await asyncio.sleep(0)
-        return [(await waiting).token_ids[0], await number(pieces)]
+        return [(await waiting).token_id, await number(outputs)]
 
     assert asyncio.run(run()) == [0, 1]
 
 
 def test_nothing_is_lost_between_a_wake_and_the_next() -> None:
     async def run() -> list[int]:
-        pieces = AsyncPieces(LoopMails().of_running_loop())
+        outputs = AsyncOutputs(LoopNotifiers().of_running_loop())
 
         def post() -> None:
             for i in range(20_000):
-                pieces.put(piece(i))
-                pieces.flush()
+                outputs.put(output(i))
+                outputs.flush()
 
         poster = threading.Thread(target=post)
         poster.start()
-        got = [await number(pieces) for _ in range(20_000)]
+        got = [await number(outputs) for _ in range(20_000)]
         poster.join()
         return got
 
@@ -122,24 +121,24 @@ def test_nothing_is_lost_between_a_wake_and_the_next() -> None:
 
 
 def test_a_loop_has_one_mail_for_as_long_as_somebody_reads() -> None:
-    mails = LoopMails()
+    notifiers = LoopNotifiers()
 
     async def run() -> bool:
-        mail = mails.of_running_loop()
-        return mails.of_running_loop() is mail
+        notifier = notifiers.of_running_loop()
+        return notifiers.of_running_loop() is notifier
 
     assert asyncio.run(run())
-    assert len(mails._mails) == 0  # nothing of a loop that has ended is kept
+    assert len(notifiers._notifiers) == 0  # nothing of a loop that has ended is kept
 
 
 def test_mail_for_a_closed_loop_goes_nowhere() -> None:
     async def run() -> Any:
-        mail = LoopMails().of_running_loop()
-        return mail, AsyncPieces(mail)
+        notifier = LoopNotifiers().of_running_loop()
+        return notifier, AsyncOutputs(notifier)
 
-    mail, pieces = asyncio.run(run())
+    notifier, outputs = asyncio.run(run())
     for i in range(3):
-        pieces.put(piece(i))
-        pieces.flush()
-    assert not pieces._items
-    assert not mail._items
+        outputs.put(output(i))
+        outputs.flush()
+    assert not outputs._items
+    assert not notifier._items

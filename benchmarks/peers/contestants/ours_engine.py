@@ -23,7 +23,7 @@ from elastic_moe_kernels.step import Counters
 from benchmarks.peers.contestants.timed_native import TimedNative
 from benchmarks.peers.contestants.worker import Ids, serve
 from elastic_moe.engine import Engine, SamplingParams
-from elastic_moe.engine.config import EngineOptions
+from elastic_moe.engine.config import EngineConfig
 from elastic_moe.engine.running.loading import load_runner
 from elastic_moe.engine.running.native import NativeRunner
 from elastic_moe.lab.sweeps.record import describe_commit, describe_machine, describe_versions
@@ -60,8 +60,8 @@ class Served:
         with tempfile.TemporaryDirectory() as words:
             make_tokenizer(Path(words), runner.config.vocab_size)
             self._tokenizer = Tokenizer(Path(words))
-        options = EngineOptions(max_num_seqs=sequences, kv_cache_bytes=2 << 30)
-        self.engine = Engine(runner, self._tokenizer, folder, options)
+        engine_config = EngineConfig(max_num_seqs=sequences, kv_cache_bytes=2 << 30)
+        self.engine = Engine(runner, self._tokenizer, folder, engine_config)
 
     def _watched(self, chunks: Sequence[Any], **options: Any) -> Any:
         # As little as possible: what this takes counts as the engine's.

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_moe.engine.outputs import TokenLogprob
-from elastic_moe.engine.running.runner import Wanted
+from elastic_moe.engine.running.runner import LogitsMode
 from elastic_moe.engine.sampling_params import SamplingParams
 
 Logits = NDArray[np.float32]
@@ -25,14 +25,14 @@ _HUGE = 1e300  # of logits, whatever a penalty makes of them
 _DECIMALS = 7
 
 
-class Constraint(Protocol):
-    """What may come next, as some rule says."""
+class Grammar(Protocol):
+    """Which tokens structured output allows next."""
 
     def allowed(self) -> NDArray[np.bool_]:
         """(V,) whether each token may come; an end token where the text may end."""
 
     def accept(self, token: int) -> None:
-        """The token that came."""
+        """Advance by a token that was sampled."""
 
 
 class Sampler:
@@ -42,8 +42,11 @@ class Sampler:
         prompt: token ids, for the repetition penalty.
         choice: its index.
         end_ids: tokens that end a text.
-        constraint: what may come at all.
+        grammar: of structured output.
         forced: the tokens that must come.
+
+    Attributes:
+        logits_mode: what it needs of the model: 'best' or 'last'.
     """
 
     def __init__(
@@ -53,15 +56,10 @@ class Sampler:
         choice: int,
         end_ids: Collection[int],
         *,
-        constraint: Constraint | None = None,
+        grammar: Grammar | None = None,
         forced: Sequence[int] | None = None,
     ) -> None:
-        self._params, self._choice, self._constraint, self._forced = (
-            params,
-            choice,
-            constraint,
-            forced,
-        )
+        self._params, self._choice, self._grammar, self._forced = params, choice, grammar, forced
         self._end_ids = sorted(end_ids)
         self._generated: Counter[int] = Counter()
         self._seen = set(prompt) if params.repetition_penalty != 1 else set()
@@ -72,18 +70,20 @@ class Sampler:
             not self._penalised
             and params.repetition_penalty == 1
             and not self._bias
-            and constraint is None
+            and grammar is None
             and not params.min_tokens
         )
-        # Whether the most likely token, or a forced one, is all that is needed.
+        # Whether the most likely token, or a forced one, is enough.
         self._by_best = (plain and params.temperature == 0) or forced is not None
-        self.wanted: Wanted = "best" if self._by_best and params.logprobs is None else "last"
+        self.logits_mode: LogitsMode = (
+            "best" if self._by_best and params.logprobs is None else "last"
+        )
 
     def choose(self, logits: Logits | None, best_id: int) -> int:
         """The next token.
 
         Args:
-            logits: (V,) or None if only the best was `wanted`.
+            logits: (V,) or None if `logits_mode` is 'best'.
             best_id: the most likely token.
         """
         if self._forced is not None:
@@ -97,8 +97,8 @@ class Sampler:
             self._generated[token] += 1
             if self._params.repetition_penalty != 1:
                 self._seen.add(token)
-            if self._constraint is not None:
-                self._constraint.accept(token)
+            if self._grammar is not None:
+                self._grammar.accept(token)
         self._position += 1
         return token
 
@@ -131,8 +131,8 @@ class Sampler:
             x[ids] -= params.frequency_penalty * counts + params.presence_penalty
         for token, bias in self._bias.items():
             x[token] += bias
-        if self._constraint is not None:
-            x[~self._constraint.allowed()] = -np.inf
+        if self._grammar is not None:
+            x[~self._grammar.allowed()] = -np.inf
         if self._position < params.min_tokens:
             kept = x[self._end_ids]
             x[self._end_ids] = -np.inf
@@ -197,9 +197,9 @@ def token_logprob(logits: Logits, token_id: int, top: int) -> TokenLogprob:
     x -= x.max()
     x -= np.log(np.exp(x).sum())
     best = _most_likely(x, np.arange(len(x)), min(top, len(x))) if top else np.empty(0, np.int64)
-    pairs = tuple((int(i), _told(x[i])) for i in best)
-    return TokenLogprob(token_id, _told(x[token_id]), pairs)
+    pairs = tuple((int(i), _rounded(x[i])) for i in best)
+    return TokenLogprob(token_id, _rounded(x[token_id]), pairs)
 
 
-def _told(logprob: float) -> float:
+def _rounded(logprob: float) -> float:
     return round(float(logprob), _DECIMALS) + 0.0  # never -0.0

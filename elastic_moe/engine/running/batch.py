@@ -1,4 +1,4 @@
-"""Chunks of several sequences as one flat batch, and decoding that goes on from one."""
+"""Chunks of several sequences as one flat batch, and decoding that advances one."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from elastic_moe.engine.running.paged import Ints
 from elastic_moe.engine.running.runner import Chunk
 
 
-def flatten(chunks: Sequence[Chunk], sizes: Sequence[int], rows: Sequence[int]) -> BatchArrays:
+def flatten(chunks: Sequence[Chunk], sizes: Sequence[int]) -> BatchArrays:
     """The chunks one after the other.
 
     Args:
         sizes: tokens of each chunk.
-        rows: of the table of sub-networks, one for each chunk.
     """
     sequences = [chunk.sequence for chunk in chunks]
-    lengths = np.array([s.length for s in sequences], dtype=np.int32)
+    rows = [sequence.subnet_row for sequence in sequences]
+    lengths = np.array([s.num_computed_tokens for s in sequences], dtype=np.int32)
     ends = np.cumsum(sizes, dtype=np.int32)
     starts = lengths - ends + np.array(sizes, dtype=np.int32)
     return BatchArrays(
@@ -29,7 +29,7 @@ def flatten(chunks: Sequence[Chunk], sizes: Sequence[int], rows: Sequence[int]) 
         positions=np.arange(ends[-1], dtype=np.int32) + np.repeat(starts, sizes),
         sequences=np.repeat(np.arange(len(chunks), dtype=np.int32), sizes),
         subnets=np.repeat(np.array(rows, dtype=np.int32), sizes),
-        block_tables=_stack([s.tables for s in sequences]),
+        block_tables=_stack([s.block_table.blocks for s in sequences]),
         logits_rows=_wanted_rows(chunks, sizes),
     )
 
@@ -39,7 +39,7 @@ class Decoding:
 
     Args:
         step, chunks: that batch, which has run.
-        tables: the block tables that it reads.
+        tables: the block tables (S, L, B) that it reads.
         blocks: the cache that it works in.
         angles: positions whose rotary angles it knows.
     """
@@ -55,36 +55,37 @@ class Decoding:
         self._step, self._tables, self._blocks, self._angles = step, tables, blocks, angles
         # Not the sequences themselves: their blocks are free as soon as nobody else has them.
         self._sequences = [weakref.ref(chunk.sequence) for chunk in chunks]
-        self._wanted = [chunk.logits for chunk in chunks]
-        self._lengths = [chunk.sequence.length for chunk in chunks]
+        self._modes = [chunk.logits for chunk in chunks]
+        self._computed = [chunk.sequence.num_computed_tokens + 1 for chunk in chunks]
+        self._versions = [chunk.sequence.block_table.version for chunk in chunks]
 
-    def advance(self, chunks: Sequence[Chunk]) -> StepResult | None:
+    def advance(self, chunks: Sequence[Chunk], blocks: Tensor) -> StepResult | None:
         """Run the next token of every sequence; None, and nothing ran, if it cannot go on so.
 
         It cannot if these chunks are not one token of each of its sequences in their order, if
         one has come to where the rotary angles end, or if new blocks moved the cache.
         """
-        if len(chunks) != len(self._sequences):
+        if len(chunks) != len(self._sequences) or blocks is not self._blocks:
             return None
         tokens = []
-        for i, (sequence, token_ids, wanted) in enumerate(chunks):
+        for i, (sequence, token_ids, mode) in enumerate(chunks):
+            computed = sequence.num_computed_tokens
             if (
                 sequence is not self._sequences[i]()
                 or len(token_ids) != 1
-                or wanted != self._wanted[i]
-                or sequence.length != self._lengths[i]
-                or sequence.length == self._angles
+                or mode != self._modes[i]
+                or computed != self._computed[i]
+                or computed == self._angles
             ):
                 return None
             tokens.append(int(token_ids[0]))
-            if sequence.grow(1):
-                own = sequence.tables
+            table = sequence.block_table
+            if table.version != self._versions[i]:
+                self._versions[i] = table.version
+                own = table.blocks
                 self._tables[i, :, : own.shape[1]] = own
-        if chunks[0].sequence.pool.blocks is not self._blocks:
-            return None
         result = self._step.advance(tokens)
-        for i, chunk in enumerate(chunks):
-            self._lengths[i] = chunk.sequence.length = self._lengths[i] + 1
+        self._computed = [computed + 1 for computed in self._computed]
         return result
 
 

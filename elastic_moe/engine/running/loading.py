@@ -12,7 +12,7 @@ from elastic_moe_kernels.errors import KernelError
 
 from elastic_moe.engine.running.native import NativeRunner
 from elastic_moe.engine.running.reference import ReferenceRunner
-from elastic_moe.engine.running.runner import Runner
+from elastic_moe.engine.running.runner import ModelRunner
 from elastic_moe.errors import EngineError
 from elastic_moe.model.checkpoints.checkpoint import DTypeName
 from elastic_moe.model.reference.loading import load_model
@@ -26,7 +26,7 @@ def load_runner(
     backend: Backend = "auto",
     dtype: DTypeName = "auto",
     device: torch.device | str = "cpu",
-) -> Runner:
+) -> ModelRunner:
     """What runs a checkpoint folder, without the text around it.
 
     Raises:
@@ -34,7 +34,7 @@ def load_runner(
         EngineError: the backend or device that was named cannot run here.
     """
     place = check_device(device)
-    runner: Runner | None = None
+    runner: ModelRunner | None = None
     if choose_backend(backend, place) == "cpu":
         runner = _native_runner(folder, dtype, backend)
     if runner is None:
@@ -66,7 +66,7 @@ def choose_backend(backend: Backend, device: torch.device) -> Literal["reference
     return "cpu"
 
 
-def _native_runner(folder: Path, dtype: DTypeName, backend: Backend) -> Runner | None:
+def _native_runner(folder: Path, dtype: DTypeName, backend: Backend) -> ModelRunner | None:
     """The C++ step; None if this model's sizes are not for it and 'auto' may choose another."""
     try:
         return NativeRunner(folder, dtype)

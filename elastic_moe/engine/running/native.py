@@ -11,24 +11,24 @@ from elastic_moe_kernels.step import CpuModel, StepResult
 from torch import Tensor
 
 from elastic_moe.engine.running.batch import Decoding, flatten
-from elastic_moe.engine.running.paged import PagedSequence
+from elastic_moe.engine.running.paged import BlockPool, OwnedSequence, PagedSequence
 from elastic_moe.engine.running.runner import (
     NO_STATES,
     Chunk,
     ExpertCounts,
+    ModelRunner,
     Progress,
-    Runner,
     StepOutput,
 )
-from elastic_moe.errors import EngineError
 from elastic_moe.model.checkpoints.checkpoint import DTypeName, load_config
 from elastic_moe.model.pack import load_packed, pack_model
 from elastic_moe.model.rotary import rotary_angles
+from elastic_moe.routing import Subnet
 
 FIRST_ANGLES = 1024
 
 
-class NativeRunner(Runner):
+class NativeRunner(ModelRunner):
     """A packed model; steps mix sequences, chunk lengths and sub-networks freely."""
 
     backend = "cpu"
@@ -44,21 +44,33 @@ class NativeRunner(Runner):
         size = self.model.block_bytes
         super().__init__(lambda count: torch.empty(count, size, dtype=torch.uint8))
         self._angles = 0  # positions whose rotary angles the model has
-        self._table = self.model.new_table(self.config.shape.channels_per_granule)
+        self._subnets = self.model.new_table(self.config.shape.channels_per_granule)
         self._decoding: Decoding | None = None
 
-    def run(
-        self, chunks: Sequence[Chunk], *, states_after: Iterable[int] = (), trace: bool = False
+    def open(self, subnet: Subnet, capacity: int) -> OwnedSequence:
+        return OwnedSequence(subnet, capacity, self._own_pool, self._subnets)
+
+    def add(self, sequence: PagedSequence) -> None:
+        subnet = sequence.subnet
+        sequence.subnet_row = self._subnets.add(subnet.fingerprint, subnet.layers)
+
+    def remove(self, sequence: PagedSequence) -> None:
+        if sequence.subnet_row is not None:
+            self._subnets.remove(sequence.subnet_row)
+            sequence.subnet_row = None
+
+    def execute(
+        self, chunks: Sequence[Chunk], pool: BlockPool, states_after: Iterable[int], trace: bool
     ) -> StepOutput:
-        """As `Runner.run`; all chunks in one native step."""
+        """As `ModelRunner.execute`; all chunks in one native step."""
         if not chunks:
             return StepOutput(torch.empty(0, self.config.vocab_size), [], [])
         wanted = sorted(set(states_after))
         result = None
         if self._decoding is not None and not wanted and not trace:
-            result = self._decoding.advance(chunks)
+            result = self._decoding.advance(chunks, pool.blocks)
         if result is None:
-            result = self._start(chunks, wanted, trace)
+            result = self._start(chunks, pool, wanted, trace)
         if not wanted and not trace:
             return StepOutput(
                 result.logits, result.best_ids, result.sequence_experts, result.counters
@@ -72,29 +84,24 @@ class NativeRunner(Runner):
             None if result.topk_ids is None else self._expert_counts(chunks, result.topk_ids),
         )
 
-    def _start(self, chunks: Sequence[Chunk], wanted: list[int], trace: bool) -> StepResult:
+    def _start(
+        self, chunks: Sequence[Chunk], pool: BlockPool, wanted: list[int], trace: bool
+    ) -> StepResult:
         """Run a batch that is not the one before, a token further."""
         self._decoding = None
         sizes = [len(chunk.token_ids) for chunk in chunks]
-        sequences = [chunk.sequence for chunk in chunks]
-        pool = sequences[0].pool
-        if any(sequence.pool is not pool for sequence in sequences):
-            raise EngineError("sequences of a step must have their blocks in one pool.")
-        for sequence, size in zip(sequences, sizes, strict=True):
-            sequence.grow(size)
-            self._extend_angles(sequence.length + size)
-        arrays = flatten(chunks, sizes, list(map(self._subnet_row, sequences)))
+        for (sequence, _, _), size in zip(chunks, sizes, strict=True):
+            self._extend_angles(sequence.num_computed_tokens + size)
+        arrays = flatten(chunks, sizes)
         step = self.model.prepare(
             arrays,
-            self._table.columns,
+            self._subnets.columns,
             pool.blocks,
             logits=any(chunk.logits in ("last", "all") for chunk in chunks),
             states_after=wanted,
             trace=trace,
         )
         result = step.run()
-        for sequence, size in zip(sequences, sizes, strict=True):
-            sequence.length += size
         if not wanted and not trace and set(sizes) == {1}:
             self._decoding = Decoding(step, chunks, arrays.block_tables, pool.blocks, self._angles)
         return result
@@ -140,11 +147,3 @@ class NativeRunner(Runner):
             self.model.set_angles(
                 *rotary_angles(every, self.config.head_dim, self.config.rope_theta)
             )
-
-    def _subnet_row(self, sequence: PagedSequence) -> int:
-        """Its row of the table of sub-networks, which goes with the sequence."""
-        if sequence.subnet_row is None:
-            subnet = sequence.subnet
-            sequence.subnet_row = self._table.add(subnet.fingerprint, subnet.layers)
-            sequence.subnet_table = self._table
-        return sequence.subnet_row

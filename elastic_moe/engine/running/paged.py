@@ -1,16 +1,15 @@
-"""Sequences whose keys and values are in blocks: 16 positions of one layer each."""
+"""Sequences as a model runner sees them: what is computed, and which blocks hold it."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from elastic_moe_kernels.table import GrowingTable
 from numpy.typing import NDArray
 from torch import Tensor
 
-from elastic_moe.engine.scheduling.block_manager import PAGE_TOKENS, Page
+from elastic_moe.engine.scheduling.block_manager import BlockTable, Page, pages_for
 from elastic_moe.errors import EngineError
 from elastic_moe.routing import Subnet
 
@@ -41,7 +40,7 @@ class BlockPool:
         return self.blocks[:0].element_size() * self.blocks.shape[1:].numel()
 
     def reserve(self, count: int) -> None:
-        """Have room for so many blocks whose numbers, from 0 on, somebody else gives out."""
+        """Have so many blocks, whose numbers, from 0 on, a block manager gives out."""
         self.blocks = self._new_blocks(count)
         self.free = []
 
@@ -58,93 +57,65 @@ class BlockPool:
         return [self.free.pop() for _ in range(count)]
 
 
-class PagedSequence(ABC):
-    """A sequence under one sub-network: how far it has come, and where its keys and values are.
+class PagedSequence:
+    """Tokens under one sub-network, and where their keys and values are. A runner only reads it.
 
     Attributes:
-        length: tokens whose keys and values are stored.
-        capacity: most tokens that it may come to.
-        pool: where its blocks are.
-        pages: of 16 positions that it has, in all its layers.
-        subnet_row, subnet_table: its sub-network's row, once it has run, and the table.
-        tables: (L, B) int32: block i of a layer holds positions 16i..16i+15; -1 for none.
+        num_computed_tokens: tokens whose keys and values are stored; set by the scheduler.
+        block_table: where they are; of the block manager.
+        subnet_row: of the runner's table of sub-networks; set by the runner.
     """
 
-    def __init__(self, subnet: Subnet, capacity: int, pool: BlockPool) -> None:
-        self.subnet, self.capacity, self.pool = subnet, capacity, pool
-        self.length = 0
-        self.tables: Ints = np.full(
-            (len(subnet.layers), -(-capacity // PAGE_TOKENS)), -1, dtype=np.int32
-        )
-        self._layers = list(subnet.active_layers)
-        self.pages = 0
+    __slots__ = ("__weakref__", "block_table", "num_computed_tokens", "subnet", "subnet_row")
+
+    def __init__(self, subnet: Subnet, max_tokens: int) -> None:
+        self.subnet = subnet
+        self.num_computed_tokens = 0
+        self.block_table = BlockTable(len(subnet.layers), subnet.active_layers, max_tokens)
         self.subnet_row: int | None = None
-        self.subnet_table: GrowingTable | None = None
 
-    def __del__(self) -> None:
-        if self.subnet_row is not None and self.subnet_table is not None:
-            self.subnet_table.remove(self.subnet_row)
 
-    @abstractmethod
-    def grow(self, tokens: int) -> bool:
-        """Have blocks for so many more tokens; whether the tables changed since the last call."""
+class OwnedSequence(PagedSequence):
+    """A sequence that no scheduler knows: its runner takes blocks for it as it runs.
+
+    Its blocks, and its place in the table of sub-networks, are free again when it is dropped.
+
+    Args:
+        capacity: tokens that it may grow to.
+        pool: where its blocks are.
+        subnets: the runner's table of sub-networks, if it has one.
+    """
+
+    __slots__ = ("_subnets", "capacity", "pool")
+
+    def __init__(
+        self, subnet: Subnet, capacity: int, pool: BlockPool, subnets: GrowingTable | None
+    ) -> None:
+        super().__init__(subnet, capacity)
+        self.capacity, self.pool, self._subnets = capacity, pool, subnets
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values that it holds."""
-        return self.pages * len(self._layers) * self.pool.block_bytes
+        return len(self.block_table.pages) * self.subnet.depth * self.pool.block_bytes
 
-    def _check_capacity(self, tokens: int) -> None:
-        end = self.length + tokens
+    def grow(self, tokens: int) -> None:
+        """Have blocks for so many more tokens.
+
+        Raises:
+            EngineError: that is more than its capacity.
+        """
+        end = self.num_computed_tokens + tokens
         if end > self.capacity:
             raise EngineError(
                 f"the sequence holds {self.capacity} positions, {end} are needed. "
                 f"Open it with a larger capacity."
             )
-
-
-class OwningSequence(PagedSequence):
-    """Takes blocks from the pool as it grows; they go back with it."""
-
-    def grow(self, tokens: int) -> bool:
-        self._check_capacity(tokens)
-        needed = -(-(self.length + tokens) // PAGE_TOKENS)
-        if needed <= self.pages:
-            return False
-        count = needed - self.pages
-        taken = self.pool.take(count * len(self._layers))
-        self.tables[self._layers, self.pages : needed] = np.reshape(taken, (-1, count))
-        self.pages = needed
-        return True
+        for _ in range(len(self.block_table.pages), pages_for(end)):
+            self.block_table.append(Page(tuple(self.pool.take(self.subnet.depth))))
 
     def __del__(self) -> None:
-        super().__del__()
-        used = self.tables[self._layers, : self.pages]
-        self.pool.free.extend(used.flatten().tolist())
-
-
-class ManagedSequence(PagedSequence):
-    """Has the blocks that a block manager gave it."""
-
-    def __init__(self, subnet: Subnet, capacity: int, pool: BlockPool) -> None:
-        super().__init__(subnet, capacity, pool)
-        self._changed = False
-
-    def enter(self, pages: Sequence[Page]) -> None:
-        """Take over the pages that came since the last time."""
-        for number in range(self.pages, len(pages)):
-            blocks = pages[number].blocks
-            self.tables[self._layers, number] = blocks[: len(self._layers)]
-            self._changed = True
-        self.pages = len(pages)
-
-    def restart(self, length: int) -> None:
-        """Forget all pages, and begin behind so many tokens that those to come hold."""
-        self.tables.fill(-1)
-        self.pages, self.length, self._changed = 0, length, True
-
-    def grow(self, tokens: int) -> bool:
-        if self.length + tokens > self.capacity:
-            self._check_capacity(tokens)
-        changed, self._changed = self._changed, False
-        return changed
+        for page in self.block_table.pages:
+            self.pool.free.extend(page.blocks)
+        if self._subnets is not None and self.subnet_row is not None:
+            self._subnets.remove(self.subnet_row)

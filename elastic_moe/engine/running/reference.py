@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
+from elastic_moe_kernels.constants import BLOCK_POSITIONS
 from torch import Tensor
 
-from elastic_moe.engine.running.paged import PagedSequence
-from elastic_moe.engine.running.runner import Chunk, ExpertCounts, Progress, Runner, StepOutput
-from elastic_moe.engine.scheduling.block_manager import PAGE_TOKENS
+from elastic_moe.engine.running.paged import BlockPool, PagedSequence
+from elastic_moe.engine.running.runner import Chunk, ExpertCounts, ModelRunner, Progress, StepOutput
 from elastic_moe.model.reference.expert_ranking import rank_channels, reorder_channels
 from elastic_moe.model.reference.transformer import ElasticTransformer, Trace
 
 
-class ReferenceRunner(Runner):
+class ReferenceRunner(ModelRunner):
     """The model that everything faster is compared with."""
 
     backend = "reference"
@@ -25,12 +25,12 @@ class ReferenceRunner(Runner):
         self.dtype = model.input_dtype or torch.float32
         self.device = model.embed_tokens.weight.device
         # A block: keys or values, 16 positions, key/value heads, channels.
-        shape = (2, PAGE_TOKENS, self.config.num_kv_heads, self.config.head_dim)
+        shape = (2, BLOCK_POSITIONS, self.config.num_kv_heads, self.config.head_dim)
         dtype, device = self.dtype, self.device
         super().__init__(lambda count: torch.empty((count, *shape), dtype=dtype, device=device))
 
-    def run(
-        self, chunks: Sequence[Chunk], *, states_after: Iterable[int] = (), trace: bool = False
+    def execute(
+        self, chunks: Sequence[Chunk], pool: BlockPool, states_after: Iterable[int], trace: bool
     ) -> StepOutput:
         states: dict[int, list[Tensor]] = {layers: [] for layers in sorted(set(states_after))}
         logits = [torch.empty(0, self.config.vocab_size, device=self.device)]
@@ -39,7 +39,7 @@ class ReferenceRunner(Runner):
         with torch.inference_mode():
             for number, chunk in enumerate(chunks):
                 seen = Trace()
-                x = self._run_chunk(chunk, states, seen)
+                x = self._run_chunk(chunk, pool, states, seen)
                 if chunk.logits != "none":
                     logits.append(self.model.logits(x if chunk.logits == "all" else x[-1:]))
                 for layer in seen.layers:
@@ -72,12 +72,13 @@ class ReferenceRunner(Runner):
         reorder_channels(self.model, order)
         return order
 
-    def _run_chunk(self, chunk: Chunk, states: dict[int, list[Tensor]], trace: Trace) -> Tensor:
+    def _run_chunk(
+        self, chunk: Chunk, pool: BlockPool, states: dict[int, list[Tensor]], trace: Trace
+    ) -> Tensor:
         """The stream (t, D) after the last layer; also kept after the layer counts of `states`."""
         sequence = chunk.sequence
-        sequence.grow(len(chunk.token_ids))
         ids = torch.tensor(list(map(int, chunk.token_ids)), device=self.device)
-        cache = _BlockCache(sequence)
+        cache = _BlockCache(sequence, pool)
         x = torch.empty(0)
         for layers, state in self.model.states(
             ids.unsqueeze(0), sequence.subnet, cache=cache, trace=trace
@@ -85,17 +86,16 @@ class ReferenceRunner(Runner):
             x = state[0]
             if layers in states:
                 states[layers].append(x)
-        sequence.length = cache.length
         return x
 
 
 class _BlockCache:
     """A sequence's blocks as the model's `Cache`."""
 
-    def __init__(self, sequence: PagedSequence) -> None:
-        self.length = sequence.length
-        self._tables = torch.from_numpy(sequence.tables).long()  # (L, B)
-        self._blocks = sequence.pool.blocks
+    def __init__(self, sequence: PagedSequence, pool: BlockPool) -> None:
+        self.length = sequence.num_computed_tokens
+        self._tables = torch.from_numpy(sequence.block_table.blocks).long()  # (L, B)
+        self._blocks = pool.blocks
 
     def layer(self, index: int) -> _LayerBlocks:
         return _LayerBlocks(self._blocks, self._tables[index].to(self._blocks.device), self.length)
@@ -108,8 +108,8 @@ class _LayerBlocks:
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         end = self._length + keys.shape[2]
         at = torch.arange(self._length, end, device=self._table.device)
-        block, lane = self._table[at // PAGE_TOKENS], at % PAGE_TOKENS  # (T,)
-        used = self._table[: -(-end // PAGE_TOKENS)]
+        block, lane = self._table[at // BLOCK_POSITIONS], at % BLOCK_POSITIONS  # (T,)
+        used = self._table[: -(-end // BLOCK_POSITIONS)]
         every = []
         for side, new in enumerate((keys, values)):
             self._blocks[block, side, lane] = new[0].transpose(0, 1).to(self._blocks.dtype)

@@ -1,6 +1,6 @@
 """Running a batch of tokens: the same interface over the PyTorch reference and the C++ step.
 
-A runner knows tokens, sub-networks and cached keys and values; nothing of text, sampling or
+A model runner knows tokens, sub-networks and cached keys and values; nothing of text, sampling or
 requests. One thread at a time may call it.
 """
 
@@ -16,17 +16,12 @@ import torch
 from elastic_moe_kernels.step import Counters
 from torch import Tensor
 
-from elastic_moe.engine.running.paged import (
-    BlockPool,
-    Ints,
-    ManagedSequence,
-    OwningSequence,
-    PagedSequence,
-)
+from elastic_moe.engine.running.paged import BlockPool, Ints, OwnedSequence, PagedSequence
+from elastic_moe.errors import EngineError
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.routing import Subnet
 
-Wanted = Literal["none", "best", "last", "all"]
+LogitsMode = Literal["none", "best", "last", "all"]
 NO_STATES: Mapping[int, Tensor] = MappingProxyType({})
 Progress = Callable[[int, int], None] | None
 
@@ -41,7 +36,7 @@ class Chunk(NamedTuple):  # a tuple: one is made for every token that is decoded
 
     sequence: PagedSequence
     token_ids: Sequence[int] | Ints
-    logits: Wanted = "last"
+    logits: LogitsMode = "last"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +84,7 @@ class StepOutput(NamedTuple):  # a tuple, as Chunk
     expert_counts: ExpertCounts | None = None
 
 
-class Runner(ABC):
+class ModelRunner(ABC):
     """Executes steps of one loaded model.
 
     Attributes:
@@ -107,7 +102,7 @@ class Runner(ABC):
     level: str | None = None
 
     def __init__(self, new_blocks: Callable[[int], Tensor]) -> None:
-        """`new_blocks` makes room for so many blocks."""
+        """`new_blocks` allocates so many blocks."""
         self._own_pool = BlockPool(new_blocks)
         self._managed_pool = BlockPool(new_blocks)
 
@@ -116,29 +111,52 @@ class Runner(ABC):
         """Bytes of keys and values of 16 positions in one layer."""
         return self._own_pool.block_bytes
 
-    def open(self, subnet: Subnet, capacity: int) -> PagedSequence:
-        """A new sequence that may grow to `capacity` tokens; it takes blocks as it grows."""
-        return OwningSequence(subnet, capacity, self._own_pool)
-
     def reserve(self, blocks: int) -> None:
-        """Have room for so many blocks, which a block manager gives out to managed sequences."""
+        """Have so many blocks for scheduled sequences, which a block manager gives out."""
         self._managed_pool.reserve(blocks)
 
-    def open_managed(self, subnet: Subnet, capacity: int) -> ManagedSequence:
-        """A new sequence that is told which blocks it has."""
-        return ManagedSequence(subnet, capacity, self._managed_pool)
+    def add(self, sequence: PagedSequence) -> None:  # noqa: B027  (nothing to do for most)
+        """Learn the sub-network of a sequence that will run."""
 
-    @abstractmethod
+    def remove(self, sequence: PagedSequence) -> None:  # noqa: B027
+        """Forget the sub-network of a sequence that was added."""
+
+    def open(self, subnet: Subnet, capacity: int) -> OwnedSequence:
+        """A new sequence outside any scheduler, which may grow to `capacity` tokens.
+
+        `run` takes blocks for it and advances its `num_computed_tokens`.
+        """
+        return OwnedSequence(subnet, capacity, self._own_pool, None)
+
     def run(
         self, chunks: Sequence[Chunk], *, states_after: Iterable[int] = (), trace: bool = False
     ) -> StepOutput:
         """Run the next tokens of some sequences, each under its own sub-network.
 
         Args:
-            chunks: at most one per sequence; all of `open`, or all of `open_managed`.
+            chunks: at most one per sequence; all of `open`, or all scheduled: then their blocks are
+                allocated already, and nothing of a sequence changes.
             states_after: layer counts after which to return the residual stream.
             trace: whether to count which experts ran.
         """
+        if not chunks or not isinstance(chunks[0].sequence, OwnedSequence):
+            return self.execute(chunks, self._managed_pool, states_after, trace)
+        for sequence, token_ids, _ in chunks:
+            if not isinstance(sequence, OwnedSequence):
+                raise EngineError("a step runs scheduled sequences, or others, not both.")
+            if sequence.subnet_row is None:
+                self.add(sequence)
+            sequence.grow(len(token_ids))
+        output = self.execute(chunks, self._own_pool, states_after, trace)
+        for sequence, token_ids, _ in chunks:
+            sequence.num_computed_tokens += len(token_ids)
+        return output
+
+    @abstractmethod
+    def execute(
+        self, chunks: Sequence[Chunk], pool: BlockPool, states_after: Iterable[int], trace: bool
+    ) -> StepOutput:
+        """Run chunks whose blocks, of `pool`, are allocated; sequences are only read."""
 
     @abstractmethod
     def logits(self, states: Tensor) -> Tensor:

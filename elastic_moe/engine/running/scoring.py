@@ -13,18 +13,20 @@ from torch import Tensor
 
 from elastic_moe.engine.core import EngineCore
 from elastic_moe.engine.outputs import AppliedRouting, Embedding
-from elastic_moe.engine.running.runner import Chunk, Runner, StepOutput, Wanted
+from elastic_moe.engine.running.runner import Chunk, LogitsMode, ModelRunner, StepOutput
 from elastic_moe.routing import Subnet
 
 CHUNK_TOKENS = 1024
 
 
-def score(core: EngineCore, runner: Runner, subnet: Subnet, tokens: Sequence[int]) -> Tensor:
+def score(core: EngineCore, runner: ModelRunner, subnet: Subnet, tokens: Sequence[int]) -> Tensor:
     """Logits (T, V) float32."""
     return torch.cat([out.logits for out in _read(core, runner, subnet, tokens, "all")])
 
 
-def embed(core: EngineCore, runner: Runner, subnet: Subnet, tokens: Sequence[int]) -> Embedding:
+def embed(
+    core: EngineCore, runner: ModelRunner, subnet: Subnet, tokens: Sequence[int]
+) -> Embedding:
     """The mean of the states that the head would see, scaled to length 1."""
     last = len(subnet.layers)
     total, experts = torch.zeros(runner.config.hidden_size, dtype=torch.float64), 0
@@ -38,10 +40,10 @@ def embed(core: EngineCore, runner: Runner, subnet: Subnet, tokens: Sequence[int
 
 def _read(
     core: EngineCore,
-    runner: Runner,
+    runner: ModelRunner,
     subnet: Subnet,
     tokens: Sequence[int],
-    logits: Wanted,
+    logits: LogitsMode,
     states_after: Sequence[int] = (),
 ) -> Iterator[StepOutput]:
     """Run the tokens, a chunk at a time."""

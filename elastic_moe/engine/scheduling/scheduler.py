@@ -1,10 +1,11 @@
 """Which tokens of which sequences run next: continuous batching with chunked prefill, no tensors.
 
-Sequences are served in the order of their arrival. In every step those that write get their one
-token first; what is left of the step's tokens goes to prompts, chunk by chunk, and to newcomers. A
-long prompt leaves half of what is left to those behind it. When blocks run out, the sequence that
-came last is put back and computed again later, from its tokens: the one that came first always
-gets on, and as no sequence is let in that needs more blocks than there are, all come to their end.
+Sequences are served in the order of their arrival. In every step those that decode get their one
+token first; the rest of the step's tokens goes to prompts, chunk by chunk, and to new sequences. A
+long prompt leaves half of the remaining tokens to those behind it. When blocks run out, the
+sequence that came last is preempted and computed again later, from its tokens. The one that came
+first always proceeds, and no sequence is admitted that needs more blocks than there are, so all
+finish.
 """
 
 from __future__ import annotations
@@ -13,197 +14,215 @@ from bisect import insort
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from elastic_moe.engine.scheduling.block_manager import PAGE_TOKENS, BlockManager
-from elastic_moe.engine.sequence import Sequence, pages_for
+from elastic_moe_kernels.constants import BLOCK_POSITIONS
+
+from elastic_moe.engine.request import Sequence
+from elastic_moe.engine.scheduling.block_manager import BlockManager, pages_for
 from elastic_moe.errors import EngineError
 
 _ARRIVAL = attrgetter("arrival")
 
 
 @dataclass(slots=True)
-class Plan:
+class SchedulerOutput:
     """One step.
 
     Attributes:
-        parts: sequences and how many of their next tokens run.
-        preempted: sequences that were put back.
+        scheduled: sequences and how many of their next tokens run.
+        preempted: sequences that lost their blocks and wait again.
     """
 
-    parts: list[tuple[Sequence, int]] = field(default_factory=list)
+    scheduled: list[tuple[Sequence, int]] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
 
 
 class Scheduler:
-    """Sequences that wait and that run. Not safe for use from several threads.
+    """Sequences that wait and that run. For one thread.
+
+    It sets the progress of sequences (`num_computed_tokens`); the block manager owns their tables.
 
     Args:
-        blocks: where their pages come from.
-        max_step_tokens: tokens of one step, at most; those that decode count too.
-        max_sequences: sequences that run at once, at most.
+        blocks: allocates their pages.
+        max_num_batched_tokens: tokens of one step, at most; those that decode count too.
+        max_num_seqs: sequences that run at once, at most.
 
     Attributes:
         waiting, running: in the order of their arrival.
     """
 
-    def __init__(self, blocks: BlockManager, *, max_step_tokens: int, max_sequences: int) -> None:
-        if not 1 <= max_sequences <= max_step_tokens:
+    def __init__(
+        self, blocks: BlockManager, *, max_num_batched_tokens: int, max_num_seqs: int
+    ) -> None:
+        if not 1 <= max_num_seqs <= max_num_batched_tokens:
             raise EngineError(
                 f"max_num_seqs must be in [1, max_num_batched_tokens], as each of them decodes one "
-                f"token a step, got {max_sequences} and {max_step_tokens}."
+                f"token a step, got {max_num_seqs} and {max_num_batched_tokens}."
             )
         self.blocks = blocks
-        self.max_step_tokens = max_step_tokens
-        self.max_sequences = max_sequences
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_seqs = max_num_seqs
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
 
     @property
     def busy(self) -> bool:
+        """Whether a sequence waits or runs."""
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait for its turn."""
+        """Queue a sequence."""
         insort(self.waiting, sequence, key=_ARRIVAL)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, wherever it is; its pages are free at once."""
+        """Drop a sequence from its queue; its pages are free at once."""
         for queue in (self.running, self.waiting):
             if sequence in queue:
                 queue.remove(sequence)
-        self._give_back(sequence)
-        sequence.prompt_done = True
+        self._reset(sequence)
+        sequence.prompt_computed = True  # never will be: the other choices need not wait
 
-    def plan(self) -> Plan:
-        """Choose the next step's tokens; their pages are there then."""
-        plan = Plan()
-        budget = self.max_step_tokens
+    def schedule(self) -> SchedulerOutput:
+        """Choose the next step's tokens, and allocate their pages."""
+        output = SchedulerOutput()
+        budget = self.max_num_batched_tokens
         prompts = []
         for sequence in list(self.running):
-            if len(sequence.token_ids) - sequence.computed > 1:
+            if len(sequence.token_ids) - sequence.num_computed_tokens > 1:
                 prompts.append(sequence)
-            elif self._in_turn(sequence, plan):
-                plan.parts.append((sequence, 1))
+            elif self._schedule_decode(sequence, output):
+                output.scheduled.append((sequence, 1))
                 budget -= 1
-        if plan.preempted:
+        if output.preempted:
             prompts = [sequence for sequence in prompts if sequence in self.running]
-        short = False
+        out_of_blocks = False
         for i, sequence in enumerate(prompts):
             others = i + 1 < len(prompts) or bool(self.waiting)
-            wanted = min(sequence.remaining, _share(budget, others))
-            count = self._make_room(sequence, wanted)
+            wanted = min(sequence.num_new_tokens, _share(budget, others))
+            count = self._allocate(sequence, wanted)
             if count:
-                plan.parts.append((sequence, count))
+                output.scheduled.append((sequence, count))
                 budget -= count
             if count < wanted:  # the next blocks are for this one, not for those behind it
-                short = True
+                out_of_blocks = True
                 break
-        while self.running and not plan.parts:
-            # Prompts alone, and each waits for blocks of another: the last one gives its own.
-            self._preempt(self.running[-1], plan)
+        while self.running and not output.scheduled:
+            # Prompts alone, each waiting for blocks of another: preempt the one that came last.
+            self._preempt(self.running[-1], output)
             for sequence in self.running[:1]:
-                count = self._make_room(sequence, min(sequence.remaining, budget))
-                plan.parts.extend([(sequence, count)] if count else [])
+                count = self._allocate(sequence, min(sequence.num_new_tokens, budget))
+                output.scheduled.extend([(sequence, count)] if count else [])
                 budget -= count
-        if not plan.preempted and not short:
-            self._admit(plan, budget)
-        return plan
+        if not output.preempted and not out_of_blocks:
+            self._admit(output, budget)
+        return output
 
-    def computed(self, sequence: Sequence, count: int) -> None:
-        """Say that so many of its tokens have run; pages that are full now may be shared."""
-        sequence.computed += count
-        sequence.prompt_done |= sequence.computed >= sequence.prompt_tokens
-        full = sequence.computed // PAGE_TOKENS
-        if full > sequence.published:
+    def update(self, sequence: Sequence, count: int) -> None:
+        """Record that so many of its tokens have run; full pages join the prefix cache."""
+        sequence.num_computed_tokens += count
+        computed = sequence.num_computed_tokens
+        sequence.prompt_computed |= computed >= sequence.num_prompt_tokens
+        full = computed // BLOCK_POSITIONS
+        if full > sequence.num_published_pages:
             keys = sequence.tokens_keys(full)
-            for page in range(sequence.published, full):
-                self.blocks.publish(sequence.pages[page], keys[page], sequence.kv_keys)
-            sequence.published = full
+            pages = sequence.block_table.pages
+            for page in range(sequence.num_published_pages, full):
+                self.blocks.publish(pages[page], keys[page], sequence.subnet.kv_keys)
+            sequence.num_published_pages = full
 
     def check_integrity(self) -> None:
-        """Raise `EngineError` unless queues, pages and progress fit together."""
-        self.blocks.check_integrity([s.pages for s in self.running + self.waiting])
+        """Raise `EngineError` unless queues, block tables and progress fit together."""
+        tables = {s: s.block_table for s in self.running + self.waiting}
+        self.blocks.check_integrity([table.pages for table in tables.values()])
         for broken, what in (
-            (self.running != sorted(self.running, key=_ARRIVAL), "who runs is out of order"),
-            (self.waiting != sorted(self.waiting, key=_ARRIVAL), "who waits is out of order"),
+            (self.running != sorted(self.running, key=_ARRIVAL), "running is out of order"),
+            (self.waiting != sorted(self.waiting, key=_ARRIVAL), "waiting is out of order"),
             (bool(set(self.running) & set(self.waiting)), "a sequence waits and runs"),
-            (len(self.running) > self.max_sequences, "too many sequences run"),
-            (any(s.pages or s.computed for s in self.waiting), "a sequence that waits has pages"),
+            (len(self.running) > self.max_num_seqs, "too many sequences run"),
             (
-                any(s.computed > PAGE_TOKENS * len(s.pages) for s in self.running),
+                any(tables[s].pages or s.num_computed_tokens for s in self.waiting),
+                "a sequence that waits has pages",
+            ),
+            (
+                any(s.num_computed_tokens > tables[s].num_positions for s in self.running),
                 "a sequence has computed more than its pages hold",
             ),
             (
-                any(len(page.blocks) < s.depth for s in self.running for page in s.pages),
+                any(len(p.blocks) < s.subnet.depth for s in self.running for p in tables[s].pages),
                 "a page lacks layers of its sequence",
+            ),
+            (
+                any(
+                    tables[s].blocks[layer, i] != block
+                    for s in self.running
+                    for i, page in enumerate(tables[s].pages)
+                    for layer, block in zip(s.subnet.active_layers, page.blocks, strict=False)
+                ),
+                "a block table names other blocks than its pages",
             ),
         ):
             if broken:
                 raise EngineError(f"the scheduler is broken: {what}.")
 
-    def _in_turn(self, sequence: Sequence, plan: Plan) -> bool:
-        """Have room for one token, at the cost of those that came later; False if none is left."""
-        if len(sequence.pages) * PAGE_TOKENS > sequence.computed and not plan.preempted:
+    def _schedule_decode(self, sequence: Sequence, output: SchedulerOutput) -> bool:
+        """Allocate one token, at the cost of those that came later; False if it is preempted."""
+        fits = len(sequence.block_table.pages) * BLOCK_POSITIONS > sequence.num_computed_tokens
+        if fits and not output.preempted:
             return True
         while sequence in self.running:
-            if self._make_room(sequence, 1):
+            if self._allocate(sequence, 1):
                 return True
-            self._preempt(self.running[-1], plan)
+            self._preempt(self.running[-1], output)
         return False
 
-    def _make_room(self, sequence: Sequence, count: int) -> int:
-        """Add pages for the next `count` tokens; how many of them have room."""
-        while (room := len(sequence.pages) * PAGE_TOKENS - sequence.computed) < count:
-            page = self.blocks.allocate(sequence.depth)
-            if page is None:
-                return room
-            sequence.pages.append(page)
-        return count
+    def _allocate(self, sequence: Sequence, count: int) -> int:
+        """Allocate pages for the next `count` tokens; how many of them have a place."""
+        computed = sequence.num_computed_tokens
+        depth = sequence.subnet.depth
+        held = self.blocks.grow(sequence.block_table, computed + count, depth)
+        return min(count, held - computed)
 
-    def _admit(self, plan: Plan, budget: int) -> None:
-        """Let sequences in that wait, as long as there are tokens and blocks for them."""
+    def _admit(self, output: SchedulerOutput, budget: int) -> None:
+        """Start waiting sequences, as long as there are tokens and blocks for them."""
         for sequence in list(self.waiting):
-            if budget < 1 or len(self.running) >= self.max_sequences:
+            if budget < 1 or len(self.running) >= self.max_num_seqs:
                 return
-            if sequence.waits:
+            if sequence.waits_for_prompt:
                 continue
-            total = len(sequence.token_ids)
+            total, kv_keys = len(sequence.token_ids), sequence.subnet.kv_keys
             # The last token is always computed, for its logits.
-            keys = sequence.tokens_keys((total - 1) // PAGE_TOKENS)
-            found = self.blocks.match(keys if sequence.reads_cache else (), sequence.kv_keys)
-            needed = (pages_for(total) - len(found)) * sequence.depth
-            left = self.blocks.available_blocks - self.blocks.idle_blocks_of(found)
-            if needed > left:
+            keys = sequence.tokens_keys((total - 1) // BLOCK_POSITIONS)
+            cached = self.blocks.find_prefix(keys if sequence.reads_cache else (), kv_keys)
+            needed = (pages_for(total) - len(cached)) * len(kv_keys)
+            available = self.blocks.available_blocks - self.blocks.idle_blocks_of(cached)
+            if needed > available:
                 if self.running:
                     return
-                found = []  # pages of a deeper network hold more blocks than it may need itself
-            for page in found:
-                self.blocks.share(page)
-            sequence.pages = found
-            sequence.computed = PAGE_TOKENS * len(found)
-            sequence.published = len(found)
-            if sequence.cached_tokens is None:
-                sequence.cached_tokens = sequence.computed
+                cached = []  # pages of a deeper network hold more blocks than it may need itself
+            self.blocks.share(cached, sequence.block_table)
+            sequence.num_computed_tokens = BLOCK_POSITIONS * len(cached)
+            sequence.num_published_pages = len(cached)
+            if sequence.num_cached_tokens is None:
+                sequence.num_cached_tokens = sequence.num_computed_tokens
             self.waiting.remove(sequence)
             insort(self.running, sequence, key=_ARRIVAL)
-            count = min(sequence.remaining, _share(budget, bool(self.waiting)))
-            count = self._make_room(sequence, count)
-            plan.parts.append((sequence, count))
+            count = min(sequence.num_new_tokens, _share(budget, bool(self.waiting)))
+            count = self._allocate(sequence, count)
+            output.scheduled.append((sequence, count))
             budget -= count
 
-    def _preempt(self, sequence: Sequence, plan: Plan) -> None:
-        """Put a sequence back: it keeps its tokens, and begins anew when its turn comes."""
+    def _preempt(self, sequence: Sequence, output: SchedulerOutput) -> None:
+        """Take a sequence's blocks: it keeps its tokens, and is computed again in its turn."""
         self.running.remove(sequence)
-        self._give_back(sequence)
+        self._reset(sequence)
         self.add(sequence)
-        plan.preempted.append(sequence)
-        plan.parts = [part for part in plan.parts if part[0] is not sequence]
+        output.preempted.append(sequence)
+        output.scheduled = [part for part in output.scheduled if part[0] is not sequence]
 
-    def _give_back(self, sequence: Sequence) -> None:
-        self.blocks.release(sequence.pages)
-        sequence.pages = []
-        sequence.computed = sequence.published = 0
+    def _reset(self, sequence: Sequence) -> None:
+        self.blocks.free(sequence.block_table)
+        sequence.num_computed_tokens = sequence.num_published_pages = 0
 
 
 def _share(budget: int, others: bool) -> int:
-    """What a prompt may take of the tokens that are left, if others wait behind it or not."""
+    """Tokens of the budget that a prompt may take, if others wait behind it or not."""
     return -(-budget // 2) if others else budget

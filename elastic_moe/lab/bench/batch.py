@@ -13,7 +13,7 @@ from elastic_moe_kernels.step import Counters
 from torch import Tensor
 
 from elastic_moe.engine.running.paged import PagedSequence
-from elastic_moe.engine.running.runner import Chunk, Runner
+from elastic_moe.engine.running.runner import Chunk, ModelRunner
 from elastic_moe.errors import EngineError
 from elastic_moe.routing import Subnet
 
@@ -48,7 +48,7 @@ class Batch:
         level: the instruction-set level that runs; None on the reference.
     """
 
-    def __init__(self, runner: Runner, *, room: int = 64) -> None:
+    def __init__(self, runner: ModelRunner, *, room: int = 64) -> None:
         """`room`: most tokens that are decoded after the prompts."""
         self.runner, self._room = runner, room
         self.backend = runner.backend

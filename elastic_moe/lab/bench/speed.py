@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from elastic_moe.engine.running.runner import Chunk, Runner
+from elastic_moe.engine.running.runner import Chunk, ModelRunner
 from elastic_moe.routing import Subnet
 
 PREFILL_TOKENS = 512
@@ -16,7 +16,7 @@ DECODE_CONTEXT_TOKENS = 64
 
 
 def measure_speed(
-    runner: Runner,
+    runner: ModelRunner,
     subnets: Sequence[Subnet],
     ids: Sequence[int],
     *,
@@ -56,7 +56,7 @@ def measure_speed(
 
 
 def _time_once(
-    runner: Runner, subnet: Subnet, prompt: Sequence[int], decode_tokens: int
+    runner: ModelRunner, subnet: Subnet, prompt: Sequence[int], decode_tokens: int
 ) -> tuple[float, float]:
     """Seconds of one prefill (last row's logits), and of decoding `decode_tokens` tokens."""
     sequence = runner.open(subnet, len(prompt))

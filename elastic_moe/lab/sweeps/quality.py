@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from elastic_moe.engine.running.runner import Chunk, ExpertCounts, Runner, StepOutput
+from elastic_moe.engine.running.runner import Chunk, ExpertCounts, ModelRunner, StepOutput
 from elastic_moe.errors import ElasticMoEError
 from elastic_moe.lab.sweeps.text import EvaluationSet
 from elastic_moe.routing import Subnet
@@ -117,7 +117,7 @@ class FullNetwork:
 
 
 def measure_depths(
-    runner: Runner,
+    runner: ModelRunner,
     text: EvaluationSet,
     deepest: Subnet,
     depths: Sequence[int],
@@ -173,7 +173,7 @@ def measure_depths(
     yield done, {depth: total.quality(use, depth) for depth, total in sums.items()}
 
 
-def _logprobs(runner: Runner, x: Tensor) -> Tensor:
+def _logprobs(runner: ModelRunner, x: Tensor) -> Tensor:
     """Residual stream (n, D) -> log-probabilities (n, V)."""
     return torch.log_softmax(runner.logits(x), dim=-1)
 

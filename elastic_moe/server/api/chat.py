@@ -17,7 +17,7 @@ from elastic_moe.server.api.sampling import sampling_params
 from elastic_moe.server.errors import ApiError
 from elastic_moe.server.routing.request import RoutingRequest
 from elastic_moe.server.service import Service, usage
-from elastic_moe.server.sse import EventStream, TextEvent, event, merged
+from elastic_moe.server.sse import EventStream, TextEvent, event
 from elastic_moe.server.tools.choice import ToolUse, ToolWriter, read_arguments
 
 RESERVED = {"messages", "add_generation_prompt", "tools"}
@@ -145,7 +145,7 @@ class Chat(Answering):
             }
             return {**head, "choices": [choice]}
 
-        async for _, delta in merged(self.streams([ids], params)):
+        async for delta in self.stream([ids], params):
             plain = events.get(delta.choice)
             if writer is not None:
                 for piece in writer.pieces(delta):

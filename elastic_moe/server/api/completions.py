@@ -18,7 +18,7 @@ from elastic_moe.server.api.sampling import sampling_params
 from elastic_moe.server.errors import ApiError
 from elastic_moe.server.routing.request import RoutingRequest
 from elastic_moe.server.service import Service, usage
-from elastic_moe.server.sse import EventStream, TextEvent, event, merged
+from elastic_moe.server.sse import EventStream, TextEvent, event
 
 MAX_TOKENS = 16  # OpenAI's default
 MAX_PROMPTS = 1024
@@ -115,8 +115,9 @@ class TextCompleting(Answering):
         ) -> dict[str, Any]:
             return {"index": index, "text": text, "logprobs": told, "finish_reason": reason}
 
-        async for number, delta in merged(self.streams(prompts, params)):
-            index, text, told = number * n + delta.choice, delta.text, None
+        async for delta in self.stream(prompts, params):
+            number, text, told = delta.prompt, delta.text, None
+            index = number * n + delta.choice
             plain = events.get(index)
             if plain is not None and delta.logprobs is None and delta.finish_reason is None:
                 if text:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -72,17 +73,18 @@ class Answering:
         """Complete all prompts, unless the client goes."""
         subnet, params = self.routing.subnet, forced(params, self._request.injection)
         work = self.service.engine.agenerate(prompts, subnet, params)
-        done: list[Completion] = await unless_gone(receive, work)
+        done = await unless_gone(receive, work)
         self.account.completions += done
         return done
 
-    def streams(
+    async def stream(
         self, prompts: Sequence[list[int]], params: SamplingParams
-    ) -> list[AsyncGenerator[Delta]]:
+    ) -> AsyncIterator[Delta]:
         """The same, piece by piece."""
         subnet, params = self.routing.subnet, forced(params, self._request.injection)
-        astream = self.service.engine.astream
-        return [astream(prompt, subnet, params) for prompt in prompts]
+        async with aclosing(self.service.engine.astream(prompts, subnet, params)) as deltas:
+            async for delta in deltas:
+                yield delta
 
 
 def forced(params: SamplingParams, injection: Injection | None) -> SamplingParams:

@@ -24,7 +24,7 @@ def rate_limits(engine: Engine, metrics: Metrics) -> dict[str, str]:
         stats = engine.stats()
     except EngineError:  # closed: it takes nothing, and the answer says so
         return {}
-    limit = engine.options.max_queue
+    limit = engine.engine_config.max_queue
     headers = {
         "x-ratelimit-limit-requests": str(limit),
         "x-ratelimit-remaining-requests": str(max(0, limit - stats.unfinished)),

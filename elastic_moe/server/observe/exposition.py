@@ -179,7 +179,7 @@ class Exposition(Collector):
         yield _gauge(
             "elastic_moe:queue_limit",
             "Requests that may be unfinished; more are answered 429.",
-            self._engine.options.max_queue,
+            self._engine.engine_config.max_queue,
             model,
         )
 

@@ -11,12 +11,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from elastic_moe import Engine, SamplingParams
-from elastic_moe.engine.generation.detokenizer import TextWriter
-from elastic_moe.engine.generation.generation import Generation, Piece
+from elastic_moe.engine.generation.detokenizer import Detokenizer
 from elastic_moe.engine.generation.sampler import Sampler
+from elastic_moe.engine.request import Request, Sequence, SequenceOutput
+from elastic_moe.engine.streams import BlockingOutputs
 from elastic_moe.errors import CheckpointError
 from elastic_moe.model.checkpoints.folder import find_checkpoint
 from elastic_moe.model.text.tokenizer import TextStream, Tokenizer
+from elastic_moe.routing import Subnet
+from tests.routing.shapes import MINI
 
 TOKENIZER = Tokenizer(find_checkpoint("elastic-mini"))
 A, END = TOKENIZER.encode("a!", add_special_tokens=False)  # both have a text of their own
@@ -25,14 +28,14 @@ HALF = TOKENIZER.encode("\N{SNOWMAN}", add_special_tokens=False)[:1]  # of a cha
 
 def texts(ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], str, bool]:
     """The pieces, the whole, and whether it stopped."""
-    writer, pieces = TextWriter(TOKENIZER, stop), []
+    detokenizer, pieces = Detokenizer(TOKENIZER, stop), []
     for count, token in enumerate(ids, 1):
-        pieces.append(writer.write(token))
-        if writer.stopped:
+        pieces.append(detokenizer.add(token))
+        if detokenizer.stopped:
             ids = ids[:count]
             break
-    pieces.append(writer.finish(ids))
-    return pieces, writer.text, writer.stopped
+    pieces.append(detokenizer.finish(ids))
+    return pieces, detokenizer.text, detokenizer.stopped
 
 
 def test_half_a_character_becomes_a_replacement_at_the_end_alone() -> None:
@@ -48,7 +51,7 @@ def test_half_a_character_becomes_a_replacement_at_the_end_alone() -> None:
 @given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=30))
 def test_pieces_make_up_the_text_that_is_made_at_once(ids: list[int]) -> None:
     pieces, text, _ = texts(ids)
-    at_once = TextWriter(TOKENIZER)
+    at_once = Detokenizer(TOKENIZER)
     assert at_once.finish(ids) == at_once.text == TOKENIZER.decode(ids)
     assert "".join(pieces) == text == at_once.text
 
@@ -79,18 +82,19 @@ def test_whoever_reads_a_text_in_pieces_or_at_once_gets_the_same(mini: Engine) -
 
 @pytest.mark.parametrize("stop", [(), ("never",)])
 def test_an_end_token_is_no_text_but_may_cut_a_character(stop: tuple[str, ...]) -> None:
-    def write(*tokens: int) -> tuple[Generation, list[Piece]]:
+    def write(*tokens: int) -> tuple[Sequence, list[SequenceOutput]]:
         params = SamplingParams(stop=stop, max_tokens=9)
+        request = Request([A], Subnet.full(MINI), params, BlockingOutputs())
         sampler = Sampler(params, [], 0, {END})
-        generation = Generation(TOKENIZER, params, sampler, 0, {END}, None)
-        return generation, [generation.take(None, token) for token in tokens]
+        sequence = request.add_sequence(sampler, Detokenizer(TOKENIZER, stop), {END})
+        return sequence, [sequence.sample(None, token) for token in tokens]
 
-    generation, pieces = write(A, *HALF, END)
-    assert [piece.finish_reason for piece in pieces] == [None, None, "stop"]
-    assert [piece.delta().text for piece in pieces] == ["a", "", "\ufffd"]
-    assert generation.choice().text == "a\ufffd"
-    assert generation.choice().token_ids == (A, *HALF, END)
-    assert write(A, *HALF, END)[0].choice() == generation.choice()  # nothing was read before
+    sequence, outputs = write(A, *HALF, END)
+    assert [output.finish_reason for output in outputs] == [None, None, "stop"]
+    assert [output.delta().text for output in outputs] == ["a", "", "\ufffd"]
+    assert sequence.choice().text == "a\ufffd"
+    assert sequence.choice().token_ids == (A, *HALF, END)
+    assert write(A, *HALF, END)[0].choice() == sequence.choice()  # nothing was read before
     assert write(END)[1][0].delta().text == ""
 
 

@@ -31,9 +31,9 @@ def draws(count: int = 4000, **params: Any) -> list[float]:
 
 def test_temperature_zero_takes_the_likeliest() -> None:
     greedy = sampler()
-    assert greedy.wanted == "best"
+    assert greedy.logits_mode == "best"
     assert greedy.choose(None, 1) == 1
-    assert sampler(logprobs=0).wanted == "last"
+    assert sampler(logprobs=0).logits_mode == "last"
     assert sampler(temperature=0.0, logit_bias={3: 5.0}).choose(LOGITS, 1) == 3
 
 

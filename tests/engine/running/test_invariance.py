@@ -112,17 +112,17 @@ def test_every_one_of_33_sequences_gets_the_bits_that_it_gets_alone(
     sequences = [runner.open(s, len(ids)) for s, ids in zip(subnets, texts, strict=True)]
     got: list[list[Tensor]] = [[] for _ in subnets]
     shared = 0
-    while any(s.length < len(ids) for s, ids in zip(sequences, texts, strict=True)):
+    while any(s.num_computed_tokens < len(ids) for s, ids in zip(sequences, texts, strict=True)):
         who = [
             i
             for i in rng.permutation(len(subnets)).tolist()
-            if sequences[i].length < len(texts[i]) and rng.random() < 0.9
+            if sequences[i].num_computed_tokens < len(texts[i]) and rng.random() < 0.9
         ]
         if not who:
             continue
         chunks = []
         for i in who:
-            start = sequences[i].length
+            start = sequences[i].num_computed_tokens
             size = int(rng.choice([1, 1, 1, 2, 5, 13]))
             chunks.append(Chunk(sequences[i], texts[i][start : start + size], "all"))
         out = runner.run(chunks)
@@ -159,12 +159,12 @@ def test_a_shallower_network_may_go_on_from_the_cache_of_a_deeper_one(
     runner.run([Chunk(ahead, ids[:30], "none")])
     sequence = runner.open(shallow, 40)
     sequence.grow(30)
-    tables = ahead.tables[:3, :2]
+    tables = ahead.block_table.blocks[:3, :2]
     blocks = runner._own_pool.blocks
-    blocks[torch.from_numpy(sequence.tables[:3, :2].flatten()).long()] = blocks[
+    blocks[torch.from_numpy(sequence.block_table.blocks[:3, :2].flatten()).long()] = blocks[
         torch.from_numpy(tables.flatten()).long()
     ]
-    sequence.length = 30
+    sequence.num_computed_tokens = 30
     got = runner.run([Chunk(sequence, ids[30:], "all")]).logits
     assert torch.equal(got, alone(runner, shallow, ids)[30:])
 

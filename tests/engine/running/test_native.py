@@ -16,7 +16,7 @@ from elastic_moe.engine.running import native as native_runner
 from elastic_moe.engine.running import paged
 from elastic_moe.engine.running.native import NativeRunner
 from elastic_moe.engine.running.paged import PagedSequence
-from elastic_moe.engine.running.runner import Chunk, StepOutput, Wanted
+from elastic_moe.engine.running.runner import Chunk, LogitsMode, StepOutput
 from elastic_moe.errors import EngineError
 from elastic_moe.routing import Subnet, resolve
 
@@ -56,9 +56,9 @@ class Texts:
         self.want = [whole(runner, i) for i in range(len(TEXTS))]
         self.sequences: list[PagedSequence] = [runner.open(s, LENGTH) for s in subnets(runner)]
 
-    def feed(self, *numbers: int, wanted: Wanted = "last") -> StepOutput:
+    def feed(self, *numbers: int, wanted: LogitsMode = "last") -> StepOutput:
         """One more token of each of these, and compare."""
-        places = [self.sequences[i].length for i in numbers]
+        places = [self.sequences[i].num_computed_tokens for i in numbers]
         chunks = [
             Chunk(self.sequences[i], TEXTS[i][at : at + 1], wanted)
             for i, at in zip(numbers, places, strict=True)
@@ -87,7 +87,7 @@ def prepared(runner: NativeRunner, monkeypatch: pytest.MonkeyPatch) -> list[int]
 
 @pytest.mark.parametrize("wanted", ["best", "last"])
 def test_decoding_builds_one_batch(
-    runner: NativeRunner, monkeypatch: pytest.MonkeyPatch, wanted: Wanted
+    runner: NativeRunner, monkeypatch: pytest.MonkeyPatch, wanted: LogitsMode
 ) -> None:
     texts = Texts(runner)
     built = prepared(runner, monkeypatch)
@@ -127,13 +127,15 @@ def test_what_runs_between_is_seen(runner: NativeRunner) -> None:
     texts = Texts(runner)
     texts.feed(0, 1)
     texts.feed(0, 1)
-    at = texts.sequences[0].length
+    at = texts.sequences[0].num_computed_tokens
     out = runner.run([Chunk(texts.sequences[0], TEXTS[0][at : at + 5], "all")])
     assert torch.equal(out.logits, texts.want[0][at : at + 5])
     texts.feed(0, 1)
     out = texts.feed(0, 1)
     assert out.expert_counts is None
-    chunks = [Chunk(texts.sequences[0], TEXTS[0][texts.sequences[0].length :][:1], "none")]
+    chunks = [
+        Chunk(texts.sequences[0], TEXTS[0][texts.sequences[0].num_computed_tokens :][:1], "none")
+    ]
     traced = runner.run(chunks, states_after=[2], trace=True)
     assert traced.expert_counts is not None
     assert list(traced.states) == [2]
@@ -144,7 +146,7 @@ def test_a_sequence_set_back_is_run_where_it_says(runner: NativeRunner) -> None:
     texts = Texts(runner)
     for _ in range(20):
         texts.feed(0, 1)
-    texts.sequences[0].length -= 7
+    texts.sequences[0].num_computed_tokens -= 7
     texts.feed(0, 1)
     texts.feed(0, 1)
 
@@ -211,5 +213,5 @@ def test_a_token_that_is_no_token_leaves_the_sequences_where_they_were(
         runner.run(
             [Chunk(texts.sequences[0], [5], "last"), Chunk(texts.sequences[1], [-1], "last")]
         )
-    assert [s.length for s in texts.sequences[:2]] == [2, 2]
+    assert [s.num_computed_tokens for s in texts.sequences[:2]] == [2, 2]
     texts.feed(0, 1)

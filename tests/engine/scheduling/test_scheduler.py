@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
+from elastic_moe_kernels.constants import BLOCK_POSITIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_moe.engine.scheduling.block_manager import PAGE_TOKENS, BlockManager, Page
-from elastic_moe.engine.scheduling.scheduler import Plan, Scheduler
-from elastic_moe.engine.sequence import Sequence, pages_for
+from elastic_moe.engine.generation.sampler import Sampler
+from elastic_moe.engine.request import Request, Sequence
+from elastic_moe.engine.sampling_params import SamplingParams
+from elastic_moe.engine.scheduling.block_manager import BlockManager, Page, pages_for
+from elastic_moe.engine.scheduling.scheduler import Scheduler, SchedulerOutput
+from elastic_moe.engine.streams import BlockingOutputs
 from elastic_moe.errors import EngineError
 from elastic_moe.routing import Subnet, resolve
 from tests.routing.shapes import MINI
 
 FULL = resolve(MINI)
+
+
+def sequence_of(number: int, prompt: list[int], subnet: Subnet, new_tokens: int) -> Sequence:
+    """The first choice of a request; one more token is appended at its end."""
+    params = SamplingParams(max_tokens=new_tokens + 1)
+    request = Request(prompt, subnet, params, BlockingOutputs())
+    request.number = number
+    return choice_of(request)
+
+
+def choice_of(request: Request) -> Sequence:
+    detokenizer: Any = None  # no text is made here
+    return request.add_sequence(Sampler(request.params, (), 0, ()), detokenizer)
 
 
 class World:
@@ -29,7 +47,7 @@ class World:
     def __init__(self, blocks: int, step_tokens: int, sequences: int, **options: bool) -> None:
         self.blocks = BlockManager(blocks, **options)
         self.scheduler = Scheduler(
-            self.blocks, max_step_tokens=step_tokens, max_sequences=sequences
+            self.blocks, max_num_batched_tokens=step_tokens, max_num_seqs=sequences
         )
         self.stored: dict[tuple[int, int], tuple[bytes, tuple[int, ...]]] = {}
         self.goals: dict[Sequence, int] = {}
@@ -37,35 +55,35 @@ class World:
         self.preempted = 0
 
     def add(self, number: int, prompt: list[int], subnet: Subnet, new_tokens: int) -> Sequence:
-        sequence = Sequence((number, 0), prompt, subnet.kv_keys)
+        sequence = sequence_of(number, prompt, subnet, new_tokens)
         assert pages_for(len(prompt) + new_tokens) * subnet.depth <= self.blocks.num_blocks
         self.goals[sequence] = len(prompt) + new_tokens
         self.scheduler.add(sequence)
         return sequence
 
-    def step(self) -> Plan:
+    def step(self) -> SchedulerOutput:
         scheduler = self.scheduler
-        decoding = [s for s in scheduler.running if s.remaining == 1]
-        plan = scheduler.plan()
+        decoding = [s for s in scheduler.running if s.num_new_tokens == 1]
+        output = scheduler.schedule()
         scheduler.check_integrity()
         self.steps += 1
-        self.preempted += len(plan.preempted)
-        assert plan.parts or plan.preempted, "nothing ran"
-        assert sum(count for _, count in plan.parts) <= scheduler.max_step_tokens
-        assert len({s for s, _ in plan.parts}) == len(plan.parts)
-        counts = dict(plan.parts)
+        self.preempted += len(output.preempted)
+        assert output.scheduled or output.preempted, "nothing ran"
+        assert sum(count for _, count in output.scheduled) <= scheduler.max_num_batched_tokens
+        assert len({s for s, _ in output.scheduled}) == len(output.scheduled)
+        counts = dict(output.scheduled)
         for sequence in decoding:
-            assert counts.get(sequence) == 1 or sequence in plan.preempted
-        for sequence, count in plan.parts:
-            assert 1 <= count <= sequence.remaining
+            assert counts.get(sequence) == 1 or sequence in output.preempted
+        for sequence, count in output.scheduled:
+            assert 1 <= count <= sequence.num_new_tokens
             self.write(sequence, count)
-        for sequence, count in plan.parts:
-            scheduler.computed(sequence, count)
+        for sequence, count in output.scheduled:
+            scheduler.update(sequence, count)
             self.read(sequence)
-            if not sequence.remaining:
+            if not sequence.num_new_tokens:
                 self.end_or_go_on(sequence)
         scheduler.check_integrity()
-        return plan
+        return output
 
     def end_or_go_on(self, sequence: Sequence) -> None:
         """The next token: a function of those before, as greedy decoding's."""
@@ -75,18 +93,18 @@ class World:
             del self.goals[sequence]
 
     def write(self, sequence: Sequence, count: int) -> None:
-        for position in range(sequence.computed, sequence.computed + count):
-            page = sequence.pages[position // PAGE_TOKENS]
+        for position in range(sequence.num_computed_tokens, sequence.num_computed_tokens + count):
+            page = sequence.block_table.pages[position // BLOCK_POSITIONS]
             assert page.tokens_key is None, "what others may read is written to"
-            for layer, key in enumerate(sequence.kv_keys):
-                place = (page.blocks[layer], position % PAGE_TOKENS)
+            for layer, key in enumerate(sequence.subnet.kv_keys):
+                place = (page.blocks[layer], position % BLOCK_POSITIONS)
                 self.stored[place] = (key, tuple(sequence.token_ids[: position + 1]))
 
     def read(self, sequence: Sequence) -> None:
-        for position in range(sequence.computed):
-            page = sequence.pages[position // PAGE_TOKENS]
-            for layer, key in enumerate(sequence.kv_keys):
-                found = self.stored[page.blocks[layer], position % PAGE_TOKENS]
+        for position in range(sequence.num_computed_tokens):
+            page = sequence.block_table.pages[position // BLOCK_POSITIONS]
+            for layer, key in enumerate(sequence.subnet.kv_keys):
+                found = self.stored[page.blocks[layer], position % BLOCK_POSITIONS]
                 assert found == (key, tuple(sequence.token_ids[: position + 1]))
 
     def run_all(self, limit: int = 5000) -> None:
@@ -123,7 +141,7 @@ def test_random_traffic_ends_and_reads_what_it_wrote(
     live: list[Sequence] = []
     for number in range(25):
         subnet = rng.choice(SUBNETS)
-        room = blocks // subnet.depth * PAGE_TOKENS
+        room = blocks // subnet.depth * BLOCK_POSITIONS
         prompt = base[: rng.randint(1, 60)] + [rng.randrange(3) for _ in range(rng.randint(0, 9))]
         prompt = prompt[: max(1, room - 1)]
         new = rng.randint(1, max(1, min(40, room - len(prompt))))
@@ -184,21 +202,21 @@ def test_a_prefix_serves_who_would_have_left_the_same(
 ) -> None:
     world = World(2000, 512, 4)
     prefill(world, TEXT, first)
-    assert prefill(world, TEXT, then).cached_tokens == cached
-    assert prefill(world, [9, *TEXT], then).cached_tokens == 0
+    assert prefill(world, TEXT, then).num_cached_tokens == cached
+    assert prefill(world, [9, *TEXT], then).num_cached_tokens == 0
 
 
 def test_the_last_token_is_computed_even_if_all_pages_are_there() -> None:
     world = World(2000, 512, 4)
     prefill(world, TEXT[:64], FULL)
-    assert prefill(world, TEXT[:64], FULL).cached_tokens == 48
-    assert prefill(world, TEXT[:65], FULL).cached_tokens == 64
+    assert prefill(world, TEXT[:64], FULL).num_cached_tokens == 48
+    assert prefill(world, TEXT[:65], FULL).num_cached_tokens == 64
 
 
 def test_without_prefix_caching_nothing_stays() -> None:
     world = World(2000, 512, 4, prefix_caching=False)
     prefill(world, TEXT, FULL)
-    assert prefill(world, TEXT, FULL).cached_tokens == 0
+    assert prefill(world, TEXT, FULL).num_cached_tokens == 0
     assert world.blocks.available_blocks == 2000
 
 
@@ -208,7 +226,7 @@ def test_the_end_of_a_text_is_evicted_before_its_beginning() -> None:
     prefill(world, TEXT[:95], subnet)  # 6 pages, and one is free
     prefill(world, [9] * 30, subnet)  # takes 2
     assert world.blocks.evicted_pages == 1
-    assert prefill(world, TEXT[:95], subnet).cached_tokens == 80
+    assert prefill(world, TEXT[:95], subnet).num_cached_tokens == 80
 
 
 def test_a_text_of_fewer_layers_takes_fewer_blocks() -> None:
@@ -236,8 +254,8 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     long = world.add(0, [i % 3 for i in range(1000)], SUBNETS[0], 1)
     short = world.add(1, [1, 2, 3], SUBNETS[0], 1)
     world.step()
-    assert short.computed == 3
-    assert 0 < long.computed < 64
+    assert short.num_computed_tokens == 3
+    assert 0 < long.num_computed_tokens < 64
 
 
 def test_a_long_prompt_comes_to_its_end_though_smaller_ones_keep_coming() -> None:
@@ -272,8 +290,8 @@ def test_who_came_last_is_put_back() -> None:
     order = [world.add(number, [number] * 15, SUBNETS[0], 20) for number in range(3)]
     seen: Counter[int] = Counter()
     while world.scheduler.busy:
-        plan = world.step()
-        for sequence in plan.preempted:
+        output = world.step()
+        for sequence in output.preempted:
             seen[order.index(sequence)] += 1
     assert seen[0] == 0
     assert seen[2] > 0
@@ -283,21 +301,21 @@ def test_choices_begin_when_the_prompt_is_there() -> None:
     world = World(2000, 32, 8)
     first = world.add(0, TEXT[:50], SUBNETS[0], 3)
     others = []
-    for choice in (1, 2):
-        other = Sequence((0, choice), TEXT[:50], SUBNETS[0].kv_keys, after=first)
+    for _ in range(2):
+        other = choice_of(first.request)
         world.goals[other] = 53
         world.scheduler.add(other)
         others.append(other)
     world.step()
-    assert [other.computed for other in others] == [0, 0]
+    assert [other.num_computed_tokens for other in others] == [0, 0]
     world.run_all()
-    assert [other.cached_tokens for other in others] == [48, 48]
+    assert [other.num_cached_tokens for other in others] == [48, 48]
 
 
 def test_choices_begin_when_the_first_one_is_cancelled() -> None:
     world = World(2000, 32, 8)
     first = world.add(0, TEXT[:50], SUBNETS[0], 3)
-    other = Sequence((0, 1), TEXT[:50], SUBNETS[0].kv_keys, after=first)
+    other = choice_of(first.request)
     world.goals[other] = 53
     world.scheduler.add(other)
     world.step()
@@ -308,7 +326,7 @@ def test_choices_begin_when_the_first_one_is_cancelled() -> None:
 
 def test_more_sequences_than_tokens_is_refused() -> None:
     with pytest.raises(EngineError, match="max_num_seqs must be in"):
-        Scheduler(BlockManager(10), max_step_tokens=4, max_sequences=5)
+        Scheduler(BlockManager(10), max_num_batched_tokens=4, max_num_seqs=5)
 
 
 BREAK = {

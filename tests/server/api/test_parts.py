@@ -4,46 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import httpx2
-import pytest
 
 from elastic_moe import Engine
-from elastic_moe.engine.outputs import Delta, TokenLogprob
+from elastic_moe.engine.outputs import TokenLogprob
 from elastic_moe.protocol.chat import Message
 from elastic_moe.server.api.chat import template_messages
 from elastic_moe.server.api.logprobs import LogprobWriter, Place
 from elastic_moe.server.run import Server
 from elastic_moe.server.settings import ServerSettings
-from elastic_moe.server.sse import merged
-
-
-def test_one_stream_that_fails_ends_them_all() -> None:
-    closed = []
-
-    async def stream(name: str) -> AsyncGenerator[Delta]:
-        try:
-            for count in range(1000):
-                await asyncio.sleep(0)
-                if name == "bad" and count == 3:
-                    raise ValueError("cursed")
-                yield Delta(name, ())
-        finally:
-            closed.append(name)
-
-    got: list[tuple[int, str]] = []
-
-    async def read() -> None:
-        async for number, delta in merged([stream("good"), stream("bad")]):
-            got.append((number, delta.text))
-
-    with pytest.raises(ValueError, match="cursed"):
-        asyncio.run(asyncio.wait_for(read(), 20))
-    assert got.count((1, "bad")) == 3
-    assert set(got) == {(0, "good"), (1, "bad")}
-    assert sorted(closed) == ["bad", "good"]
 
 
 def test_a_server_that_ends_is_not_ready(tiny_folder: Path) -> None:

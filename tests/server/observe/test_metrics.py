@@ -74,7 +74,7 @@ def test_the_names_that_dashboards_ask_for_are_there_from_the_beginning(fresh: R
     samples = read(answer.text)
     about = {"version": "0.1.0", "backend": fresh.engine.backend, "dtype": "float32"}
     assert samples["elastic_moe:server_info", frozenset(about.items())] == 1
-    assert samples["elastic_moe:queue_limit", frozenset()] == fresh.engine.options.max_queue
+    assert samples["elastic_moe:queue_limit", frozenset()] == fresh.engine.engine_config.max_queue
     assert samples["process_resident_memory_bytes", frozenset()] > 1e6
 
 

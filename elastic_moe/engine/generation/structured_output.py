@@ -1,4 +1,4 @@
-"""JSON that a schema allows, token by token, through the llguidance library."""
+"""Structured output: grammars of JSON that a schema allows, token by token, through llguidance."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from elastic_moe.model.text.tokenizer import Tokenizer
 _OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-class JsonGrammars:
-    """Makes constraints for one tokenizer.
+class StructuredOutput:
+    """Compiles grammars for one tokenizer.
 
     Args:
         vocab_size: of the model; the tokenizer may know fewer tokens.
@@ -25,10 +25,10 @@ class JsonGrammars:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
-        self._known: Any = None
+        self._llguidance_tokenizer: Any = None
 
-    def constraints(self, params: SamplingParams) -> list[JsonConstraint | None]:
-        """What these parameters ask of each choice; None for nothing.
+    def grammars(self, params: SamplingParams) -> list[JsonGrammar | None]:
+        """A grammar for each choice; None where the output is free.
 
         Raises:
             RequestError: the schema cannot be followed.
@@ -39,17 +39,17 @@ class JsonGrammars:
         schema = str(params.json_schema or json.dumps({"type": "object"}))  # a text: it was read
         import llguidance  # deferred: only JSON needs it
 
-        if self._known is None:
-            self._known = self._read_tokenizer(llguidance)
+        if self._llguidance_tokenizer is None:
+            self._llguidance_tokenizer = self._read_tokenizer(llguidance)
         try:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)
         except ValueError as error:
             raise RequestError(f"json_schema cannot be followed: {error}") from error
-        matcher = llguidance.LLMatcher(self._known, grammar, log_level=0)
+        matcher = llguidance.LLMatcher(self._llguidance_tokenizer, grammar, log_level=0)
         if matcher.is_error():
             first = matcher.get_error().strip().splitlines()[0]
             raise RequestError(f"json_schema cannot be followed: {first}")
-        return [JsonConstraint(matcher.deep_copy(), self._vocab_size) for _ in range(params.n)]
+        return [JsonGrammar(matcher.deep_copy(), self._vocab_size) for _ in range(params.n)]
 
     def _read_tokenizer(self, llguidance: Any) -> Any:
         ends = sorted(self._tokenizer.eos_ids)
@@ -60,8 +60,8 @@ class JsonGrammars:
         )
 
 
-class JsonConstraint:
-    """One text's place in its grammar."""
+class JsonGrammar:
+    """One choice's state in its grammar: a `sampler.Grammar`."""
 
     def __init__(self, matcher: Any, vocab_size: int) -> None:
         self._matcher, self._vocab_size = matcher, vocab_size
@@ -74,7 +74,7 @@ class JsonConstraint:
         return np.pad(mask, (0, self._vocab_size - len(mask)))
 
     def accept(self, token: int) -> None:
-        """The token that came."""
+        """Advance by a token that was sampled."""
         self._matcher.consume_token(token)
         self._check()
 

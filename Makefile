@@ -28,9 +28,9 @@ help:  ## list the targets
 # Editable: changed Python files count at once. What is compiled is installed again when one of
 # these changes. The build tools come from .venv, so they are the pinned ones.
 .venv/.installed: .venv/.torch .venv/.modules pyproject.toml kernels/CMakeLists.txt \
-		kernels/build_info.py.in $(wildcard kernels/csrc/*)
+		kernels/build_info.py.in $(wildcard kernels/csrc/*.* kernels/csrc/*/*.*)
 	$(PIP_INSTALL) cmake nanobind ninja scikit-build-core
-	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]' -C cmake.define.ELASTIC_MOE_WERROR=ON
 	touch $@
 
 # Which modules there are: an editable install finds those that it knew of. Written when it changes.
@@ -56,7 +56,7 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-f
 build/sanitize/.built: .venv/.installed
 	.venv/bin/cmake -S kernels -B build/sanitize -G Ninja -DSKBUILD=1 -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 		-DCMAKE_MAKE_PROGRAM="$$PWD/.venv/bin/ninja" -DPython_EXECUTABLE="$$PWD/.venv/bin/python" \
-		-DCMAKE_CXX_FLAGS="$(SANITIZERS)"
+		-DCMAKE_CXX_FLAGS="$(SANITIZERS)" -DELASTIC_MOE_WERROR=ON
 	.venv/bin/cmake --build build/sanitize
 	touch $@
 

@@ -49,8 +49,6 @@ LARGE_FOLDERS = {
     "elastic_moe": "the parts that have a level",
     "tests": "one entry for each of those parts",
     "benchmarks/results": "data",
-    "kernels/csrc": "not regrouped yet",
-    "kernels/elastic_moe_kernels": "not regrouped yet",
     "tests/kernels": "not regrouped yet",
 }
 

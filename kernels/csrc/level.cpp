@@ -1,12 +1,12 @@
 // Compiled once per instruction-set level, with that level's flags and ELASTIC_MOE_LEVEL set to
 // its name: everything but the one table below has internal linkage, so levels cannot mix.
 #include "levels.h"
-#include "probe.h"
-#include "step.h"
-#include "train_attention.h"
-#include "train_experts.h"
-#include "train_head.h"
-#include "train_optim.h"
+#include "ops/probe.h"
+#include "step/step.h"
+#include "training/attention.h"
+#include "training/experts.h"
+#include "training/head.h"
+#include "training/muon.h"
 
 #define ELASTIC_MOE_JOIN_(a, b) a##b
 #define ELASTIC_MOE_JOIN(a, b) ELASTIC_MOE_JOIN_(a, b)
@@ -50,7 +50,7 @@ void experts_as(Member& member, ExpertsArgs& args) {
     });
     run_down<Kind>(
         member, args.plan, args.rows, args.ffn.hidden,
-        args.sums + static_cast<int64_t>(member.id) * args.rows * (kDownPanels * kPanel),
+        args.sums + static_cast<int64_t>(member.id) * args.rows * kDownColumns,
         [&](int row) { return args.out + static_cast<int64_t>(row) * args.ffn.hidden; });
 }
 

@@ -1,8 +1,8 @@
 """Keys and values in the order in which the C++ kernels read them.
 
 A block is 16 positions of one layer. It holds, for each key/value head, the keys as one panel (a
-position is an output, a channel an input: see csrc/values.h), then the values as 16 rows of d
-channels, padded with zeros to a multiple of 16. See csrc/attention.h.
+position is an output, a channel an input: see csrc/core/values.h), then the values as 16 rows of d
+channels, padded with zeros to a multiple of 16. See csrc/ops/attention.h.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch  # noqa: F401 (brings the OpenMP library that the extension needs)
 
+from elastic_moe_kernels import constants
 from elastic_moe_kernels.errors import KernelError
 
 ISA_VARIABLE = "ELASTIC_MOE_ISA"
@@ -106,7 +107,7 @@ def level_index(name: str | None) -> int:
 def _runnable() -> dict[str, int]:
     """Position in the extension's list of each level that this machine runs."""
     found = enumerate(extension().levels())
-    return {name: i for i, (name, runs, _, _) in found if runs}
+    return {name: i for i, (name, runs) in found if runs}
 
 
 @cache
@@ -126,12 +127,26 @@ def extension() -> ModuleType:
     try:
         if info.openmp:
             _expose_openmp()
-        return importlib.import_module("elastic_moe_kernels._native")
+        module = importlib.import_module("elastic_moe_kernels._native")
     except (ImportError, OSError) as error:
         raise KernelError(
             f"the C++ kernels are installed but do not load: {error}. Install elastic-moe again "
             f"with this Python and this torch."
         ) from error
+    _check_constants(getattr(module, "CONSTANTS", {}))
+    return module
+
+
+def _check_constants(found: dict[str, int]) -> None:
+    """Raise `KernelError` unless the extension was compiled with the numbers of `constants`."""
+    expected = {name: value for name, value in vars(constants).items() if name.isupper()}
+    for name in sorted(expected.keys() | found.keys()):
+        if found.get(name) != expected.get(name):
+            raise KernelError(
+                f"the C++ kernels were compiled with {name} = {found.get(name)}, and this package "
+                f"has {expected.get(name)}: they come from different versions. Install elastic-moe "
+                f"again."
+            )
 
 
 def _expose_openmp() -> None:

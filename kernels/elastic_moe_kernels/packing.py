@@ -2,7 +2,7 @@
 
 Sixteen outputs make a panel; a step of a panel is 64 bytes: two bfloat16 or one float32 of each of
 its outputs. An expert is its gate and up panels, alternating, then its down panels, so that a width
-slice is a prefix of all three. See csrc/values.h and csrc/experts.h.
+slice is a prefix of all three. See csrc/core/values.h and csrc/ops/experts.h.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from elastic_moe_kernels import native
+from elastic_moe_kernels.arrays import array
 from elastic_moe_kernels.constants import PANEL, STEP_BYTES
 from elastic_moe_kernels.errors import KernelError
 
@@ -193,15 +194,7 @@ def _pack(matrix: Tensor, data: Tensor, start: int, panel_stride: int, dtype: to
     matrix = matrix.to(dtype)
     if matrix.stride(1) != 1:
         matrix = matrix.contiguous()
-    native.extension().pack(
-        matrix.data_ptr(),
-        matrix.stride(0),
-        matrix.shape[0],
-        matrix.shape[1],
-        matrix.element_size(),
-        data.data_ptr() + start,
-        panel_stride,
-    )
+    native.extension().pack(array(matrix), array(data), start=start, panel_stride=panel_stride)
 
 
 def _depth(dtype: torch.dtype) -> int:

@@ -306,7 +306,7 @@ BAD: list[tuple[Check, str, str]] = [
         "defines no ElasticMoEError.nothing",
         "`elastic_moe/errors.py::ElasticMoEError.nothing`",
     ),
-    (names_in_files, "defines no no_such_kernel", "`kernels/csrc/simd.h::no_such_kernel`"),
+    (names_in_files, "defines no no_such_kernel", "`kernels/csrc/core/simd.h::no_such_kernel`"),
     (elastic_moe_commands, "no command swoop", "Run `elastic-moe swoop`."),
     (elastic_moe_commands, "no option --wings", "```sh\nelastic-moe sweep --wings 2\n```"),
     (elastic_moe_commands, "no option --wings", "```console\n$ elastic-moe sweep --wings\n```"),

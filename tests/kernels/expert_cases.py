@@ -77,7 +77,7 @@ def pack_stacked(gate: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype) -> 
 def union_bytes(
     ids: Tensor, channels: Tensor, hidden: int, dtype: torch.dtype
 ) -> tuple[int, int, int]:
-    """Weight bytes, FLOPs and experts, counted expert by expert from what csrc/values.h says."""
+    """Weight bytes, FLOPs and experts, expert by expert from the layout in csrc/core/values.h."""
     depth = 4 // dtype.itemsize
     widest: dict[int, int] = {}
     flops = 0

@@ -43,7 +43,7 @@ def arguments(runner: Runner) -> dict[str, Any]:
     }
 
 
-# StepRefusal in csrc/native_model.h; the last one is in test_step.py.
+# StepRefusal in csrc/bindings/model.h; the last one is in test_step.py.
 BAD_IDS: dict[str, tuple[dict[str, np.ndarray], str]] = {
     "token-above": ({"token_ids": ints(1, 61, 0, 0)}, r"token_ids\[1\] .* \[0, 60\], got 61"),
     "token-negative": ({"token_ids": ints(1, 2, 0, -1)}, r"token_ids\[3\] .* got -1"),

@@ -88,9 +88,7 @@ def _read(buffer: Tensor) -> None:
     if native.missing():
         buffer.view(torch.int64).sum()
         return
-    native.extension().probe(
-        native.level_index(None), buffer.data_ptr(), len(buffer), torch.get_num_threads()
-    )
+    native.extension().probe(native.level_index(None), buffer.numpy(), torch.get_num_threads())
 
 
 def _best_seconds(call: Callable[[], object], count: int, *, warm_up: bool = False) -> float:

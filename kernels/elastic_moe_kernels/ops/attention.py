@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from elastic_moe_kernels import native, reference
+from elastic_moe_kernels.arrays import array
 from elastic_moe_kernels.constants import BLOCK_POSITIONS, MAX_HEAD_DIM, MAX_HEADS_PER_GROUP
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.kv_blocks import KVBlocks
@@ -119,18 +120,14 @@ def attention_native(
     out = torch.empty(rows, heads, blocks.head_dim, dtype=blocks.dtype)
     native.extension().attention(
         native.level_index(level),
-        blocks.dtype == torch.bfloat16,
-        blocks.data.data_ptr(),
-        blocks.kv_heads,
-        blocks.head_dim,
-        heads,
-        scale,
-        inputs.data_ptr(),
-        spans.data_ptr(),
-        sequences,
-        block_tables.data_ptr(),
-        out.data_ptr(),
-        torch.get_num_threads(),
+        kv=array(blocks.data),
+        kv_heads=blocks.kv_heads,
+        scale=scale,
+        queries=array(inputs),
+        spans=array(spans),
+        block_tables=array(block_tables),
+        out=array(out),
+        threads=torch.get_num_threads(),
     )
     return out
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from elastic_moe_kernels import native, reference
+from elastic_moe_kernels.arrays import array
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.ops.checks import check_range, check_shape, check_tensor, no_backward
 from elastic_moe_kernels.ops.dispatch import Implementation, choose
@@ -127,19 +128,15 @@ def add_experts(
     """
     weight_bytes, flops = native.extension().experts(
         native.level_index(level),
-        experts.dtype == torch.bfloat16,
-        experts.data.data_ptr(),
-        experts.num_experts,
-        experts.hidden,
-        experts.channels,
-        inputs.data_ptr(),
-        inputs.stride(0),
-        *topk_ids.shape,
-        topk_ids.data_ptr(),
-        topk_weights.data_ptr(),
-        channels.data_ptr(),
-        out.data_ptr(),
-        torch.get_num_threads(),
+        weights=array(experts.data),
+        num_experts=experts.num_experts,
+        channels=experts.channels,
+        x=array(inputs),
+        topk_ids=array(topk_ids),
+        topk_weights=array(topk_weights),
+        row_channels=array(channels),
+        out=array(out),
+        threads=torch.get_num_threads(),
     )
     return weight_bytes, flops
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_moe_kernels import native, reference
+from elastic_moe_kernels.arrays import array
 from elastic_moe_kernels.constants import VECTOR_VALUES
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.ops.checks import check_shape, check_tensor, no_backward
@@ -53,15 +54,11 @@ def linear_native(x: Tensor, matrix: PackedMatrix, *, level: str | None = None) 
     inputs = as_inputs(x, matrix.dtype)
     native.extension().linear(
         native.level_index(level),
-        matrix.dtype == torch.bfloat16,
-        matrix.data.data_ptr(),
-        matrix.outputs,
-        matrix.inputs,
-        inputs.data_ptr(),
-        inputs.stride(0),
-        len(x),
-        out.data_ptr(),
-        torch.get_num_threads(),
+        matrix=array(matrix.data),
+        x=array(inputs),
+        out=array(out),
+        inputs=matrix.inputs,
+        threads=torch.get_num_threads(),
     )
     return out
 

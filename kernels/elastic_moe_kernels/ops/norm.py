@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from elastic_moe_kernels import native, reference
+from elastic_moe_kernels.arrays import array
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.ops.checks import check_shape, check_tensor, no_backward
 from elastic_moe_kernels.ops.dispatch import Implementation, choose, warn_if_degraded
@@ -60,11 +61,10 @@ def rms_norm_native(x: Tensor, gain: Tensor, eps: float, *, level: str | None = 
     out = torch.empty_like(x)
     native.extension().rms_norm(
         native.level_index(level),
-        x.data_ptr(),
-        gain.data_ptr(),
-        *x.shape,
-        eps,
-        out.data_ptr(),
-        torch.get_num_threads(),
+        x=array(x),
+        gain=array(gain),
+        eps=eps,
+        out=array(out),
+        threads=torch.get_num_threads(),
     )
     return out

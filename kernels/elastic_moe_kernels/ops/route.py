@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from elastic_moe_kernels import native, reference
+from elastic_moe_kernels.arrays import array
 from elastic_moe_kernels.constants import MAX_EXPERTS
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.ops.checks import check_tensor
@@ -91,37 +93,27 @@ def route_native(
         KernelError: a row names no sub-network of the table, the bias is not finite, or the level
             is not there.
     """
-    module = native.extension()
-    rows, experts = router_logits.shape
-    topk_ids = torch.empty(rows, table.max_top_k, dtype=torch.int32)
-    topk_weights = torch.empty(rows, table.max_top_k, dtype=torch.float32)
-    refusal, where, value = module.route(
+    shape = len(router_logits), table.max_top_k
+    topk_ids = np.empty(shape, dtype=np.int32)
+    topk_weights = np.empty(shape, dtype=np.float32)
+    refusal, where, value = native.extension().route(
         native.level_index(level),
-        router_logits.data_ptr(),
-        subnet_of_row.data_ptr(),
-        subnet_of_row.element_size(),
-        rows,
-        experts,
-        table.max_top_k,
-        table.top_k.data_ptr(),
-        table.top_k.stride(0),
-        table.min_experts.data_ptr(),
-        table.min_experts.stride(0),
-        table.threshold.data_ptr(),
-        table.threshold.stride(0),
-        table.pool.data_ptr(),
-        table.pool.stride(0),
-        table.num_subnets,
-        0 if correction_bias is None else correction_bias.data_ptr(),
-        renormalize,
-        epsilon,
-        topk_ids.data_ptr(),
-        topk_weights.data_ptr(),
-        torch.get_num_threads(),
+        router_logits=array(router_logits),
+        subnet_of_row=subnet_of_row.numpy(),
+        top_k=table.top_k.numpy(),
+        min_experts=table.min_experts.numpy(),
+        threshold=table.threshold.numpy(),
+        pool=table.pool.numpy(),
+        correction_bias=None if correction_bias is None else array(correction_bias),
+        renormalize=renormalize,
+        epsilon=epsilon,
+        topk_ids=topk_ids,
+        topk_weights=topk_weights,
+        threads=torch.get_num_threads(),
     )
     if refusal:
         raise KernelError(_REFUSALS[refusal].format(where, value, table.num_subnets - 1))
-    return topk_ids, topk_weights
+    return torch.from_numpy(topk_ids), torch.from_numpy(topk_weights)
 
 
 _REFUSALS = {

@@ -15,7 +15,7 @@ from elastic_moe_kernels.table import SubnetColumns, SubnetTable
 
 Ints = NDArray[np.int32]
 
-# What the native check of ids answers with; StepRefusal in csrc/native_model.h.
+# What the native check of ids answers with; StepRefusal in csrc/bindings/model.h.
 REFUSALS = {
     1: "token_ids[{where}] must be in [0, {vocab}], got {value}.",
     2: "positions[{where}] must be in [0, {positions}], which the angles and the block tables "

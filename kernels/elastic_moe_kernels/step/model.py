@@ -9,6 +9,7 @@ any number of threads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -16,12 +17,14 @@ import torch
 from torch import Tensor
 
 from elastic_moe_kernels import native
+from elastic_moe_kernels.arrays import array
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.kv_blocks import block_bytes
 from elastic_moe_kernels.ops.linear import linear_native
 from elastic_moe_kernels.ops.norm import rms_norm_native
 from elastic_moe_kernels.packing import (
     Arena,
+    PackedExperts,
     PackedMatrix,
     pack_experts,
     pack_matrix,
@@ -60,26 +63,17 @@ class CpuModel:
         self.dims, self.dtype = dims, dtype
         self.level = level or native.level()
         self.native = extension.Model(
-            native.level_index(self.level),
-            dtype == torch.bfloat16,
-            dims.hidden_size,
-            dims.num_heads,
-            dims.num_kv_heads,
-            dims.head_dim,
-            dims.num_experts,
-            dims.vocab_size,
-            dims.num_layers,
-            dims.rms_norm_eps,
-            ("none", "head", "all").index(dims.qk_norm),
-            dims.rope == "interleaved",
-            dims.renormalize,
-            dims.routing_epsilon,
+            native.level_index(self.level), bf16=dtype == torch.bfloat16, **asdict(dims)
         )
-        self._native_inputs = extension.StepInputs
         self._arena: Arena | None = None
-        self._kept: dict[object, Any] = {}  # what the native model holds addresses of
+        # `native` may be exchanged for a stand-in that times steps; batches are prepared here.
+        self._native_prepare = self.native.prepare
+        # By layer: q k v, out, router, experts, and what every token runs.
+        self._packed: dict[int, tuple[PackedMatrix | PackedExperts | None, ...]] = {}
+        self._ends: tuple[Tensor, PackedMatrix] | None = None  # final norm and head
         self._angles: tuple[Tensor, Tensor] | None = None
-        self._last_table: tuple[SubnetTable | SubnetColumns, dict[str, Tensor]] | None = None
+        self._native_angles: Any = None
+        self._last_table: tuple[SubnetTable | SubnetColumns, Any] | None = None
         self._routing_layers: set[int] = set()
 
     # Weights
@@ -121,7 +115,7 @@ class CpuModel:
                 arena=self._arena,
             )
         vectors = [
-            None if v is None else v.detach().float().contiguous().clone()
+            None if v is None else array(v.detach().float().contiguous().clone())
             for v in (
                 tensors.attention_norm,
                 tensors.q_norm,
@@ -130,24 +124,23 @@ class CpuModel:
                 tensors.correction_bias,
             )
         ]
-        attention_norm, q_norm, k_norm, mlp_norm, bias = map(_address, vectors)
+        attention_norm, q_norm, k_norm, mlp_norm, bias = vectors
         if router is not None:
             self._routing_layers.add(index)
-        self._kept[index] = (qkv, out, router, experts, everyone, vectors)
+        self._packed[index] = (qkv, out, router, experts, everyone)
         self.native.set_layer(
             index,
-            attention_norm,
-            q_norm,
-            k_norm,
-            qkv.data.data_ptr(),
-            out.data.data_ptr(),
-            mlp_norm,
-            0 if router is None else router.data.data_ptr(),
-            bias,
-            0 if experts is None else experts.data.data_ptr(),
-            0 if experts is None else experts.channels,
-            0 if everyone is None else everyone.data.data_ptr(),
-            0 if everyone is None else everyone.channels,
+            attention_norm=attention_norm,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            qkv=array(qkv.data),
+            out=array(out.data),
+            mlp_norm=mlp_norm,
+            router=None if router is None else array(router.data),
+            correction_bias=bias,
+            experts=None if experts is None else array(experts.data),
+            everyone=None if everyone is None else array(everyone.data),
+            everyone_channels=0 if everyone is None else everyone.channels,
         )
 
     def set_ends(self, embeddings: Tensor, final_norm: Tensor, head: Tensor) -> None:
@@ -159,8 +152,10 @@ class CpuModel:
         expect("final_norm", tuple(gain.shape), shape[1:])
         expect("embeddings", tuple(rows.shape), shape)
         expect("head", (packed.outputs, packed.inputs), shape)
-        self._kept["ends"] = (rows, gain, packed)
-        self.native.set_ends(rows.data_ptr(), gain.data_ptr(), packed.data.data_ptr())
+        self._ends = gain, packed
+        self.native.set_ends(
+            embeddings=array(rows), final_norm=array(gain), head=array(packed.data)
+        )
 
     def _matrix(self, parts: Tensor | Sequence[Tensor]) -> PackedMatrix:
         return pack_matrix(parts, dtype=self.dtype, arena=self._arena)
@@ -170,7 +165,9 @@ class CpuModel:
         shape = (len(cos), self.dims.head_dim // 2)
         expect("cos", tuple(cos.shape), shape)
         expect("sin", tuple(sin.shape), shape)
-        self._angles = (cos.float().contiguous(), sin.float().contiguous())
+        cos, sin = cos.float().contiguous(), sin.float().contiguous()
+        self._angles = cos, sin
+        self._native_angles = native.extension().Angles(cos=array(cos), sin=array(sin))
 
     # Cache
 
@@ -255,26 +252,24 @@ class CpuModel:
         if threads < 1:
             raise KernelError(f"threads must be at least 1, got {threads}.")
         check_blocks(blocks, self.block_bytes)
-        inputs = self._native_inputs()
-        columns = self._columns_of(table)
-        for name, column in columns.items():
-            setattr(inputs, name, column.data_ptr())
-        inputs.subnet_count = len(table.active)
-        cos, sin = self._angles
-        inputs.cos, inputs.sin, inputs.angle_positions = cos.data_ptr(), sin.data_ptr(), len(cos)
-        inputs.kv, inputs.kv_blocks = blocks.data_ptr(), len(blocks)
-        inputs.threads = threads
+        inputs = self._native_prepare(
+            table=self._columns_of(table),
+            angles=self._native_angles,
+            blocks=array(blocks),
+            threads=threads,
+        )
         slots = int(torch.where(table.active, table.top_k, 0).max()) if trace else 0
         wanted = WantedOutputs(logits, tuple(check_states(states_after, dims.num_layers)), slots)
-        return PreparedStep(self, inputs, arrays, wanted, columns, cos, sin, blocks)
+        return PreparedStep(self, inputs, arrays, wanted)
 
     def logits(self, states: Tensor) -> Tensor:
         """Final norm and head: residual stream (n, D) float32 -> logits (n, V) float32.
 
         The bits are those that `step` gives for the same stream.
         """
-        _, _, head = self._kept["ends"]
-        return linear_native(self.final_states(states), head, level=self.level)
+        final_states = self.final_states(states)
+        _, head = self._known_ends()
+        return linear_native(final_states, head, level=self.level)
 
     def final_states(self, states: Tensor) -> Tensor:
         """Final norm: residual stream (n, D) -> (n, D) float32."""
@@ -282,26 +277,29 @@ class CpuModel:
         expect("states", tuple(states.shape), (len(states), dims.hidden_size))
         if states.dtype != torch.float32 or not states.is_contiguous():
             states = states.float().contiguous()
-        _, gain, _ = self._kept["ends"]
+        gain, _ = self._known_ends()
         return rms_norm_native(states, gain, dims.rms_norm_eps, level=self.level)
 
-    def _columns_of(self, table: SubnetTable | SubnetColumns) -> dict[str, Tensor]:
-        """The columns that the native step reads. A table is looked at once, and remembered."""
+    def _known_ends(self) -> tuple[Tensor, PackedMatrix]:
+        if self._ends is None:
+            raise KernelError("weights are missing: ends. Call set_ends.")
+        return self._ends
+
+    def _columns_of(self, table: SubnetTable | SubnetColumns) -> Any:
+        """The columns that the native step reads. A table is checked once, and remembered."""
         if self._last_table is not None and self._last_table[0] is table:
             return self._last_table[1]
-        missing = {*range(self.dims.num_layers), "ends"} - self._kept.keys()
+        missing: set[object] = {*range(self.dims.num_layers)} - self._packed.keys()
+        if self._ends is None:
+            missing.add("ends")
         if missing:
             raise KernelError(
                 f"weights are missing: {', '.join(sorted(map(str, missing)))}. "
                 f"Call set_layer for every layer, and set_ends."
             )
         check_table(self.dims, table, sorted(self._routing_layers))
-        columns: dict[str, Tensor] = {
-            name: getattr(table, name).contiguous() for name in SubnetColumns._fields
-        }
+        columns = native.extension().SubnetColumns(
+            **{name: array(getattr(table, name).contiguous()) for name in SubnetColumns._fields}
+        )
         self._last_table = table, columns
         return columns
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

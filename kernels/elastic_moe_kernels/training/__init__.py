@@ -8,13 +8,12 @@ against.
 """
 
 from elastic_moe_kernels.training.attention import AttentionShape, attention_block
-from elastic_moe_kernels.training.checks import LANES, refusal
+from elastic_moe_kernels.training.checks import refusal
 from elastic_moe_kernels.training.experts import ExpertsChoice, Routed, experts_block
 from elastic_moe_kernels.training.head import head_loss
 from elastic_moe_kernels.training.muon import muon_refusal, muon_step
 
 __all__ = [
-    "LANES",
     "AttentionShape",
     "ExpertsChoice",
     "Routed",

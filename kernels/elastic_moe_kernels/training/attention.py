@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from elastic_moe_kernels import native
+from elastic_moe_kernels.constants import TRAINING_MULTIPLE
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.training.checks import (
-    LANES,
-    addresses,
+    arrays,
     check,
     gradients,
     refusal,
@@ -67,7 +67,7 @@ def attention_block(
     """
     B, T, D = x.shape
     H, G, d = shape.heads, shape.kv_heads, shape.head_dim
-    why = refusal(D, d, LANES)
+    why = refusal(D, d, TRAINING_MULTIPLE)
     if why is not None or H % G:
         raise KernelError(f"{why or f'{H} heads must be a multiple of {G} key/value heads'}.")
     wanted: dict[str, tuple[Tensor, tuple[int, ...]]] = {
@@ -93,7 +93,6 @@ def attention_block(
 
 # The arguments that have gradients, in the order of `forward`.
 _LEARNED = ("x", "norm", "q", "k", "v", "o", "q_norm", "k_norm")
-_ATTENTION_NONE = dict.fromkeys(("grad_out", *(f"grad_{name}" for name in _LEARNED)), 0)
 
 
 class _Attention(torch.autograd.Function):
@@ -136,9 +135,12 @@ class _Attention(torch.autograd.Function):
             "interleaved": shape.interleaved,
             "eps": shape.eps,
         }
-        arguments = numbers | addresses(**given, **norms, **saved, out=out) | _ATTENTION_NONE
         native.extension().attention_training(
-            level, arguments | {"threads": torch.get_num_threads()}, False
+            level,
+            False,
+            **numbers,
+            **arrays(**given, **norms, **saved, out=out),
+            threads=torch.get_num_threads(),
         )
         save(ctx, {**given, **norms, **saved})
         ctx.numbers, ctx.level = numbers, level
@@ -149,8 +151,11 @@ class _Attention(torch.autograd.Function):
         grad = grad_outputs[0].contiguous()
         tensors = restore(ctx)
         grads = gradients(tensors, _LEARNED)
-        arguments = ctx.numbers | addresses(**tensors, **grads, grad_out=grad, out=None)
         native.extension().attention_training(
-            ctx.level, arguments | {"threads": torch.get_num_threads()}, True
+            ctx.level,
+            True,
+            **ctx.numbers,
+            **arrays(**tensors, **grads, grad_out=grad),
+            threads=torch.get_num_threads(),
         )
         return (*grads.values(), None, None, None, None)

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elastic_moe_kernels.arrays import array
+from elastic_moe_kernels.constants import TRAINING_MULTIPLE
 from elastic_moe_kernels.errors import KernelError
-
-LANES = 16  # sizes are whole vectors of so many numbers
 
 
 def refusal(hidden: int, head_dim: int, expert_hidden: int) -> str | None:
     """Why these sizes cannot run here; None if they can."""
     for name, size in (("hidden", hidden), ("head", head_dim), ("expert hidden", expert_hidden)):
-        if size % LANES:
-            return f"{name} size must be a multiple of {LANES}, got {size}"
+        if size % TRAINING_MULTIPLE:
+            return f"{name} size must be a multiple of {TRAINING_MULTIPLE}, got {size}"
     return None
 
 
@@ -36,9 +36,9 @@ def check(wanted: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
             )
 
 
-def addresses(**tensors: Tensor | None) -> dict[str, int]:
-    """Where each tensor lies; 0 for none."""
-    return {name: 0 if t is None else t.data_ptr() for name, t in tensors.items()}
+def arrays(**tensors: Tensor | None) -> dict[str, Any]:
+    """Tensors by name as the C++ extension takes them; None stays None."""
+    return {name: None if t is None else array(t) for name, t in tensors.items()}
 
 
 def save(ctx: Any, tensors: Mapping[str, Tensor | None]) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from elastic_moe_kernels import native
+from elastic_moe_kernels.constants import TRAINING_MULTIPLE
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.training.checks import (
-    LANES,
-    addresses,
+    arrays,
     check,
     gradients,
     refusal,
@@ -79,7 +79,7 @@ def experts_block(
     """
     T, D = x.shape
     E, F, _ = gate.shape
-    why = refusal(D, LANES, F)
+    why = refusal(D, TRAINING_MULTIPLE, F)
     if why is not None:
         raise KernelError(f"{why}.")
     if not 1 <= choice.width <= F:
@@ -111,10 +111,6 @@ def experts_block(
 
 # The arguments that have gradients, in the order of `forward`.
 _LEARNED = ("x", "norm", "router", "gate", "up", "down")
-_EXPERT_NONE: dict[str, float] = {
-    **dict.fromkeys(("grad_out", *(f"grad_{name}" for name in _LEARNED)), 0),
-    "grad_balance": 0.0,
-}
 
 
 class _Experts(torch.autograd.Function):
@@ -135,7 +131,7 @@ class _Experts(torch.autograd.Function):
         T, D = x.shape
         E, F, _ = gate.shape
         K = choice.slots
-        padded = -(-choice.width // LANES) * LANES
+        padded = -(-choice.width // TRAINING_MULTIPLE) * TRAINING_MULTIPLE
         saved = {
             "norm_scale": x.new_empty(T),
             "normed": x.new_empty(T, D),
@@ -165,12 +161,12 @@ class _Experts(torch.autograd.Function):
             "min_experts": choice.min_experts,
             "threshold": choice.threshold,
         }
-        arguments = numbers | _EXPERT_NONE
-        arguments |= addresses(
-            **given, **saved, correction_bias=correction_bias, out=out, balance=balance
-        )
         native.extension().experts_training(
-            level, arguments | {"threads": torch.get_num_threads()}, False
+            level,
+            False,
+            **numbers,
+            **arrays(**given, **saved, correction_bias=correction_bias, out=out, balance=balance),
+            threads=torch.get_num_threads(),
         )
         save(ctx, {**given, **saved, "correction_bias": correction_bias})
         ctx.numbers, ctx.level = numbers, level
@@ -183,9 +179,12 @@ class _Experts(torch.autograd.Function):
         tensors = restore(ctx)
         # Zeros stay where a narrower network has no channels, and where no token chose an expert.
         grads = gradients(tensors, _LEARNED, torch.zeros_like)
-        arguments = ctx.numbers | addresses(
-            **tensors, **grads, grad_out=grad, out=None, balance=None
+        native.extension().experts_training(
+            ctx.level,
+            True,
+            **ctx.numbers,
+            **arrays(**tensors, **grads, grad_out=grad),
+            grad_balance=float(grad_outputs[1]),
+            threads=torch.get_num_threads(),
         )
-        arguments |= {"grad_balance": float(grad_outputs[1]), "threads": torch.get_num_threads()}
-        native.extension().experts_training(ctx.level, arguments, True)
         return (*grads.values(), None, None, None, None)

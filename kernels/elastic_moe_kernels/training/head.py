@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from elastic_moe_kernels import native
+from elastic_moe_kernels.constants import TRAINING_MULTIPLE
 from elastic_moe_kernels.errors import KernelError
-from elastic_moe_kernels.training.checks import LANES, addresses, check
+from elastic_moe_kernels.training.checks import arrays, check
 
 
 def head_loss(x: Tensor, weight: Tensor, targets: Tensor, *, level: str | None = None) -> Tensor:
@@ -25,8 +26,8 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, *, level: str | None =
     """
     N, D = x.shape
     V = weight.shape[0]
-    if D % LANES:
-        raise KernelError(f"hidden size must be a multiple of {LANES}, got {D}.")
+    if D % TRAINING_MULTIPLE:
+        raise KernelError(f"hidden size must be a multiple of {TRAINING_MULTIPLE}, got {D}.")
     check({"x": (x, (N, D)), "weight": (weight, (V, D))})
     if targets.shape != (N,) or targets.dtype != torch.int64 or not targets.is_contiguous():
         raise KernelError(
@@ -46,16 +47,10 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, level: int) -> Tensor:
         grads = torch.empty_like(x), torch.empty_like(weight)
-        numbers = {
-            "rows": len(x),
-            "hidden": x.shape[1],
-            "vocab": len(weight),
-            "threads": torch.get_num_threads(),
-        }
         loss = native.extension().head_loss(
             level,
-            numbers
-            | addresses(x=x, weight=weight, targets=targets, grad_x=grads[0], grad_weight=grads[1]),
+            **arrays(x=x, weight=weight, targets=targets, grad_x=grads[0], grad_weight=grads[1]),
+            threads=torch.get_num_threads(),
         )
         ctx.save_for_backward(*grads)
         return x.new_tensor(loss)

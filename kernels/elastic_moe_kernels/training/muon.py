@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from elastic_moe_kernels import native
+from elastic_moe_kernels.arrays import array
+from elastic_moe_kernels.constants import TRAINING_MULTIPLE
 from elastic_moe_kernels.errors import KernelError
-from elastic_moe_kernels.training.checks import LANES, check
+from elastic_moe_kernels.training.checks import check
 
 
 def muon_refusal(shape: torch.Size) -> str | None:
     """Why matrices of the last two axes of a shape cannot be stepped here; None if they can."""
-    if min(shape[-2:]) % LANES:
-        return f"matrices must have sides of multiples of {LANES}, got {tuple(shape)}"
+    if min(shape[-2:]) % TRAINING_MULTIPLE:
+        return f"matrices must have sides of multiples of {TRAINING_MULTIPLE}, got {tuple(shape)}"
     return None
 
 
@@ -37,7 +39,7 @@ def muon_step(
     Raises:
         KernelError: a tensor is of another kind, or has a side that is no multiple of 16.
     """
-    entries = []
+    grads = []
     for p, momentum in zip(params, momenta, strict=True):
         grad = p.grad
         if grad is None:
@@ -47,9 +49,15 @@ def muon_step(
             raise KernelError(f"{why}.")
         shape = tuple(p.shape)
         check({"parameter": (p, shape), "momentum": (momentum, shape), "grad": (grad, shape)})
-        rows, columns = shape[-2:]
-        count = p.numel() // (rows * columns)
-        entries.append((p.data_ptr(), momentum.data_ptr(), grad.data_ptr(), count, rows, columns))
+        grads.append(grad)
     native.extension().muon(
-        native.level_index(level), entries, lr, beta, weight_decay, steps, torch.get_num_threads()
+        native.level_index(level),
+        params=[array(p) for p in params],
+        momenta=[array(momentum) for momentum in momenta],
+        grads=[array(grad) for grad in grads],
+        lr=lr,
+        beta=beta,
+        weight_decay=weight_decay,
+        steps=steps,
+        threads=torch.get_num_threads(),
     )

@@ -176,10 +176,12 @@ def test_what_no_row_uses_is_not_read(runner: NativeRunner) -> None:
     ids = random_ids(np.random.default_rng(5), 30)
     want = alone(runner, subnet, ids, threads=2)
     model = runner.model
-    saved = {i: (model._kept[i][0].data.clone(), model._kept[i][3].data.clone()) for i in range(6)}
+    saved = {
+        i: (model._packed[i][0].data.clone(), model._packed[i][3].data.clone()) for i in range(6)
+    }
     try:
         for i in range(6):
-            qkv, experts = model._kept[i][0], model._kept[i][3]
+            qkv, experts = model._packed[i][0], model._packed[i][3]
             if not subnet.layers[i].active:
                 qkv.data.fill_(0xFF)  # NaN in either dtype
                 experts.data.fill_(0xFF)
@@ -197,8 +199,8 @@ def test_what_no_row_uses_is_not_read(runner: NativeRunner) -> None:
         assert with_them.isnan().any(), "the poison must be where a full layer reads it"
     finally:
         for i, (qkv, experts) in saved.items():
-            model._kept[i][0].data.copy_(qkv)
-            model._kept[i][3].data.copy_(experts)
+            model._packed[i][0].data.copy_(qkv)
+            model._packed[i][3].data.copy_(experts)
 
 
 def test_blocks_hold_nothing_of_whom_they_belonged_to(runner: NativeRunner) -> None:

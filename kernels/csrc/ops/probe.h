@@ -1,8 +1,8 @@
 // The most that the machine's memory gives: a buffer read once, front to back, by all threads.
 #pragma once
 
-#include "simd.h"
-#include "team.h"
+#include "core/simd.h"
+#include "core/team.h"
 
 namespace {
 

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "values.h"
+#include "core/values.h"
 
 namespace {
 
@@ -31,12 +31,12 @@ static inline void rms_norm(const float* x, const float* gain, int n, float eps,
     for (; i < n; ++i) out[i] = x[i] * scale * gain[i];
 }
 
-// Round n floats to a matrix input, and fill it with zeros up to `room`, a whole number of vectors.
+// Round n floats to a matrix input, and fill it with zeros up to `size`, a whole number of vectors.
 template <class Kind>
-static inline void to_inputs(const float* x, int n, int64_t room, typename Kind::Value* out) {
+static inline void to_inputs(const float* x, int n, int64_t size, typename Kind::Value* out) {
     int i = 0;
     for (; i + kLanes <= n; i += kLanes) Kind::write(out + i, load(x + i));
-    for (; i < room; i += kLanes)
+    for (; i < size; i += kLanes)
         Kind::write(out + i, i < n ? load_partial(x + i, n - i, 0.0f) : VFloat{});
 }
 

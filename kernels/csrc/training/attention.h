@@ -6,9 +6,9 @@
 // the logarithm of their sum: a sequence of n tokens keeps n numbers per head, not n^2.
 #pragma once
 
-#include "team.h"
-#include "train_norm.h"
-#include "training.h"
+#include "core/team.h"
+#include "training/norm.h"
+#include "training/args.h"
 
 namespace {
 
@@ -29,7 +29,7 @@ struct AttentionSizes {
           scores(keys + kPanel) {}
 };
 
-// Numbers of room that one thread needs, and that packed weights take.
+// Floats of scratch that one thread needs, and that packed weights take.
 static int64_t attention_scratch(const AttentionTraining& a) {
     const AttentionSizes n(a);
     const int64_t d = round_up(a.head_dim, kColumns);
@@ -88,12 +88,12 @@ static inline void softmax_rows(float* scores, int64_t row, int64_t first, int64
 }
 
 // One sequence and key/value head: the outputs of its query heads.
-static inline void attend(const AttentionTraining& a, int64_t sequence, int kv_head, float* room) {
+static inline void attend(const AttentionTraining& a, int64_t sequence, int kv_head, float* scratch) {
     const AttentionSizes n(a);
     const int d = a.head_dim, group = a.heads / a.kv_heads;
     const float scale = 1.0f / std::sqrt(static_cast<float>(d));
     const int64_t begin = sequence * a.length;
-    float* const keys = room;  // k^T: (d, keys)
+    float* const keys = scratch;  // k^T: (d, keys)
     float* const values = keys + packed_size(d, n.keys);
     float* const scores = values + packed_size(n.keys, d);
     const float* const k = a.rotated + begin * n.turned + n.q + static_cast<int64_t>(kv_head) * d;
@@ -120,7 +120,7 @@ static void attention_forward(AttentionTraining& a) {
     float* const qkv_weights = a.weights;
     float* const out_weights = qkv_weights + packed_size(a.hidden, n.all);
     run_team(a.threads, [&](Member& member) {
-        float* const room = a.scratch + member.id * a.scratch_size;
+        float* const scratch = a.scratch + member.id * a.scratch_size;
         member.share(4, 1, [&](int64_t i, int64_t) {
             const float* const of[] = {a.q, a.k, a.v};
             if (i == 3) {
@@ -137,15 +137,15 @@ static void attention_forward(AttentionTraining& a) {
             for (int64_t r = first; r < first + rows; ++r) {
                 a.norm_scale[r] = norm_scale(a.x + r * a.hidden, a.hidden, a.eps);
                 scale_row(a.x + r * a.hidden, a.norm_scale[r], a.norm, a.hidden,
-                          room + (r - first) * a.hidden);
+                          scratch + (r - first) * a.hidden);
             }
-            product(rows, n.all, a.hidden, {room, a.hidden, 1}, packed(qkv_weights, a.hidden),
+            product(rows, n.all, a.hidden, {scratch, a.hidden, 1}, packed(qkv_weights, a.hidden),
                     a.qkv + first * n.all, n.all);
             for (int64_t r = first; r < first + rows; ++r)
                 turn_heads(a, r, a.qkv + r * n.all, a.rotated + r * n.turned);
         });
         member.share(a.rows / a.length * a.kv_heads, 1, [&](int64_t piece, int64_t) {
-            attend(a, piece / a.kv_heads, static_cast<int>(piece % a.kv_heads), room);
+            attend(a, piece / a.kv_heads, static_cast<int>(piece % a.kv_heads), scratch);
         });
         share_blocks(member, a.rows, [&](int64_t, int64_t first, int64_t rows) {
             copy(a.out + first * a.hidden, a.x + first * a.hidden, rows * a.hidden);
@@ -157,13 +157,13 @@ static void attention_forward(AttentionTraining& a) {
 
 // One sequence and key/value head: the gradients of its queries, keys and values.
 static inline void attend_backward(const AttentionTraining& a, int64_t sequence, int kv_head,
-                                   float* room) {
+                                   float* scratch) {
     const AttentionSizes n(a);
     const int d = a.head_dim, group = a.heads / a.kv_heads;
     const int64_t wide = round_up(d, kColumns);
     const float scale = 1.0f / std::sqrt(static_cast<float>(d));
     const int64_t begin = sequence * a.length;
-    float* const keys = room;  // k^T: (d, keys)
+    float* const keys = scratch;  // k^T: (d, keys)
     float* const key_rows = keys + packed_size(d, n.keys);
     float* const values = key_rows + packed_size(n.keys, d);  // v^T: (d, keys)
     float* const chances = values + packed_size(d, n.keys);
@@ -266,7 +266,7 @@ static void attention_backward(AttentionTraining& a) {
     float* const qkv_weights = a.weights;
     float* const out_weights = qkv_weights + packed_size(n.all, a.hidden);
     run_team(a.threads, [&](Member& member) {
-        float* const room = a.scratch + member.id * a.scratch_size;
+        float* const scratch = a.scratch + member.id * a.scratch_size;
         member.share(4, 1, [&](int64_t i, int64_t) {
             const float* const of[] = {a.q, a.k, a.v};
             if (i == 3) {
@@ -281,7 +281,7 @@ static void attention_backward(AttentionTraining& a) {
                     packed(out_weights, a.hidden), a.grad_heads + first * n.q, n.q);
         });
         member.share(a.rows / a.length * a.kv_heads, 1, [&](int64_t piece, int64_t) {
-            attend_backward(a, piece / a.kv_heads, static_cast<int>(piece % a.kv_heads), room);
+            attend_backward(a, piece / a.kv_heads, static_cast<int>(piece % a.kv_heads), scratch);
         });
         share_blocks(member, a.rows, [&](int64_t block, int64_t first, int64_t rows) {
             float* const gains = a.partial + block * partial_row;
@@ -292,10 +292,10 @@ static void attention_backward(AttentionTraining& a) {
                           a.normed + r * a.hidden);
             }
             product(rows, a.hidden, n.all, {a.grad_qkv + first * n.all, n.all, 1},
-                    packed(qkv_weights, n.all), room, a.hidden);
+                    packed(qkv_weights, n.all), scratch, a.hidden);
             for (int64_t r = first; r < first + rows; ++r)
                 norm_backward(a.x + r * a.hidden, a.norm_scale[r], a.norm,
-                              room + (r - first) * a.hidden, a.grad_out + r * a.hidden, a.hidden,
+                              scratch + (r - first) * a.hidden, a.grad_out + r * a.hidden, a.hidden,
                               a.grad_x + r * a.hidden, gains);
         });
         share_matrix_gradient(member, a.grad_qkv, n.all, a.normed, a.hidden, a.rows, n.q, a.hidden,

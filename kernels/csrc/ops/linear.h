@@ -1,9 +1,9 @@
 // A dense matrix times many rows.
 #pragma once
 
-#include "levels.h"
-#include "team.h"
-#include "tile.h"
+#include "ops/args.h"
+#include "core/team.h"
+#include "core/tile.h"
 
 namespace {
 

@@ -14,12 +14,12 @@
 namespace elastic_moe {
 
 // First every piece is measured, then handed out: run the same code twice.
-class Room {
+class Workspace {
   public:
-    Room() = default;
-    Room(const Room&) = delete;
-    Room& operator=(const Room&) = delete;
-    ~Room() { std::free(data_); }
+    Workspace() = default;
+    Workspace(const Workspace&) = delete;
+    Workspace& operator=(const Workspace&) = delete;
+    ~Workspace() { std::free(data_); }
 
     // Begin to measure.
     void measure() {

@@ -2,10 +2,10 @@
 // all of it. An expert's rows are one piece of work, so its gradients need no other thread's.
 #pragma once
 
-#include "route.h"
-#include "team.h"
-#include "train_attention.h"
-#include "training.h"
+#include "ops/route.h"
+#include "core/team.h"
+#include "training/attention.h"
+#include "training/args.h"
 
 namespace {
 
@@ -19,7 +19,7 @@ struct ExpertSizes {
         : wide(round_up(a.width, kPanel)), hidden(2 * wide) {}
 };
 
-// Numbers of room: packed weights of one expert, and what a thread needs beside them.
+// Floats of scratch: packed weights of one expert, and what a thread needs beside them.
 static int64_t expert_weights(const ExpertsTraining& a) {
     const ExpertSizes n(a);
     return packed_size(a.hidden, 2 * n.wide) + packed_size(a.width, a.hidden) +
@@ -101,7 +101,7 @@ static inline void gather(const ExpertsTraining& a, const float* from, int64_t b
         copy(to + r * a.hidden, from + static_cast<int64_t>(a.token[begin + r]) * a.hidden, a.hidden);
 }
 
-static inline void run_expert(ExpertsTraining& a, int64_t e, float* weights, float* room) {
+static inline void run_expert(ExpertsTraining& a, int64_t e, float* weights, float* scratch) {
     const ExpertSizes n(a);
     const int32_t begin = first_choice(a, e), end = a.ends[e];
     if (begin == end) return;
@@ -113,7 +113,7 @@ static inline void run_expert(ExpertsTraining& a, int64_t e, float* weights, flo
     pack_rows_as_columns(a.up + of, a.hidden, a.width, a.hidden, n.wide, in);
     pack_rows_as_columns(a.down + of, a.channels, a.hidden, a.width, 0, out);
     pack_nothing(a.hidden, a.width, out);
-    float* const inputs = room;
+    float* const inputs = scratch;
     float* const product_of = inputs + kBlockRows * a.hidden;
     for (int64_t first = begin; first < end; first += kBlockRows) {
         const int64_t rows = end - first < kBlockRows ? end - first : kBlockRows;
@@ -137,9 +137,9 @@ static void experts_forward(ExpertsTraining& a) {
     int pool = 0;
     for (int e = 0; e < a.experts; ++e) pool += a.pool[e] != 0;
     run_team(a.threads, [&](Member& member) {
-        float* const room = a.scratch + member.id * a.scratch_size;
+        float* const scratch = a.scratch + member.id * a.scratch_size;
         float* const weights = a.weights + member.id * a.weights_size;
-        float* const router = room;  // every thread packs it for itself
+        float* const router = scratch;  // every thread packs it for itself
         float* const logits = router + packed_size(a.hidden, wide);
         float* const scores = logits + kBlockRows * wide;
         pack_rows_as_columns(a.router, a.hidden, a.experts, a.hidden, 0, router);
@@ -177,7 +177,7 @@ static void experts_forward(ExpertsTraining& a) {
             }
             *a.balance = total * static_cast<float>(pool);
         });
-        member.share(a.experts, 1, [&](int64_t e, int64_t) { run_expert(a, e, weights, room); });
+        member.share(a.experts, 1, [&](int64_t e, int64_t) { run_expert(a, e, weights, scratch); });
         share_blocks(member, a.rows, [&](int64_t, int64_t first, int64_t rows) {
             for (int64_t r = first; r < first + rows; ++r)
                 for (int i = 0; i < a.hidden; i += kLanes) {
@@ -193,7 +193,7 @@ static void experts_forward(ExpertsTraining& a) {
 }
 
 // The gradients of one expert's weights, and of its inputs and weights of choice.
-static inline void run_expert_back(ExpertsTraining& a, int64_t e, float* weights, float* room) {
+static inline void run_expert_back(ExpertsTraining& a, int64_t e, float* weights, float* scratch) {
     const ExpertSizes n(a);
     const int32_t begin = first_choice(a, e), end = a.ends[e];
     const int64_t of = e * a.channels * a.hidden;
@@ -205,7 +205,7 @@ static inline void run_expert_back(ExpertsTraining& a, int64_t e, float* weights
     pack_rows(a.gate + of, a.hidden, a.width, a.hidden, 0, a.width, gate);
     pack_rows(a.up + of, a.hidden, a.width, a.hidden, 0, a.width, up);
     // The packed columns past `width` belong to the last panel and are zeros.
-    float* const inputs = room;
+    float* const inputs = scratch;
     float* const grads = inputs + kBlockRows * a.hidden;
     float* const grad_hidden = grads + kBlockRows * a.hidden;  // of gates, then of ups
     float* const products = grad_hidden + kBlockRows * n.hidden;
@@ -281,11 +281,11 @@ static void experts_backward(ExpertsTraining& a) {
     int pool = 0;
     for (int e = 0; e < a.experts; ++e) pool += a.pool[e] != 0;
     run_team(a.threads, [&](Member& member) {
-        float* const room = a.scratch + member.id * a.scratch_size;
+        float* const scratch = a.scratch + member.id * a.scratch_size;
         float* const weights = a.weights + member.id * a.weights_size;
         member.share(a.experts, 1,
-                     [&](int64_t e, int64_t) { run_expert_back(a, e, weights, room); });
-        float* const router = room;
+                     [&](int64_t e, int64_t) { run_expert_back(a, e, weights, scratch); });
+        float* const router = scratch;
         float* const grads = router + packed_size(a.experts, a.hidden);
         float* const scores = grads + kBlockRows * a.hidden;
         float* const grad_scores = scores + wide;

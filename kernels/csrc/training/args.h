@@ -34,7 +34,7 @@ struct AttentionTraining {
     float* grad_x;          // (T, D)
     float *grad_norm, *grad_q_norm, *grad_k_norm, *grad_q, *grad_k, *grad_v, *grad_o;
 
-    // Room.
+    // Workspace.
     float* weights;     // packed
     float* normed;      // (T, D)
     float* grad_qkv;    // (T, (heads + 2 kv_heads) * d)
@@ -80,7 +80,7 @@ struct ExpertsTraining {
     float* grad_x;          // (T, D)
     float *grad_norm, *grad_router, *grad_gate, *grad_up, *grad_down;
 
-    // Room.
+    // Workspace.
     float* outputs;       // (T * slots, D)
     float* weights;       // (threads, packed weights of one expert)
     int64_t weights_size;
@@ -102,7 +102,7 @@ struct HeadLossArgs {
     float* grad_x;           // (rows, D)
     float* grad_weight;      // (V, D)
 
-    // Room.
+    // Workspace.
     float* weights;  // packed
     float* partial;  // (parts, V, D)
     float* scratch;  // (threads, scratch_size)

@@ -5,12 +5,13 @@
 // those that work on single rows, unless there is so little to do that one thread is done sooner.
 #pragma once
 
-#include "argmax.h"
-#include "attention.h"
-#include "experts.h"
-#include "linear.h"
-#include "norm.h"
-#include "route.h"
+#include "ops/argmax.h"
+#include "ops/attention.h"
+#include "ops/experts.h"
+#include "ops/linear.h"
+#include "ops/norm.h"
+#include "ops/route.h"
+#include "step/args.h"
 
 namespace {
 
@@ -268,7 +269,7 @@ static void run_mlp_block(Member& member, StepArgs& s, int index) {
     run_gate_up<Kind>(member, s.plan,
                       [&](int n) { return row_of<Kind>(s.inputs, s.input_stride, n); });
     float* const sums =
-        s.sums + static_cast<int64_t>(member.id) * s.rows * (kDownPanels * kPanel);
+        s.sums + static_cast<int64_t>(member.id) * s.rows * kDownColumns;
     run_down<Kind>(member, s.plan, here.rows, m.hidden, sums, [&](int n) {
         return s.stream + static_cast<int64_t>(here.row[n]) * m.hidden;
     });

@@ -7,13 +7,18 @@
 // outputs and inputs are zeros.
 #pragma once
 
-#include "simd.h"
+#include "core/constants.h"
+#include "core/simd.h"
 
 namespace {
 
-constexpr int kPanel = 16;
+using elastic_moe::kPanel;
+using elastic_moe::kStepBytes;
+
 constexpr int kParts = kPanel / kLanes;  // vectors per panel
-constexpr int kStepBytes = 64;
+static_assert(kPanel % kLanes == 0, "a panel is whole vectors");
+static_assert(elastic_moe::kVectorValues % kLanes == 0, "so are rows of matrix inputs");
+static_assert(elastic_moe::kTrainingMultiple % kLanes == 0, "so are rows of training");
 
 // Sixteen sums, in as many registers as they take.
 struct Panel {
@@ -92,6 +97,10 @@ struct Float32 {
     static inline void write(Value* p, VFloat v) { store(p, v); }
     static inline float widen(Value x) { return x; }
 };
+
+static_assert(Bf16::kDepth * sizeof(Bf16::Value) == elastic_moe::kUnitBytes, "a unit of a panel");
+static_assert(Float32::kDepth * sizeof(Float32::Value) == elastic_moe::kUnitBytes,
+              "a unit of a panel");
 
 template <class Kind>
 static inline int steps_of(int inputs) {

@@ -5,7 +5,7 @@
 // of the multiply-add and read each weight once per `kTileRows` rows.
 #pragma once
 
-#include "values.h"
+#include "core/values.h"
 
 namespace {
 

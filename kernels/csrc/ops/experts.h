@@ -8,16 +8,16 @@
 // Packed: gate and up panels alternate, [ceil(F/16)][gate, up], followed by down's panels.
 #pragma once
 
-#include "levels.h"
-#include "linear.h"
+#include "ops/args.h"
+#include "ops/linear.h"
 
 namespace {
 
 using elastic_moe::ExpertJob;
 using elastic_moe::ExpertPlan;
 using elastic_moe::Ffn;
-
-constexpr int kDownPanels = 4;  // outputs of down per piece of work, in panels
+using elastic_moe::kDownColumns;
+using elastic_moe::kDownPanels;
 
 static inline int groups_of(int channels) { return (channels + kPanel - 1) / kPanel; }
 
@@ -282,7 +282,7 @@ static void run_gate_up(Member& member, const ExpertPlan& plan, Input input) {
 
 // Phase two: target(row)[d] += sum over the row's experts, ascending, of weight * (down h)[d]. A
 // piece of work is some panels of outputs, for all experts: nobody else adds to them. `sums` is
-// this thread's, rows x kDownPanels x 16 floats.
+// this thread's, rows x kDownColumns floats.
 template <class Kind, class Target>
 static void run_down(Member& member, const ExpertPlan& plan, int rows, int hidden, float* sums,
                      Target target) {

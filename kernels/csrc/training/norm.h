@@ -3,8 +3,8 @@
 
 #include <cmath>
 
-#include "norm.h"
-#include "train_product.h"
+#include "ops/norm.h"
+#include "training/product.h"
 
 namespace {
 

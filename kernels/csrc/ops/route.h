@@ -9,8 +9,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "levels.h"
-#include "simd.h"
+#include "ops/args.h"
+#include "core/simd.h"
 
 namespace {
 

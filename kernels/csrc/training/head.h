@@ -1,9 +1,9 @@
 // The head's cross-entropy and its gradients, without logits of more than a block of rows.
 #pragma once
 
-#include "team.h"
-#include "train_norm.h"
-#include "training.h"
+#include "core/team.h"
+#include "training/norm.h"
+#include "training/args.h"
 
 namespace {
 

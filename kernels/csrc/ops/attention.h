@@ -1,44 +1,41 @@
 // Causal attention over block tables, for decode and prefill alike.
 //
-// Positions are taken in tiles of 256 counted from 0, with a running maximum and sum. A query's
+// Positions are taken in tiles of kTilePositions counted from 0, with a running maximum and sum. A query's
 // result depends on its position and the cache alone: a tile has the same bounds whoever looks at
 // it, and what lies beyond a query's own position contributes exact zeros.
 #pragma once
 
 #include <cmath>
 
-#include "levels.h"
-#include "norm.h"
-#include "team.h"
-#include "tile.h"
+#include "ops/args.h"
+#include "ops/norm.h"
+#include "core/team.h"
+#include "core/tile.h"
 
 namespace {
 
 using elastic_moe::AttentionArgs;
 using elastic_moe::kBlockPositions;
+using elastic_moe::kMaxHeadDim;
+using elastic_moe::kMaxHeadsPerGroup;
+using elastic_moe::kTilePositions;
+using elastic_moe::kv_head_values;
 using elastic_moe::KVPool;
 using elastic_moe::Span;
 
-static_assert(kBlockPositions == kPanel, "a block of keys is a panel");
-
-constexpr int kTileBlocks = 16;
-constexpr int kTilePositions = kTileBlocks * kBlockPositions;
 constexpr int kFetchPositions = 3 * kBlockPositions;  // how far ahead blocks are fetched
 constexpr int kQueryRows = 16;     // rows (tokens x heads of a group) per piece of work, at least
-constexpr int kMaxHeadDim = 512;   // accumulators live on the stack
-constexpr int kMaxGroup = 64;      // query heads per key/value head
-constexpr int kMaxQueryRows = kMaxGroup;
+constexpr int kMaxQueryRows = kMaxHeadsPerGroup;
+static_assert(kQueryRows <= kMaxQueryRows, "a piece of work fits its scratch");
 
-static inline int value_stride(int head_dim) { return (head_dim + kPanel - 1) / kPanel * kPanel; }
-
-static inline int64_t head_values(int head_dim) {
-    return static_cast<int64_t>(kPanel) * (head_dim + value_stride(head_dim));
+static inline int value_stride(int head_dim) {
+    return static_cast<int>(elastic_moe::round_up(head_dim, kPanel));
 }
 
 template <class Kind>
 static inline typename Kind::Value* keys_at(const KVPool& kv, int32_t block, int head) {
-    return static_cast<typename Kind::Value*>(kv.data) + kv.block_values * block +
-           head_values(kv.head_dim) * head;
+    return static_cast<typename Kind::Value*>(kv.data) +
+           kv_head_values(kv.head_dim) * (static_cast<int64_t>(kv.kv_heads) * block + head);
 }
 
 template <class Kind>
@@ -66,7 +63,7 @@ static inline void store_kv(const KVPool& kv, const int32_t* blocks, int positio
 template <class Kind>
 static inline void fetch_block(const KVPool& kv, int32_t block, int head) {
     const char* const at = reinterpret_cast<const char*>(keys_at<Kind>(kv, block, head));
-    const int64_t bytes = head_values(kv.head_dim) * static_cast<int64_t>(sizeof(typename Kind::Value));
+    const int64_t bytes = kv_head_values(kv.head_dim) * static_cast<int64_t>(sizeof(typename Kind::Value));
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
 }
 

@@ -1,7 +1,7 @@
 // The most likely token of one row of logits.
 #pragma once
 
-#include "simd.h"
+#include "core/simd.h"
 
 namespace {
 

@@ -1,16 +1,16 @@
 // Muon's update, matrix by matrix: momentum, a rough U V^T by Newton-Schulz, decay, step.
 #pragma once
 
-#include "team.h"
-#include "train_norm.h"
-#include "training.h"
+#include "core/team.h"
+#include "training/norm.h"
+#include "training/args.h"
 
 namespace {
 
 using elastic_moe::MuonArgs;
 using elastic_moe::MuonMatrices;
 
-// Numbers of room for one matrix: its transpose (longer, shorter) twice, and two Gram matrices.
+// Floats of scratch for one matrix: its transpose (longer, shorter) twice, and two Gram matrices.
 static int64_t muon_scratch(const MuonArgs& args) {
     int64_t most = 0;
     for (int i = 0; i < args.count; ++i) {
@@ -41,11 +41,11 @@ static inline void newton_schulz(float*& x, float*& other, float* gram, float* p
 }
 
 static inline void muon_matrix(const MuonArgs& args, const MuonMatrices& of, int64_t index,
-                               float* room) {
+                               float* scratch) {
     const int64_t rows = of.rows, columns = of.columns, size = rows * columns;
     const bool tall = rows > columns;
     const int64_t n = tall ? rows : columns, r = tall ? columns : rows;
-    float* x = room;
+    float* x = scratch;
     float* other = x + size;
     float* const gram = other + size;
     float* const poly = gram + r * r;
@@ -83,7 +83,7 @@ static inline void muon_matrix(const MuonArgs& args, const MuonMatrices& of, int
 
 static void muon(MuonArgs& args) {
     run_team(args.threads, [&](Member& member) {
-        float* const room = args.scratch + member.id * args.scratch_size;
+        float* const scratch = args.scratch + member.id * args.scratch_size;
         int64_t all = 0;
         for (int i = 0; i < args.count; ++i) all += args.list[i].matrices;
         member.share(all, 4, [&](int64_t begin, int64_t end) {
@@ -91,7 +91,7 @@ static void muon(MuonArgs& args) {
             int64_t before = 0;
             for (int64_t piece = begin; piece < end; ++piece) {
                 while (piece - before >= args.list[of].matrices) before += args.list[of++].matrices;
-                muon_matrix(args, args.list[of], piece - before, room);
+                muon_matrix(args, args.list[of], piece - before, scratch);
             }
         });
     });

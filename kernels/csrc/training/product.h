@@ -4,7 +4,7 @@
 // is read often is packed first: panels of kColumns columns, the rows of each one after the other.
 #pragma once
 
-#include "tile.h"
+#include "core/tile.h"
 
 namespace {
 
@@ -14,10 +14,10 @@ constexpr int kColumnPanels = 2;
 constexpr int kColumnPanels = 1;
 #endif
 constexpr int kColumns = kColumnPanels * kPanel;
-constexpr int kBlockRows = 64;     // rows that a piece of work takes at once
+constexpr int kBlockRows = elastic_moe::kTrainingBlockRows;  // that a piece of work takes at once
 constexpr int kProductSteps = 256;  // of a sum between two visits to memory; 32 kB of B
 
-static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+using elastic_moe::round_up;
 
 // A[r][k] = data[r * row + k * step]: row-major with step 1, transposed with row 1.
 struct Left {

@@ -1,0 +1,133 @@
+// What single kernels work on. Shapes: T rows (tokens), E experts, S sub-networks, K output slots.
+#pragma once
+
+#include "core/constants.h"
+
+namespace elastic_moe {
+
+// Strides count elements.
+struct RouteArgs {
+    const float* router_logits;  // (T, E) contiguous
+    const void* subnet_of_row;   // (T,) int32 or int64, each in [0, S)
+    int subnet_index_bytes;      // 4 or 8
+    int64_t rows;                // T
+    int experts;                 // E in [1, kMaxExperts]
+    int slots;                   // K, the largest k of the table
+
+    const int32_t* top_k;  // (S,)
+    int64_t top_k_stride;
+    const int32_t* min_experts;  // (S,)
+    int64_t min_experts_stride;
+    const float* threshold;  // (S,)
+    int64_t threshold_stride;
+    const uint8_t* pool;  // (S, E), a row of bytes per sub-network, non-zero inside the pool
+    int64_t pool_stride;
+    int64_t subnets;  // S
+
+    const float* correction_bias;  // (E,) or null
+    bool renormalize;
+    float epsilon;
+
+    int32_t* topk_ids;    // (T, K) out
+    float* topk_weights;  // (T, K) out
+    int threads;          // most threads to use
+};
+
+static inline int64_t subnet_of(const RouteArgs& args, int64_t row) {
+    return args.subnet_index_bytes == 8 ? static_cast<const int64_t*>(args.subnet_of_row)[row]
+                                        : static_cast<const int32_t*>(args.subnet_of_row)[row];
+}
+
+// A packed matrix: [ceil(outputs/kPanel)] panels, see core/values.h.
+struct Matrix {
+    const void* data;
+    int outputs;
+    int inputs;
+};
+
+// Packed SwiGLU experts of one size, one after the other, see ops/experts.h.
+struct Ffn {
+    const void* data;
+    int experts;
+    int hidden;    // D, inputs and outputs
+    int channels;  // F
+};
+
+// One expert and the slots (a row's choice of it) begin..end-1, widest first.
+struct ExpertJob {
+    const void* gate_up;
+    const void* down;
+    int32_t begin, end;
+    const Ffn* ffn;
+};
+
+// Which rows run which experts; made by ops/experts.h in memory of the caller.
+struct ExpertPlan {
+    ExpertJob* jobs;
+    int jobs_used;
+    int32_t slots_used;
+    int32_t* row;       // of each slot
+    float* weight;      // of each slot
+    int32_t* channels;  // that each slot runs
+    int32_t* count;     // (E,) scratch
+    int32_t* tally;     // (F + 2,) scratch
+    int32_t* order;     // (rows,) scratch
+    void* hidden;       // (slots, hidden_stride)
+    int64_t hidden_stride;
+};
+
+// Blocks of keys and values of one layer, see kv_head_values.
+struct KVPool {
+    void* data;
+    int kv_heads;
+    int head_dim;
+};
+
+// A run of consecutive positions of one sequence: `rows` rows from `row` on, the first of them at
+// `position`; blocks[i] holds positions 16i..16i+15.
+struct Span {
+    int row, rows, position;
+    const int32_t* blocks;
+};
+
+struct AttentionArgs {
+    KVPool kv;
+    int heads;
+    float scale;
+    const void* queries;  // (rows, query_stride) rotated, as matrix inputs
+    int64_t query_stride;
+    const Span* spans;
+    int span_count;
+    void* out;  // (rows, out_stride), as matrix inputs
+    int64_t out_stride;
+    int threads;
+    bool bf16;
+};
+
+struct LinearArgs {
+    Matrix matrix;
+    const void* inputs;  // (rows, input_stride)
+    int64_t input_stride;
+    int rows;
+    float* out;  // (rows, outputs)
+    int threads;
+    bool bf16;
+};
+
+struct ExpertsArgs {
+    Ffn ffn;
+    ExpertPlan plan;
+    const void* inputs;  // (rows, input_stride)
+    int64_t input_stride;
+    int rows, slots;
+    const int32_t* topk_ids;    // (rows, slots)
+    const float* topk_weights;  // (rows, slots)
+    const int32_t* channels;    // (rows,)
+    float* sums;                // (threads, rows * kDownColumns)
+    float* out;                 // (rows, D), added to
+    int64_t weight_bytes, flops;  // counted
+    int threads;
+    bool bf16;
+};
+
+}  // namespace elastic_moe

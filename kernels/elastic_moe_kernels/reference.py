@@ -83,7 +83,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         (T, N) in x's dtype, in which sums are taken, too.
     """
-    return F.linear(_rounded(x, weight), weight.to(x.dtype))
+    return F.linear(round_to(x, weight.dtype), weight.to(x.dtype))
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -99,32 +99,40 @@ def experts(
     gate: Tensor,
     up: Tensor,
     down: Tensor,
+    *,
+    input_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Sum of the chosen experts' outputs, times their weights.
+    """Sum of the chosen experts' outputs, times their weights; no other expert is read.
 
     Args:
-        x: (T, D) tokens, first rounded to the weights' dtype.
+        x: (T, D) tokens.
         topk_ids: (T, K) integer in [-1, E), -1 where nothing runs.
         topk_weights: (T, K).
         channels: (T,) hidden channels of each expert that run for a token, in [1, F].
         gate, up: (E, F, D).
-        down: (E, D, F); what it multiplies is rounded to its dtype.
+        down: (E, D, F).
+        input_dtype: that matrix inputs are first rounded to; None for the weights' own.
 
     Returns:
         (T, D) in x's dtype, in which sums are taken, too.
     """
     out = torch.zeros_like(x)
-    x = _rounded(x, gate)
-    channel = torch.arange(gate.shape[1], device=x.device)  # (F,)
+    input_dtype = input_dtype or gate.dtype
+    x = round_to(x, input_dtype)
+    widths = sorted(set(channels.tolist()))
     for expert in sorted(set(topk_ids.flatten().tolist()) - {-1}):
-        rows, slots = (topk_ids == expert).nonzero(as_tuple=True)  # (n,), (n,)
-        tokens = x[rows]  # (n, D)
-        hidden = F.silu(F.linear(tokens, gate[expert].to(x.dtype)))
-        hidden = hidden * F.linear(tokens, up[expert].to(x.dtype))  # (n, F)
-        hidden = hidden.masked_fill(channel >= channels[rows].unsqueeze(1), 0.0)
-        output = F.linear(_rounded(hidden, down), down[expert].to(x.dtype))  # (n, D)
-        weight = topk_weights[rows, slots].to(x.dtype).unsqueeze(1)  # (n, 1)
-        out = out.index_add(0, rows, output * weight)
+        chosen = topk_ids == expert  # (T, K)
+        for c in widths:
+            at_width = chosen if len(widths) == 1 else chosen & (channels == c).unsqueeze(1)
+            rows, slots = at_width.nonzero(as_tuple=True)  # (n,), (n,)
+            if not len(rows):
+                continue
+            tokens = x[rows]  # (n, D)
+            hidden = F.silu(tokens @ gate[expert, :c].to(x.dtype).T)
+            hidden = hidden * (tokens @ up[expert, :c].to(x.dtype).T)  # (n, c)
+            output = round_to(hidden, input_dtype) @ down[expert, :, :c].to(x.dtype).T  # (n, D)
+            weight = topk_weights[rows, slots].to(x.dtype).unsqueeze(1)  # (n, 1)
+            out = out.index_add(0, rows, output * weight)
     return out
 
 
@@ -140,12 +148,12 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Te
     """
     n, positions, group = len(queries), len(keys), queries.shape[1] // keys.shape[1]
     each = [t.to(queries.dtype).repeat_interleave(group, 1) for t in (keys, values)]  # (P, H, d)
-    scores = scale * torch.einsum("nhd,phd->hnp", _rounded(queries, keys), each[0])
+    scores = scale * torch.einsum("nhd,phd->hnp", round_to(queries, keys.dtype), each[0])
     seen = torch.ones(n, positions, dtype=torch.bool, device=scores.device).tril(positions - n)
     probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1)
     return torch.einsum("hnp,phd->nhd", probabilities, each[1])
 
 
-def _rounded(x: Tensor, like: Tensor) -> Tensor:
-    """x's values rounded to the dtype of `like`, in x's own dtype."""
-    return x.to(like.dtype).to(x.dtype)
+def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x's values rounded to `dtype`, in x's own dtype."""
+    return x if dtype == x.dtype else x.to(dtype).to(x.dtype)

@@ -6,13 +6,12 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from elastic_moe_kernels import ops
+from elastic_moe_kernels import ops, reference
 from elastic_moe_kernels.table import LayerTable
 from torch import Tensor, nn
 
 from elastic_moe.model.config import ModelConfig
-from elastic_moe.model.reference.layers import MLP, round_to
+from elastic_moe.model.reference.layers import MLP
 
 Implementation = Literal["reference", "cpu"]
 
@@ -39,37 +38,21 @@ def run_experts(
     experts: Experts,
     input_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Sum of the chosen experts' outputs, times their weights; an expert nobody chose is not read.
+    """`reference.experts` of the kernels with a layer's stacked weights.
 
     Args:
-        x: (T, D) tokens.
-        topk_ids: (T, K) integer, -1 where nothing runs.
-        topk_weights: (T, K).
-        channels: (T,) hidden channels of each expert that run for this token.
-        experts: the stacked weights.
         input_dtype: what matrix inputs are rounded to; None for no rounding.
-
-    Returns:
-        (T, D) in x's dtype.
     """
-    out = torch.zeros_like(x)
-    x = round_to(x, input_dtype)
-    widths = sorted(set(channels.tolist()))
-    for expert in sorted(set(topk_ids.flatten().tolist()) - {-1}):
-        chosen = topk_ids == expert  # (T, K)
-        for c in widths:
-            at_width = chosen if len(widths) == 1 else chosen & (channels == c).unsqueeze(1)
-            rows, slots = at_width.nonzero(as_tuple=True)  # (n,), (n,)
-            if not len(rows):
-                continue
-            tokens = x[rows]  # (n, D)
-            gate = experts.gate_proj[expert, :c].to(x.dtype)  # (c, D)
-            up = experts.up_proj[expert, :c].to(x.dtype)  # (c, D)
-            down = experts.down_proj[expert, :, :c].to(x.dtype)  # (D, c)
-            hidden = F.silu(tokens @ gate.T) * (tokens @ up.T)  # (n, c)
-            output = round_to(hidden, input_dtype) @ down.T  # (n, D)
-            out = out.index_add(0, rows, output * topk_weights[rows, slots].unsqueeze(1))
-    return out
+    return reference.experts(
+        x,
+        topk_ids,
+        topk_weights,
+        channels,
+        experts.gate_proj,
+        experts.up_proj,
+        experts.down_proj,
+        input_dtype=input_dtype or x.dtype,
+    )
 
 
 class MoE(nn.Module):

@@ -105,7 +105,7 @@ class Inside:
         """End the clients and the server."""
         self._clients.terminate()
         self._clients.wait()
-        self._server.end()
+        self._server.stop()
         self._thread.join()
         self._listener.close()
 

@@ -21,7 +21,7 @@ from elastic_moe.cli.arguments import (
     read_routing,
 )
 from elastic_moe.errors import ServerError
-from elastic_moe.server.starting import end_with_stdin, url_file
+from elastic_moe.server.child_process import exit_with_stdin, url_file
 
 if TYPE_CHECKING:
     from elastic_moe.server.routing.limits import Limits
@@ -221,7 +221,7 @@ def run(args: argparse.Namespace) -> int:
     from elastic_moe.server.settings import ServerSettings
 
     if args.end_with_stdin:
-        end_with_stdin()
+        exit_with_stdin()
     settings = ServerSettings(
         host=args.host,
         port=args.port,
@@ -245,7 +245,7 @@ def run(args: argparse.Namespace) -> int:
         load_engine(args, max_num_seqs=args.max_num_seqs, max_queue=args.max_queue) as engine,
     ):
         names = ", ".join((engine.name, *settings.aliases))
-        line = logs.first_line(args.log_format, f"{names} on {url_of(listener)}/v1")
+        line = logs.startup_line(args.log_format, f"{names} on {url_of(listener)}/v1")
         print(line, file=sys.stderr, flush=True)
         logs.configure(args.log_format, args.log_level)
         Server(engine, settings, on_ready).run(sockets=[listener])

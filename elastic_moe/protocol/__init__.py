@@ -1,23 +1,22 @@
-"""What goes over the wire: the bodies of OpenAI's API, with a request's sub-network beside them.
+"""Wire types: request and response bodies of OpenAI's API, extended by routing.
 
-Requests are strict: a key that nobody knows, or a number written as text, is an error, as a knob
-must never be ignored without a word.
+Requests are strict: an unknown key, or a number written as text, is an error. No knob is silently
+ignored.
 """
 
 from elastic_moe.protocol.chat import ChatChunk, ChatCompletion, ChatRequest
 from elastic_moe.protocol.completions import CompletionRequest, TextCompletion
 from elastic_moe.protocol.embeddings import EmbeddingRequest, EmbeddingResponse
-from elastic_moe.protocol.models import (
+from elastic_moe.protocol.errors import ErrorResponse
+from elastic_moe.protocol.models import ModelCard, ModelList
+from elastic_moe.protocol.routing import AppliedRouting, RoutingConfig
+from elastic_moe.protocol.tokenize import (
     DetokenizeRequest,
     DetokenizeResponse,
-    ErrorResponse,
-    ModelCard,
-    ModelList,
     TokenizeRequest,
     TokenizeResponse,
     TokenizerInfo,
 )
-from elastic_moe.protocol.routing import AppliedRouting, RoutingConfig
 
 __all__ = [
     "AppliedRouting",

@@ -1,4 +1,4 @@
-"""/admin/faults: what goes wrong on purpose, and how often."""
+"""/admin/faults: fault injection."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ _WITH_ERROR = {"error", "retry_after", "latency_ms"}
 
 
 class Effects(Body):
-    """What happens to a request.
+    """Faults of one request.
 
-    A time in milliseconds may be [least, most]: it is drawn evenly between them.
+    A time in milliseconds may be [min, max]; it is drawn uniformly.
 
     Attributes:
-        error: this status in place of an answer.
-        retry_after: seconds, in the error's Retry-After.
-        latency_ms: passes before anything else happens.
-        ttft_ms: nothing of the answer goes out before so long after the request came.
-        itl_ms: passes between two events of a stream.
-        drop_after: the connection closes after so many events; 0: before the answer begins. An
-            answer that is no stream breaks off halfway.
-        malformed_after: the event after so many is cut in its middle, and the stream goes on. An
-            answer that is no stream is cut in its middle.
-        stall_after: nothing comes after so many events. An answer that is no stream stops halfway.
-        routing_jitter: depth and top-k shrink by up to this fraction, drawn for each request; the
-            answer tells what ran.
-        force_text: the answer's text, token by token with the model's own log-probabilities.
+        error: answer with this status.
+        retry_after: seconds; Retry-After header of the error.
+        latency_ms: delay before the request is processed.
+        ttft_ms: delay of the first byte, counted from the arrival of the request.
+        itl_ms: delay between two events of a stream.
+        drop_after: close the connection after so many events; 0: before the response starts. An
+            answer that is not streamed breaks off halfway.
+        malformed_after: cut the next event in half after so many, and go on. An answer that is not
+            streamed is cut in half.
+        stall_after: send nothing after so many events. An answer that is not streamed stops
+            halfway.
+        routing_jitter: reduce depth and top-k by up to this fraction, drawn for each request; the
+            answer's `routing` says what ran.
+        force_text: text of the answer, token by token with the model's own log-probabilities.
     """
 
     error: Annotated[int, Field(ge=400, le=599)] | None = None
@@ -66,23 +67,23 @@ class Effects(Body):
         return self
 
     def given(self) -> set[str]:
-        """Names of the effects that are asked for."""
+        """Names of the effects that are set."""
         return {name for name in Effects.model_fields if getattr(self, name) is not None}
 
 
 class FaultRule(Effects):
-    """Which requests something happens to.
+    """Faults, and the requests that get them.
 
-    A rule numbers the requests to its path from 1. It strikes those of them that pass all of the
-    following; a request is struck by the first rule that strikes it.
+    A rule numbers the requests to its path from 1. It applies to those that meet all conditions; a
+    request gets the faults of the first rule that applies.
 
     Attributes:
-        path: such as /v1/chat/completions; absent, every path below /v1/.
-        rate: the share of requests, drawn by the plan's seed and the request's number.
-        count: so many times at most.
-        skip: not the first so many.
-        at: these numbers alone.
-        after_seconds, until_seconds: in this span, counted from when the plan was set.
+        path: such as /v1/chat/completions; absent: every path below /v1/.
+        rate: share of requests, drawn by the plan's seed and the request's number.
+        count: apply at most so many times.
+        skip: not to the first so many.
+        at: to these numbers only.
+        after_seconds, until_seconds: in this period, counted from when the plan was set.
     """
 
     path: Annotated[str, Field(pattern="^/v1/")] | None = None
@@ -101,11 +102,11 @@ class FaultRule(Effects):
 
 
 class FaultPlan(Body):
-    """All that goes wrong on purpose.
+    """All rules of fault injection.
 
     Attributes:
-        seed: of what is drawn; the same requests in the same order meet the same faults.
-        preset: 'remote': a round trip of 200 to 400 ms for every request, beside what rules do.
+        seed: of rates and spans: the same requests in the same order get the same faults.
+        preset: 'remote': 200 to 400 ms latency for every request, besides the rules.
     """
 
     seed: Count = 0
@@ -114,11 +115,11 @@ class FaultPlan(Body):
 
 
 class RuleCount(Answer):
-    """What a rule has done.
+    """Counts of one rule since the plan was set.
 
     Attributes:
-        matched: requests to its path since the plan was set.
-        injected: those of them that it struck.
+        matched: requests to its path.
+        injected: requests that it applied to.
     """
 
     matched: int
@@ -126,48 +127,7 @@ class RuleCount(Answer):
 
 
 class FaultState(Answer):
-    """The plan, and what each of its rules has done."""
+    """The plan, and the counts of its rules in order."""
 
     plan: FaultPlan
     counts: list[RuleCount]
-
-
-class RequestRecord(Answer):
-    """A request that came, for who tests its client.
-
-    Attributes:
-        number: from 1, in the order in which they came.
-        body: its JSON, unless it is none or has more than 1 MiB.
-        stream: whether the body asks for one.
-        status: of the answer; null before there is one.
-        injected: what was done to it.
-        outcome: complete: the whole answer went out; error: a status from 400, or an error in
-            mid-stream; truncated: it was cut or spoilt on purpose; gone: the client closed before
-            the end; running: none of these yet.
-        text: of the answer's first choice, as far as it went out.
-        begun_seconds, ended_seconds: since the server began.
-    """
-
-    number: int
-    request_id: str
-    method: str
-    path: str
-    body: object
-    stream: bool
-    status: int | None
-    injected: dict[str, object] | None
-    outcome: Literal["complete", "error", "truncated", "gone", "running"]
-    text: str | None
-    begun_seconds: float
-    ended_seconds: float | None
-
-
-class RequestRecords(Answer):
-    """Requests to paths below /v1/.
-
-    Attributes:
-        dropped: older ones that are no longer kept.
-    """
-
-    requests: list[RequestRecord]
-    dropped: int

@@ -1,4 +1,4 @@
-"""Failures as OpenAI's API tells them: a status, and a body that says what and where."""
+"""Errors as OpenAI's API sends them: {"error": {"message", "type", "param", "code"}}."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from elastic_moe.errors import (
     RoutingError,
 )
 from elastic_moe.routing import shorten
-from elastic_moe.server.middleware.rate_limits import retry_after
+from elastic_moe.server.middleware.rate_limits import retry_after_seconds
 
 _log = logging.getLogger("elastic_moe.server")
 INVALID = "invalid_request_error"
@@ -34,7 +34,13 @@ _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 
 
 class ApiError(Exception):
-    """Ends a request with a status other than 200."""
+    """A request fails with this status and message.
+
+    Attributes:
+        param: the part of the request at fault, such as "messages.0.role".
+        code: for programs, such as "model_not_found".
+        headers: of the response.
+    """
 
     def __init__(
         self,
@@ -50,7 +56,7 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """What the client gets."""
+        """The JSON body, without the status."""
         kind = "server_error" if self.status >= 500 else _TYPES.get(self.status, INVALID)
         return {
             "error": {
@@ -62,18 +68,18 @@ class ApiError(Exception):
         }
 
     def response(self) -> Response:
-        """The whole answer."""
-        # ASCII: a message may quote what is no valid Unicode.
+        """The HTTP response."""
+        # ASCII: a message may quote what is not valid Unicode.
         content = json.dumps(self.body()).encode()
         return Response(content, self.status, self.headers, "application/json")
 
 
 def as_api_error(error: BaseException, *, param: str | None = None, status: int = 400) -> ApiError:
-    """What a failure means to the client.
+    """Any failure as an `ApiError`; one that is not the client's fault becomes a 500.
 
     Args:
-        param: the part of the request that a bad prompt is in.
-        status: where a profile does not exist.
+        param: the part of the request that holds the prompt.
+        status: of a profile that does not exist.
     """
     if isinstance(error, ApiError):
         return error
@@ -99,54 +105,56 @@ def as_api_error(error: BaseException, *, param: str | None = None, status: int 
 
 
 def log_failure(error: BaseException) -> None:
-    """Log a fault of ours: where it was, without its message, which may quote a prompt."""
+    """Log an internal error: its traceback without its message, which may quote a prompt."""
     _log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
 
 
-async def tell_failure(request: Request, error: Exception) -> Response:
-    """Exception handler: anything that an endpoint raises."""
-    told = as_api_error(error)
+async def handle_failure(request: Request, error: Exception) -> Response:
+    """Exception handler of `ApiError` and `ElasticMoEError`."""
+    answer = as_api_error(error)
     if isinstance(error, QueueFullError):
         service = request.app.state.service
-        told.headers["retry-after"] = str(retry_after(service.engine, service.metrics))
-    return told.response()
+        seconds = retry_after_seconds(service.engine, service.metrics)
+        answer.headers["retry-after"] = str(seconds)
+    return answer.response()
 
 
-async def tell_http(request: Request, error: Exception) -> Response:
-    """Exception handler: no such path or method, or a body that is no JSON."""
+async def handle_http_error(request: Request, error: Exception) -> Response:
+    """Exception handler of Starlette's errors: unknown path or method, unreadable body."""
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, ApiError):  # raised while the body was read
         return error.__cause__.response()
     headers = error.headers
     if error.status_code == 405:
-        headers = {"allow": ", ".join(_methods(request))}
+        headers = {"allow": ", ".join(_allowed_methods(request))}
     return ApiError(error.status_code, str(error.detail), headers=headers).response()
 
 
-def _methods(request: Request) -> list[str]:
-    """What a path may be asked with: each method has a route of its own."""
-    fitting = [
+def _allowed_methods(request: Request) -> list[str]:
+    """Methods of a path; each is a route of its own, so Starlette knows only the first."""
+    matching = [
         route for route in request.app.routes if route.matches(request.scope)[0] != Match.NONE
     ]
-    return sorted({method for route in fitting for method in route.methods})
+    return sorted({method for route in matching for method in route.methods})
 
 
-async def tell_invalid(_: Request, error: Exception) -> Response:
-    """Exception handler: a body that breaks its schema. All its faults are told."""
+async def handle_invalid_body(_: Request, error: Exception) -> Response:
+    """Exception handler of a body that breaks its schema; the message lists all its errors."""
     assert isinstance(error, RequestValidationError)
-    faults = [(_where(fault, error.body), fault) for fault in error.errors()]
-    told = dict.fromkeys(_explain(*fault) for fault in faults)  # branches of a choice repeat
-    return ApiError(400, " ".join(told), param=faults[0][0] or None).response()
+    details = [(_location(detail, error.body), detail) for detail in error.errors()]
+    # Branches of a union repeat each other.
+    messages = dict.fromkeys(_message(*detail) for detail in details)
+    return ApiError(400, " ".join(messages), param=details[0][0] or None).response()
 
 
-def _where(fault: Mapping[str, Any], body: Any) -> str:
-    """Such as messages.0.role: the keys of the body, without the types that pydantic tried."""
+def _location(detail: Mapping[str, Any], body: Any) -> str:
+    """Such as "messages.0.role": keys of the body, without the union members in pydantic's loc."""
     parts: list[str | int] = []
-    for part in fault["loc"][1:]:
+    for part in detail["loc"][1:]:
         inside = part in body if isinstance(body, Mapping) else _is_index(part, body)
         if inside:
             body = body[part]
-        elif fault["type"] != "missing" or part != fault["loc"][-1]:
+        elif detail["type"] != "missing" or part != detail["loc"][-1]:
             continue
         parts.append(part)
     return ".".join(map(str, parts))
@@ -156,12 +164,12 @@ def _is_index(part: object, body: object) -> bool:
     return isinstance(body, list) and isinstance(part, int) and part < len(body)
 
 
-def _explain(where: str, fault: Mapping[str, Any]) -> str:
+def _message(where: str, detail: Mapping[str, Any]) -> str:
     where = where or "body"
-    if fault["type"] == "extra_forbidden":
+    if detail["type"] == "extra_forbidden":
         return f"unknown key {shorten(where)}."
-    if fault["type"] == "json_invalid":
-        return f"the body is no JSON: {fault['ctx']['error']}."
-    if fault["type"] == "missing":
+    if detail["type"] == "json_invalid":
+        return f"the body is no JSON: {detail['ctx']['error']}."
+    if detail["type"] == "missing":
         return f"{where} is missing."
-    return f"{where}: {fault['msg']}, got {shorten(fault['input'])}."
+    return f"{where}: {detail['msg']}, got {shorten(detail['input'])}."

@@ -1,4 +1,4 @@
-"""Listening, and ending in good order."""
+"""The server process: listening socket, start, graceful shutdown."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import uvicorn
 from elastic_moe.engine import Engine
 from elastic_moe.errors import ServerError
 from elastic_moe.server.app import create_app
-from elastic_moe.server.middleware.connection import Connection
+from elastic_moe.server.middleware.connection import ClosableConnection
 from elastic_moe.server.settings import ServerSettings
 
 BACKLOG = 2048
-GRACE_SECONDS = 5  # for answers to leave, after the last request has ended
+GRACE_SECONDS = 5  # to send the last responses, after the engine has closed
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens.
+    """A listening TCP socket.
 
     Raises:
         ServerError: the port is taken, or the address is not this machine's.
@@ -50,19 +50,19 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def url_of(listener: socket.socket) -> str:
-    """Where a socket is reached."""
+    """The http:// URL of a listening socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class Server(uvicorn.Server):
-    """Answers requests until it is told to end: by SIGTERM or SIGINT, or by `end`.
+    """Serves requests until SIGTERM, SIGINT or `stop`.
 
-    Requests that run then have `settings.drain_seconds` to end; those that do not are told so. A
-    second signal ends all at once.
+    Running requests then get `settings.drain_seconds` to finish; the rest receive an error. A
+    second signal exits at once.
 
     Args:
-        on_ready: called when requests are taken in.
+        on_ready: called when the server accepts requests.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 self.app,
-                http=Connection,
+                http=ClosableConnection,
                 loop="uvloop",
                 ws="none",
                 lifespan="on",
@@ -97,10 +97,10 @@ class Server(uvicorn.Server):
         if self.should_exit:
             super().handle_exit(sig, frame)
         else:
-            self.end()
+            self.stop()
 
-    def end(self) -> None:
-        """Take nothing more in, let what runs end; returns at once."""
+    def stop(self) -> None:
+        """Accept no more requests and drain the running ones; returns at once."""
         self.app.state.service.ready = False
         close = partial(self._engine.close, self._drain_seconds)
         threading.Thread(target=close, name="elastic-moe drain", daemon=True).start()

@@ -1,4 +1,4 @@
-"""What all endpoints share: the engine, its names, and which sub-network a request means."""
+"""What all endpoints share: the engine, its names, and the routing of requests."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from elastic_moe.engine import Engine
 from elastic_moe.engine.outputs import AppliedRouting, Usage
 from elastic_moe.errors import RoutingError
 from elastic_moe.protocol.faults import FaultPlan
-from elastic_moe.protocol.models import ElasticAxes, ModelCard
 from elastic_moe.protocol.routing import RoutingConfig, values
 from elastic_moe.routing import Subnet
 from elastic_moe.server.api.logprobs import LogprobWriter
 from elastic_moe.server.errors import ApiError
-from elastic_moe.server.middleware.faults import FaultBook, Injection
+from elastic_moe.server.middleware.fault_selection import FaultSelector, Injection
 from elastic_moe.server.observe.metrics import Metrics
-from elastic_moe.server.observe.record import RequestLog
+from elastic_moe.server.observe.request_history import RequestHistory
 from elastic_moe.server.routing.profiles import ProfileBook
 from elastic_moe.server.routing.request import ResolvedRouting, RoutingRequest
 from elastic_moe.server.settings import ServerSettings
@@ -28,14 +27,14 @@ class Service:
     """One engine behind a server.
 
     Attributes:
-        created: when the server began, in seconds since 1970.
+        created: start of the server, in seconds since 1970.
         default: the sub-network of requests that ask for none.
-        profiles: what requests may ask for by name.
-        faults: what goes wrong on purpose; None if nothing may.
-        requests: what came in, kept only where faults may be injected.
+        profiles: routing and sampling that requests may ask for by name.
+        faults: fault injection; None without --inject.
+        requests: the last requests; kept with fault injection only.
         logprobs: writes log-probabilities with the texts of their tokens.
         metrics: of the requests that have ended.
-        ready: whether requests are taken in.
+        ready: whether the server accepts requests.
     """
 
     engine: Engine
@@ -44,8 +43,8 @@ class Service:
     default: Subnet
     logprobs: LogprobWriter
     profiles: ProfileBook
-    faults: FaultBook | None
-    requests: RequestLog
+    faults: FaultSelector | None
+    requests: RequestHistory
     metrics: Metrics = field(default_factory=Metrics)
     ready: bool = True
 
@@ -58,7 +57,7 @@ class Service:
         limits.apply(default)
         faults = None
         if settings.inject != "off":
-            faults = FaultBook()
+            faults = FaultSelector()
             faults.set(FaultPlan(preset="remote" if settings.inject == "remote" else None))
         return cls(
             engine,
@@ -68,17 +67,17 @@ class Service:
             LogprobWriter(engine.tokenizer),
             ProfileBook.open(settings.profiles, shape),
             faults,
-            RequestLog(),
+            RequestHistory(),
         )
 
     @property
     def names(self) -> tuple[str, ...]:
-        """That requests may ask for."""
+        """Model names that requests may use."""
         return tuple(dict.fromkeys((self.engine.name, *self.settings.aliases)))
 
     @property
     def fingerprint(self) -> str:
-        """Of what makes the answers: weights, kernels, numbers."""
+        """`system_fingerprint`: the backend, its instruction-set level and the dtype."""
         engine = self.engine
         parts = ("em", engine.backend, engine.runner.level, engine.dtype)
         return "-".join(part for part in parts if part is not None)
@@ -144,25 +143,6 @@ class Service:
             profile_name=profile,
             profile=found,
             injection=injection,
-        )
-
-    def card(self, name: str) -> ModelCard:
-        """What the models endpoint tells of a name."""
-        config, shape = self.engine.config, self.engine.shape
-        trained = {} if config.elastic is None else config.elastic.trained
-        return ModelCard(
-            id=name,
-            created=self.created,
-            root=self.engine.name,
-            max_model_len=config.max_positions,
-            elastic=ElasticAxes(
-                max_depth=shape.num_layers,
-                max_top_k=shape.max_top_k,
-                num_experts=shape.num_experts,
-                width_granules=shape.width_granules,
-                trained={axis: list(each) for axis, each in trained.items()},
-                profiles=list(self.profiles.all()),
-            ),
         )
 
     def applied(self, routing: ResolvedRouting, applied: AppliedRouting) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What an operator decides about a server."""
+"""`ServerSettings`: what an operator decides; `elastic-moe serve` reads it from its options."""
 
 from __future__ import annotations
 
@@ -17,24 +17,27 @@ _KEY = re.compile(r"[\x21-\x7e]{1,512}")
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """Attributes are those of `elastic-moe serve --help`.
+    """Settings of a server, checked when made.
 
     Attributes:
-        host, port: where it listens; port 0 takes a free one.
-        api_keys: any of them opens the server; none leaves it open to all who reach it.
-        aliases: names that the model answers to, besides its own.
-        routing: the sub-network of requests that ask for none; None for the whole network.
-        seed: of requests that name none; None draws one for each.
-        max_body_bytes: of a request.
-        drain_seconds: how long running requests may take to end when the server is told to.
-        read_timeout_seconds: how long the body of a request may take to arrive.
-        request_timeout_seconds: how long a request may take altogether, which its client is told by
-            504 or in its stream; None for as long as it needs.
-        admin_keys: any of them opens the admin endpoints; without one these stay shut.
-        profiles: TOML file that profiles are kept in; None has the built-in ones.
-        limits: how far requests may go on each axis.
-        inject: whether faults may be injected; 'remote' begins with that preset.
-        expose_without_keys: listen on other addresses than loopback though nobody needs a key.
+        host, port: address to listen on; port 0 takes a free one.
+        api_keys: requests need one of them; with none, requests need no key.
+        aliases: further names of the model.
+        routing: sub-network of requests that ask for none; None for the full network.
+        seed: seed of requests that have none; None draws one for each.
+        max_body_bytes: size limit of request bodies.
+        drain_seconds: time for running requests to finish at shutdown; the rest get an error.
+        read_timeout_seconds: time for the body of a request to arrive.
+        request_timeout_seconds: time for a whole request; then it gets 504, or an error in its
+            stream. None for no limit.
+        admin_keys: /admin/* needs one of them; with none, it refuses everyone.
+        profiles: TOML file of the profiles; None for the built-in ones.
+        limits: allowed range of each elastic axis.
+        inject: fault injection; 'remote' starts with that preset.
+        expose_without_keys: allow other addresses than loopback without API keys.
+
+    Raises:
+        ServerError: a value is out of range, or the settings are unsafe together.
     """
 
     host: str = "127.0.0.1"
@@ -66,7 +69,7 @@ class ServerSettings:
                 raise ServerError(f"{name} must be above 0 and at most 86400, got {seconds}.")
         for kind, keys in (("API", self.api_keys), ("admin", self.admin_keys)):
             for number, key in enumerate(keys, 1):
-                if not _KEY.fullmatch(key):  # the key itself is not told
+                if not _KEY.fullmatch(key):  # never show the key
                     raise ServerError(
                         f"{kind} key {number} must be 1 to 512 printable ASCII characters "
                         f"without blanks."
@@ -87,7 +90,7 @@ class ServerSettings:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Whether an address is reachable from this machine only."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:

@@ -90,7 +90,7 @@ def start(tiny_folder: Path) -> Iterator[Callable[..., Running]]:
         def end() -> None:
             http.close()
             openai.close()
-            server.end()
+            server.stop()
             thread.join()
             listener.close()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from elastic_moe_kernels import native
 
-from tests.server import soak
+from tests.server.soak import __main__ as soak
 
 pytestmark = [
     pytest.mark.slow,

@@ -1,1 +1,1 @@
-"""The endpoints, each in the file that its path names."""
+"""Endpoints, one file per path. `generation`, `sampling` and `logprobs` are shared by them."""

@@ -1,4 +1,4 @@
-"""The admin endpoints: profiles, faults, and the record of requests. They want an admin key."""
+"""/admin/profiles, /admin/faults and /admin/requests. They need an admin key."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Header, Query, Response
 
 from elastic_moe.errors import ProfileNotFoundError
-from elastic_moe.protocol import ErrorResponse
-from elastic_moe.protocol.faults import FaultPlan, FaultState, RequestRecords
+from elastic_moe.protocol.errors import ErrorResponse
+from elastic_moe.protocol.faults import FaultPlan, FaultState
 from elastic_moe.protocol.profiles import NamedProfile, Profile, ProfileList
+from elastic_moe.protocol.requests import RequestRecords
 from elastic_moe.server.errors import ApiError, as_api_error
 from elastic_moe.server.middleware.etags import check_match, etag
-from elastic_moe.server.middleware.faults import FaultBook
+from elastic_moe.server.middleware.fault_selection import FaultSelector
 from elastic_moe.server.service import Service
 
 IfMatch = Annotated[str | None, Header()]
 Number = Annotated[int, Query(ge=0)]
-# What changes something may answer, beside what all endpoints may.
+# Errors of changing endpoints, beside those of all endpoints.
 _STALE: dict[int | str, dict[str, Any]] = {
     412: {"model": ErrorResponse, "description": "somebody else changed it meanwhile"}
 }
@@ -27,9 +28,10 @@ _NO_FILE: dict[int | str, dict[str, Any]] = {
 
 
 def add_endpoints(app: FastAPI, service: Service) -> None:
-    """Add them."""
+    """Add the endpoints of this module to the application."""
     _add_profiles(app, service)
     _add_faults(app, service)
+    _add_requests(app, service)
 
 
 def _add_profiles(app: FastAPI, service: Service) -> None:
@@ -62,7 +64,7 @@ def _add_profiles(app: FastAPI, service: Service) -> None:
         if_match: IfMatch = None,
         if_none_match: IfMatch = None,
     ) -> Profile:
-        """Set one, for all requests from now on; it is kept in the file of --profiles.
+        """Create or replace a profile, here and in the file of --profiles.
 
         With If-Match, only if nobody else has changed it meanwhile.
         """
@@ -75,7 +77,7 @@ def _add_profiles(app: FastAPI, service: Service) -> None:
 
     @app.delete("/admin/profiles/{name}", status_code=204, responses={**_STALE, **_NO_FILE})
     def delete_profile(name: str, if_match: IfMatch = None) -> None:
-        """Take one away."""
+        """Delete a profile."""
         try:
             profiles.delete(name, if_match)
         except ProfileNotFoundError as error:
@@ -83,49 +85,50 @@ def _add_profiles(app: FastAPI, service: Service) -> None:
 
 
 def _add_faults(app: FastAPI, service: Service) -> None:
-    def faults() -> FaultBook:
-        if service.faults is None:
-            raise ApiError(
-                404,
-                "faults are injected by a server that was started with --inject.",
-                code="no_inject",
-            )
-        return service.faults
-
     @app.get("/admin/faults")
     async def get_faults(response: Response) -> FaultState:
-        """What goes wrong on purpose, and how often it did."""
-        response.headers["etag"] = etag(faults().plan)
-        return faults().state()
+        """The plan of fault injection, and how often each rule applied."""
+        faults = _faults(service)
+        response.headers["etag"] = etag(faults.plan)
+        return faults.state()
 
     @app.put("/admin/faults", responses=_STALE)
     async def put_faults(
         plan: FaultPlan, response: Response, if_match: IfMatch = None
     ) -> FaultState:
-        """Replace the whole plan; all counting begins anew."""
-        book = faults()
-        check_match(etag(book.plan), if_match, None)
-        book.set(plan)
+        """Replace the whole plan; all counts restart at 0."""
+        faults = _faults(service)
+        check_match(etag(faults.plan), if_match, None)
+        faults.set(plan)
         response.headers["etag"] = etag(plan)
-        return book.state()
+        return faults.state()
 
     @app.delete("/admin/faults", status_code=204, responses=_STALE)
     async def delete_faults(if_match: IfMatch = None) -> None:
-        """Let nothing go wrong any more."""
-        book = faults()
-        check_match(etag(book.plan), if_match, None)
-        book.set(FaultPlan())
+        """Inject no more faults."""
+        faults = _faults(service)
+        check_match(etag(faults.plan), if_match, None)
+        faults.set(FaultPlan())
 
+
+def _add_requests(app: FastAPI, service: Service) -> None:
     @app.get("/admin/requests")
     async def get_requests(after: Number = 0) -> RequestRecords:
-        """The requests below /v1/ after this number, with their bodies; kept in memory alone."""
-        faults()
-        log = service.requests
-        told = [entry.told() for entry in log.since(after)]
-        return RequestRecords(requests=told, dropped=log.dropped)
+        """The requests below /v1/ after this number, with their bodies; kept in memory only."""
+        _faults(service)
+        history = service.requests
+        return RequestRecords(requests=history.after(after), dropped=history.dropped)
 
     @app.delete("/admin/requests", status_code=204)
     async def delete_requests() -> None:
-        """Forget them."""
-        faults()
+        """Delete all of them."""
+        _faults(service)
         service.requests.clear()
+
+
+def _faults(service: Service) -> FaultSelector:
+    if service.faults is None:
+        raise ApiError(
+            404, "faults are injected by a server that was started with --inject.", code="no_inject"
+        )
+    return service.faults

@@ -1,97 +1,127 @@
-"""/v1/chat/completions."""
+"""POST /v1/chat/completions."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import json
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from starlette.responses import Response
+from fastapi import FastAPI, Request, Response
 
 from elastic_moe.engine import SamplingParams
 from elastic_moe.engine.outputs import Choice, Delta
 from elastic_moe.errors import ContextLengthError
-from elastic_moe.protocol.chat import ChatRequest, Message
-from elastic_moe.server.api.generation import Answering, answer_json
+from elastic_moe.protocol.chat import ChatChunk, ChatCompletion, ChatRequest, Message
+from elastic_moe.routing import shorten
+from elastic_moe.server.api.generation import GenerationHandler, describe_answer, json_response
 from elastic_moe.server.api.sampling import sampling_params
 from elastic_moe.server.errors import ApiError
-from elastic_moe.server.routing.request import RoutingRequest
 from elastic_moe.server.service import Service, usage
 from elastic_moe.server.sse import EventStream, TextEvent, event
-from elastic_moe.server.tools.choice import ToolUse, ToolWriter, read_arguments
+from elastic_moe.server.tools.choice import ToolOptions
+from elastic_moe.server.tools.response import ToolCallWriter
 
-RESERVED = {"messages", "add_generation_prompt", "tools"}
+RESERVED_VARIABLES = {"messages", "add_generation_prompt", "tools"}  # of chat templates
 
 
-def template_messages(messages: list[Message]) -> list[dict[str, Any]]:
-    """Messages as chat templates know them.
+def add_endpoints(app: FastAPI, service: Service) -> None:
+    """Add the endpoint of this module to the application."""
+
+    @app.post("/v1/chat/completions", **describe_answer(ChatCompletion, ChatChunk))
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation."""
+        return await ChatHandler(service, body, request).respond()
+
+
+def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages in the form that chat templates expect.
 
     Raises:
-        ApiError: the arguments of a call are no JSON object.
+        ApiError: the arguments of a tool call are not a JSON object.
     """
     plain = []
-    for number, message in enumerate(messages):
-        told = message.model_dump(exclude_none=True)
+    for index, message in enumerate(messages):
+        fields = message.model_dump(exclude_none=True)
         if not isinstance(message.content, str):
-            told["content"] = "".join(part.text for part in message.content or ())
-        for call in told.get("tool_calls", ()):
-            where = f"messages.{number}.tool_calls"
-            call["function"]["arguments"] = read_arguments(call["function"]["arguments"], where)
-        if message.role == "developer":  # the newer name
-            told["role"] = "system"
-        plain.append(told)
+            fields["content"] = "".join(part.text for part in message.content or ())
+        for call in fields.get("tool_calls", ()):
+            param = f"messages.{index}.tool_calls"
+            call["function"]["arguments"] = _parse_arguments(call["function"]["arguments"], param)
+        if message.role == "developer":  # OpenAI's newer name
+            fields["role"] = "system"
+        plain.append(fields)
     return plain
 
 
-class Chat(Answering):
-    """Answers one chat request."""
+def _parse_arguments(text: str, param: str) -> dict[str, Any]:
+    """Arguments of a call as the object that chat templates expect; an empty text has none.
 
-    prefix = "chatcmpl"
+    Raises:
+        ApiError: the text is not a JSON object.
+    """
+    try:
+        arguments = json.loads(text) if text.strip() else {}
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise ApiError(
+            400,
+            f"{param}: arguments must be a JSON object as text, got {shorten(text)}.",
+            param=param,
+        )
+    return arguments
 
-    def __init__(self, service: Service, body: ChatRequest, routing: RoutingRequest) -> None:
-        super().__init__(service, body, routing)
-        self._body = body
-        self._tools: ToolUse | None = None
 
-    async def answer(self, receive: Any) -> Response:
-        """The whole, or a stream of it.
+class ChatHandler(GenerationHandler[ChatRequest]):
+    """Answers one chat request, as a whole or as a stream."""
+
+    id_prefix = "chatcmpl"
+
+    async def respond(self) -> Response:
+        """The response.
 
         Raises:
-            ApiError, ElasticMoEError: it cannot be served.
+            ApiError, ElasticMoEError: the request is invalid, or the engine failed.
         """
-        ids = await asyncio.to_thread(self._encode)
-        params = self._params(len(ids))
-        self.resolve_routing(len(ids) + params.max_tokens)
-        if self._body.stream:
-            return EventStream(self._events(ids, params), self.headers)
-        (done,) = await self.generate([ids], params, receive)
-        writer = self._writer()
+        self._check_template_variables()
+        self._tools = ToolOptions.from_request(self.body, self.service.engine.tokenizer)
+        prompt = await asyncio.to_thread(self._encode)
+        params = self._sampling_params(len(prompt))
+        self.resolve_routing(len(prompt) + params.max_tokens)
+        if self.body.stream:
+            return EventStream(self._events(prompt, params), self.headers)
+        (completion,) = await self.generate([prompt], params)
+        writer = self._tool_writer()
         body = {
-            **self.head("chat.completion"),
-            "choices": [self._choice(choice, writer) for choice in done.choices],
-            "usage": usage(done.usage),
-            "routing": self.service.applied(self.routing, done.routing),
+            **self.envelope("chat.completion"),
+            "choices": [self._choice(choice, writer) for choice in completion.choices],
+            "usage": usage(completion.usage),
+            "routing": self.service.applied(self.routing, completion.routing),
         }
-        return answer_json(body, self.headers)
+        return json_response(body, self.headers)
 
-    def _encode(self) -> list[int]:
-        variables = self._body.chat_template_kwargs or {}
-        for name in sorted(RESERVED & variables.keys()):
+    def _check_template_variables(self) -> None:
+        reserved = sorted(RESERVED_VARIABLES & (self.body.chat_template_kwargs or {}).keys())
+        if reserved:
             raise ApiError(
                 400,
-                f"chat_template_kwargs must not name {name}, which the request says itself.",
+                f"chat_template_kwargs must not name {reserved[0]}, which the request says itself.",
                 param="chat_template_kwargs",
             )
-        tokenizer = self.service.engine.tokenizer
-        self._tools = ToolUse.of(self._body, tokenizer)
+
+    def _encode(self) -> list[int]:
+        """Token ids of the conversation."""
+        variables = self.body.chat_template_kwargs or {}
         if self._tools is not None:
             variables = {**variables, "tools": self._tools.for_template()}
-        return tokenizer.encode_chat(template_messages(self._body.messages), **variables)
+        messages = template_messages(self.body.messages)
+        return self.service.engine.tokenizer.encode_chat(messages, **variables)
 
-    def _params(self, prompt_tokens: int) -> SamplingParams:
-        body, limit = self._body, self.service.engine.config.max_positions
-        named = {n for n in (body.max_tokens, body.max_completion_tokens) if n is not None}
-        if len(named) > 1:
+    def _sampling_params(self, prompt_tokens: int) -> SamplingParams:
+        body, limit = self.body, self.service.engine.config.max_positions
+        given = {n for n in (body.max_tokens, body.max_completion_tokens) if n is not None}
+        if len(given) > 1:
             raise ApiError(
                 400,
                 f"max_tokens and max_completion_tokens name one limit, got {body.max_tokens} and "
@@ -101,71 +131,71 @@ class Chat(Answering):
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
         if prompt_tokens >= limit:
-            raise ContextLengthError(prompt_tokens, min(named, default=1), limit)
+            raise ContextLengthError(prompt_tokens, min(given, default=1), limit)
         params = sampling_params(
             body,
-            max_tokens=named.pop() if named else limit - prompt_tokens,
+            max_tokens=given.pop() if given else limit - prompt_tokens,
             default_seed=self.service.settings.seed,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
-        return params if self._tools is None else self._tools.sampling(params)
+        return params if self._tools is None else self._tools.constrain(params)
 
-    def _writer(self) -> ToolWriter | None:
-        """Writes the answer; None if it can have no calls."""
-        use = self._tools
-        return None if use is None or use.demand == "none" else ToolWriter(use)
+    def _tool_writer(self) -> ToolCallWriter | None:
+        """Finds calls in the generated text; None if the request allows none."""
+        tools = self._tools
+        return None if tools is None or tools.mode == "none" else ToolCallWriter(tools)
 
-    def _choice(self, choice: Choice, writer: ToolWriter | None) -> dict[str, Any]:
-        told = choice.logprobs
+    def _choice(self, choice: Choice, writer: ToolCallWriter | None) -> dict[str, Any]:
+        logprobs = choice.logprobs
         message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
-        reason: str = choice.finish_reason
+        finish_reason: str = choice.finish_reason
         if writer is not None:
-            message, reason = writer.whole(choice)
+            message, finish_reason = writer.message(choice)
         return {
             "index": choice.index,
             "message": message,
-            "logprobs": None if told is None else self.service.logprobs.chat(told),
-            "finish_reason": reason,
+            "logprobs": None if logprobs is None else self.service.logprobs.chat(logprobs),
+            "finish_reason": finish_reason,
         }
 
-    async def _events(self, ids: list[int], params: SamplingParams) -> AsyncGenerator[bytes]:
-        head, writer = self.head("chat.completion.chunk"), self._writer()
-        events: dict[int, TextEvent] = {}  # of the choices that have begun
+    async def _events(self, prompt: list[int], params: SamplingParams) -> AsyncGenerator[bytes]:
+        envelope, writer = self.envelope("chat.completion.chunk"), self._tool_writer()
+        text_events: dict[int, TextEvent] = {}  # by choice, once it has started
 
-        def chunk(delta: Delta, piece: dict[str, Any], ended: bool = False) -> dict[str, Any]:
-            told = None if ended else delta.logprobs
-            reason: str | None = delta.finish_reason if ended else None
-            if writer is not None and reason is not None:
-                reason = writer.reason(delta.choice, reason)
+        def chunk(delta: Delta, piece: dict[str, Any], last: bool = False) -> dict[str, Any]:
+            logprobs = None if last else delta.logprobs
+            finish_reason: str | None = delta.finish_reason if last else None
+            if writer is not None and finish_reason is not None:
+                finish_reason = writer.finish_reason(delta.choice, finish_reason)
             choice = {
                 "index": delta.choice,
                 "delta": piece,
-                "logprobs": None if told is None else self.service.logprobs.chat(told),
-                "finish_reason": reason,
+                "logprobs": None if logprobs is None else self.service.logprobs.chat(logprobs),
+                "finish_reason": finish_reason,
             }
-            return {**head, "choices": [choice]}
+            return {**envelope, "choices": [choice]}
 
-        async for delta in self.stream([ids], params):
-            plain = events.get(delta.choice)
+        async for delta in self.stream([prompt], params):
+            text_event = text_events.get(delta.choice)
             if writer is not None:
-                for piece in writer.pieces(delta):
+                for piece in writer.deltas(delta):
                     yield event(chunk(delta, piece))
-                    delta = delta._replace(logprobs=None)  # told once
-            elif plain is None:
+                    delta = delta._replace(logprobs=None)  # in the first chunk alone
+            elif text_event is None:
                 yield event(chunk(delta, {"role": "assistant", "content": delta.text}))
-                piece = {"content": TextEvent.PLACE}
-                events[delta.choice] = TextEvent(chunk(delta._replace(logprobs=None), piece))
+                piece = {"content": TextEvent.PLACEHOLDER}
+                text_events[delta.choice] = TextEvent(chunk(delta._replace(logprobs=None), piece))
             elif delta.logprobs is not None:
                 yield event(chunk(delta, {"content": delta.text}))
             elif delta.text:
-                yield plain(delta.text)
+                yield text_event(delta.text)
             if delta.finish_reason is not None:
-                if delta.completion is None:  # others go on: what this one cost is told at the end
-                    yield event(chunk(delta, {}, ended=True))
+                if delta.completion is None:  # other choices go on; the last one reports the cost
+                    yield event(chunk(delta, {}, last=True))
                     continue
-                done = delta.completion
-                self.account.completions.append(done)
-                applied = self.service.applied(self.routing, done.routing)
-                yield event({**chunk(delta, {}, ended=True), "routing": applied})
+                completion = delta.completion
+                self.record.completions.append(completion)
+                applied = self.service.applied(self.routing, completion.routing)
+                yield event({**chunk(delta, {}, last=True), "routing": applied})
                 if self.include_usage:
-                    yield event({**head, "choices": [], "usage": usage(done.usage)})
+                    yield event({**envelope, "choices": [], "usage": usage(completion.usage)})

@@ -1,4 +1,4 @@
-"""Log-probabilities in the two forms that OpenAI's API has."""
+"""Log-probabilities in the two forms of OpenAI's API: chat and text completion."""
 
 from __future__ import annotations
 
@@ -10,99 +10,103 @@ from typing import Any
 from elastic_moe.engine.outputs import TokenLogprob
 from elastic_moe.model.text.tokenizer import Tokenizer
 
-LEAST = -9999.0  # instead of minus infinity, which JSON cannot say
+MIN_LOGPROB = -9999.0  # for minus infinity, which JSON cannot express
 _UTF8 = codecs.getincrementaldecoder("utf-8")
-Echoed = tuple[int, Sequence[TokenLogprob]]  # a prompt: its first id, which has none, and the rest
+# A prompt: its first id, which has no log-probability, and the rest.
+EchoedPrompt = tuple[int, Sequence[TokenLogprob]]
 
 
-class Place:
-    """A place in a text, in characters, which moves with the tokens that are written.
+class TextOffset:
+    """The position in a text, in characters, while its tokens are read one by one.
 
-    A token begins where the characters before it end that are whole; bytes that are no UTF-8 are
-    the characters U+FFFD, as in decoded text.
+    A token starts after the last complete character before it. Invalid UTF-8 counts as U+FFFD, as
+    in decoded text.
     """
 
     def __init__(self) -> None:
         self._decoder, self._characters = _UTF8("replace"), 0
 
-    def take(self, data: bytes) -> int:
-        """Where a token begins that stands for these bytes, which end the text then."""
-        begin = self._characters
+    def append(self, data: bytes) -> int:
+        """Append the bytes of a token; returns where it starts."""
+        start = self._characters
         self._characters += len(self._decoder.decode(data))
-        return begin
+        return start
 
-    def end(self) -> None:
-        """What follows is decoded for itself."""
+    def flush(self) -> None:
+        """End an incomplete character: the next token starts a text of its own."""
         self._characters += len(self._decoder.decode(b"", final=True))
         self._decoder.reset()
 
 
 class LogprobWriter:
-    """Writes them with the texts of one tokenizer."""
+    """Writes log-probabilities with the token texts of one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._bytes = lru_cache(maxsize=1 << 16)(tokenizer.token_bytes)
         self._special = tokenizer.special_ids
 
-    def text(self, token_id: int) -> str:
-        """A token's text; what is half a character is told by its bytes: 'bytes:\\xe2\\x98'."""
-        own = self._bytes(token_id)
+    def token_text(self, token_id: int) -> str:
+        """A token's text; incomplete UTF-8 as 'bytes:\\xe2\\x98', like OpenAI's."""
+        data = self._bytes(token_id)
         try:
-            return own.decode()
+            return data.decode()
         except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own)
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def chat(self, tokens: Iterable[TokenLogprob]) -> dict[str, Any]:
         """`protocol.chat.ChatLogprobs`."""
         content = [
             {
-                **self._one(token.token_id, token.logprob),
-                "top_logprobs": [self._one(*pair) for pair in token.top],
+                **self._token(token.token_id, token.logprob),
+                "top_logprobs": [self._token(*pair) for pair in token.top],
             }
             for token in tokens
         ]
         return {"content": content, "refusal": None}
 
     def completion(
-        self, tokens: Sequence[TokenLogprob], place: Place, echoed: Echoed | None = None
+        self, tokens: Sequence[TokenLogprob], offset: TextOffset, echoed: EchoedPrompt | None = None
     ) -> dict[str, Any]:
         """`protocol.completions.TextLogprobs` of a choice, or of its next piece.
 
         Args:
-            place: where they begin in the choice's text; it is moved behind them.
-            echoed: the prompt, which the text begins with.
+            offset: of these tokens in the choice's text; advanced past them.
+            echoed: the prompt, if the text starts with it.
         """
         ids, offsets = [token.token_id for token in tokens], []
-        nothing: list[None] = []
+        no_logprob: list[None] = []
         if echoed is not None:
             first, others = echoed
-            nothing, tokens = [None], [*others, *tokens]
-            read = [first, *(token.token_id for token in others)]
-            offsets = self._offsets(read, place)
-            place.end()
-            ids = [*read, *ids]
-        offsets += self._offsets(ids[len(offsets) :], place)
+            no_logprob, tokens = [None], [*others, *tokens]
+            prompt = [first, *(token.token_id for token in others)]
+            offsets = self._offsets(prompt, offset)
+            offset.flush()
+            ids = [*prompt, *ids]
+        offsets += self._offsets(ids[len(offsets) :], offset)
         return {
-            "tokens": [self.text(token_id) for token_id in ids],
-            "token_logprobs": [*nothing, *(_finite(token.logprob) for token in tokens)],
+            "tokens": [self.token_text(token_id) for token_id in ids],
+            "token_logprobs": [*no_logprob, *(_finite(token.logprob) for token in tokens)],
             "top_logprobs": [
-                *nothing,
-                *({self.text(i): _finite(value) for i, value in token.top} for token in tokens),
+                *no_logprob,
+                *(
+                    {self.token_text(i): _finite(value) for i, value in token.top}
+                    for token in tokens
+                ),
             ],
             "text_offset": offsets,
         }
 
-    def _offsets(self, ids: Iterable[int], place: Place) -> list[int]:
-        special = self._special  # which are not in the text
-        return [place.take(b"" if i in special else self._bytes(i)) for i in ids]
+    def _offsets(self, ids: Iterable[int], offset: TextOffset) -> list[int]:
+        special = self._special  # not in the text
+        return [offset.append(b"" if i in special else self._bytes(i)) for i in ids]
 
-    def _one(self, token_id: int, logprob: float) -> dict[str, Any]:
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         return {
-            "token": self.text(token_id),
+            "token": self.token_text(token_id),
             "logprob": _finite(logprob),
             "bytes": list(self._bytes(token_id)),
         }
 
 
 def _finite(logprob: float) -> float:
-    return max(logprob, LEAST)
+    return max(logprob, MIN_LOGPROB)

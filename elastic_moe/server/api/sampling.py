@@ -1,4 +1,4 @@
-"""A request's body as `SamplingParams`."""
+"""`SamplingParams` from the body of a request."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def sampling_params(
     logprobs: int | None,
     prompt_logprobs: int | None = None,
 ) -> SamplingParams:
-    """What a body says of sampling; what it leaves open is as in OpenAI's API.
+    """Sampling parameters of a request; absent ones get OpenAI's defaults.
 
     Args:
-        max_tokens: tokens to write, at most.
-        default_seed: where the body names none; None draws one.
+        max_tokens: tokens to generate at most.
+        default_seed: if the body has no seed; None draws one.
         logprobs, prompt_logprobs: as in `SamplingParams`.
 
     Raises:
-        RequestError, ApiError: values that do not go together.
+        RequestError, ApiError: a value is out of range, or contradicts another.
     """
     stop = body.stop or ()
     if len(stop) > MAX_STOPS and not isinstance(stop, str):
@@ -37,13 +37,13 @@ def sampling_params(
         )
     seed = default_seed if body.seed is None else body.seed
     if seed is None:
-        seed = secrets.randbits(64)  # drawn anew every time, as by a remote API
-    json_object, schema = _json(body.response_format)
+        seed = secrets.randbits(64)  # other answers at every call, as from a remote API
+    json_object, schema = _json_constraint(body.response_format)
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=_or(body.temperature, 1.0),
         top_p=_or(body.top_p, 1.0),
-        top_k=max(0, body.top_k or 0),  # -1 is vLLM's word for all
+        top_k=max(0, body.top_k or 0),  # vLLM writes -1 for all
         min_p=_or(body.min_p, 0.0),
         seed=seed % (1 << 64),
         stop=stop,
@@ -77,15 +77,17 @@ def _bias(bias: Mapping[str, float] | None) -> dict[int, float] | None:
     return {int(key): value for key, value in bias.items()}
 
 
-def _json(wanted: ResponseFormat | None) -> tuple[bool, Mapping[str, object] | None]:
-    """Whether the text must be any JSON object, and the schema that it must obey."""
-    if wanted is None or wanted.type == "text":
+def _json_constraint(
+    response_format: ResponseFormat | None,
+) -> tuple[bool, Mapping[str, object] | None]:
+    """Whether any JSON object is allowed only, and the schema that the text must match."""
+    if response_format is None or response_format.type == "text":
         return False, None
-    if wanted.type == "json_object":
+    if response_format.type == "json_object":
         return True, None
-    if wanted.json_schema is None:
+    if response_format.json_schema is None:
         raise ApiError(
             400, "response_format: json_schema is missing.", param="response_format.json_schema"
         )
-    schema = wanted.json_schema.schema_
+    schema = response_format.json_schema.schema_
     return (True, None) if schema is None else (False, schema)

@@ -1,4 +1,4 @@
-"""ETags: so that two who change one thing do not undo each other's work."""
+"""ETags and If-Match: a change fails with 412 if somebody else made one in between."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from elastic_moe.errors import PreconditionError
 
 
 def etag(value: BaseModel) -> str:
-    """Of what a value says, with its quotes: equal for equal values."""
+    """The ETag of a value, quotes included; equal for equal values."""
     return f'"{hashlib.sha256(value.model_dump_json().encode()).hexdigest()[:32]}"'
 
 
 def check_match(current: str | None, if_match: str | None, if_none_match: str | None) -> None:
-    """Raise `PreconditionError` if a change was meant for another state.
+    """Raise `PreconditionError` (412) unless the preconditions hold.
 
     Args:
-        current: the ETag of what there is; None if there is nothing.
-        if_match: change only this state; '*': only what is there.
-        if_none_match: not None: only make what is not there.
+        current: ETag of the stored value; None if there is none.
+        if_match: ETags to change only; '*' for any that exists.
+        if_none_match: anything but None to create only.
     """
     if if_none_match is not None and current is not None:
-        raise _changed(f"it exists, with ETag {current}")
+        raise _precondition_failed(f"it exists, with ETag {current}")
     if if_match is None:
         return
     wanted = {tag.strip() for tag in if_match.split(",")}
     if current is None:
-        raise _changed("it does not exist")
+        raise _precondition_failed("it does not exist")
     if not wanted & {"*", current}:
-        raise _changed(f"its ETag is {current}")
+        raise _precondition_failed(f"its ETag is {current}")
 
 
-def _changed(state: str) -> PreconditionError:
+def _precondition_failed(state: str) -> PreconditionError:
     return PreconditionError(f"nothing was changed: {state}.")

@@ -1,6 +1,6 @@
-"""x-ratelimit-* headers and Retry-After: how much more the engine takes in, and when.
+"""x-ratelimit-* headers and Retry-After: how many more requests the engine accepts, and when.
 
-There is one limit: of requests that are unfinished. No limit of tokens, so no headers of one.
+The only limit is the number of unfinished requests. There is none of tokens, hence no headers.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from elastic_moe.server.observe.metrics import Metrics
 LIMITED_PATHS = {"/v1/chat/completions", "/v1/completions"}
 
 
-def rate_limits(engine: Engine, metrics: Metrics) -> dict[str, str]:
-    """The headers, as things are now.
+def rate_limit_headers(engine: Engine, metrics: Metrics) -> dict[str, str]:
+    """The x-ratelimit-* headers of now; empty if the engine is closed.
 
-    The time until all is free again is an estimate from how long requests ran lately; where nothing
-    is known, there is no such header.
+    The reset time is estimated from the duration of recent generations; without any the header is
+    missing.
     """
     try:
         stats = engine.stats()
-    except EngineError:  # closed: it takes nothing, and the answer says so
+    except EngineError:
         return {}
     limit = engine.engine_config.max_queue
     headers = {
@@ -36,8 +36,8 @@ def rate_limits(engine: Engine, metrics: Metrics) -> dict[str, str]:
     return headers
 
 
-def retry_after(engine: Engine, metrics: Metrics) -> int:
-    """Whole seconds, at least 1, until one of the requests that run has probably ended."""
+def retry_after_seconds(engine: Engine, metrics: Metrics) -> int:
+    """Whole seconds, at least 1, until a running request has probably ended."""
     if metrics.run_seconds is None:
         return 1
     return max(1, math.ceil(metrics.run_seconds / max(1, engine.stats().running)))

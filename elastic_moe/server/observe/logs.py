@@ -1,7 +1,7 @@
-"""What the server writes to stderr: a line for every request, and its own faults.
+"""The log on stderr: one line per request, and the server's own errors.
 
-Nothing of a prompt, an answer, a header or a query string is ever in it, and no client can write a
-line of its own: control characters are escaped, and what goes on in a second line is indented.
+It never holds prompts, answers, headers or query strings. No client can forge a line: control
+characters are escaped, and continuation lines are indented.
 """
 
 from __future__ import annotations
@@ -12,88 +12,88 @@ import re
 import sys
 import time
 import traceback
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import quote
 
-from elastic_moe.server.observe.account import Account
+from elastic_moe.server.observe.access_record import AccessRecord
 
 LogFormat = Literal["text", "json"]
 LEVELS = ("debug", "info", "warning", "error")
 MAX_PATH = 200  # characters
-WATCHED = {"/health", "/ready", "/metrics"}  # asked for every few seconds, so told in debug only
+POLLED = {"/health", "/ready", "/metrics"}  # every few seconds, so logged at debug only
 _OURS = "elastic_moe"
-_FIELDS = "elastic_moe_fields"  # of a log record: those of a request
-_NAMED = ("subnet", "prompt_tokens", "completion_tokens", "ttft_ms", "request_id")
+_FIELDS = "elastic_moe_fields"  # attribute of a LogRecord
+_TEXT_FIELDS = ("subnet", "prompt_tokens", "completion_tokens", "ttft_ms", "request_id")
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 _log = logging.getLogger("elastic_moe.server.requests")
 
 
 def configure(kind: LogFormat, level: str) -> None:
-    """Have all that this process logs written to stderr, other libraries' warnings too.
+    """Write the logs of this process to stderr, warnings of other libraries included.
 
     Args:
-        level: the least of `LEVELS` that is written.
+        level: the lowest of `LEVELS` to write.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if kind == "json" else TextFormatter())
-    least = getattr(logging, level.upper())
-    logging.basicConfig(handlers=[handler], level=max(least, logging.WARNING), force=True)
-    logging.getLogger(_OURS).setLevel(least)
+    lowest = getattr(logging, level.upper())
+    logging.basicConfig(handlers=[handler], level=max(lowest, logging.WARNING), force=True)
+    logging.getLogger(_OURS).setLevel(lowest)
     logging.captureWarnings(True)
 
 
-def first_line(kind: LogFormat, text: str) -> str:
-    """What a program says when it begins, whatever the level: as it is, or as JSON."""
+def startup_line(kind: LogFormat, text: str) -> str:
+    """A line that is written whatever the level: as text, or as JSON."""
     if kind == "text":
         return text
     return JsonFormatter().format(logging.LogRecord(_OURS, logging.INFO, "", 0, text, None, None))
 
 
-def tell(account: Account) -> None:
-    """Log a request that has ended."""
+def log_request(record: AccessRecord) -> None:
+    """Log a request that has ended: failures at warning, polled endpoints at debug, else info."""
     level = logging.INFO
-    if (account.status or 0) >= 500 or account.failed:
+    if (record.status or 0) >= 500 or record.failed:
         level = logging.WARNING
-    elif account.endpoint in WATCHED:
+    elif record.endpoint in POLLED:
         level = logging.DEBUG
     if not _log.isEnabledFor(level):
         return
-    fields = fields_of(account)
-    parts = [f"{name}={fields[name]}" for name in _NAMED if fields[name] is not None]
-    told = "{method} {path} {status} {outcome} {duration_ms}ms ".format_map(fields)
-    _log.log(level, "%s", told + " ".join(parts), extra={_FIELDS: fields})
+    fields = request_fields(record)
+    parts = [f"{name}={fields[name]}" for name in _TEXT_FIELDS if fields[name] is not None]
+    line = "{method} {path} {status} {outcome} {duration_ms}ms ".format_map(fields)
+    _log.log(level, "%s", line + " ".join(parts), extra={_FIELDS: fields})
 
 
-def fields_of(account: Account) -> dict[str, Any]:
-    """What is told of a request. None: there is no such thing."""
-    done = account.completions
+def request_fields(record: AccessRecord) -> dict[str, str | int | float | None]:
+    """The fields of a log line; None where the request has no such value."""
+    done = record.completions
     return {
-        "method": quote(account.method),
-        "path": _short(quote(account.path)),
-        "status": account.status,
-        "outcome": account.outcome,
-        "duration_ms": _milliseconds(account.seconds),
-        "subnet": account.subnet,
+        "method": quote(record.method),
+        "path": _truncated(quote(record.path)),
+        "status": record.status,
+        "outcome": record.outcome,
+        "duration_ms": _milliseconds(record.seconds),
+        "subnet": record.subnet,
         "prompt_tokens": sum(one.usage.prompt_tokens for one in done) if done else None,
         "completion_tokens": sum(one.usage.completion_tokens for one in done) if done else None,
         "ttft_ms": _milliseconds(min(one.usage.ttft_seconds for one in done)) if done else None,
-        "request_id": account.request_id,
+        "request_id": record.request_id,
     }
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line."""
+    """One JSON object per line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        told: dict[str, Any] = {"time": _time(record), "level": record.levelname.lower()}
+        line = {"time": _time(record), "level": record.levelname.lower()}
         fields = getattr(record, _FIELDS, None)
         if fields is not None:
-            return json.dumps({**told, "event": "request", **fields})
-        return json.dumps({**told, "event": "message", "message": _message(record)})
+            return json.dumps({**line, "event": "request", **fields})
+        return json.dumps({**line, "event": "message", "message": _message(record)})
 
 
 class TextFormatter(logging.Formatter):
-    """For people."""
+    """A line for people to read."""
 
     def format(self, record: logging.LogRecord) -> str:
         message = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], _message(record))
@@ -102,10 +102,10 @@ class TextFormatter(logging.Formatter):
 
 
 def _message(record: logging.LogRecord) -> str:
-    """With the place of a failure, but not its own words, which may quote a prompt."""
+    """The message, and the traceback of an exception without its text, which may quote a prompt."""
     message = record.getMessage()
     if not record.name.startswith(_OURS):
-        message = message.partition("\n")[0]  # asyncio goes on with the failure's words
+        message = message.partition("\n")[0]  # asyncio appends the exception's text
     if record.exc_info and record.exc_info[0] is not None:
         kind, _, where = record.exc_info
         message += f" {kind.__name__}\n{''.join(traceback.format_tb(where))}"
@@ -121,5 +121,5 @@ def _milliseconds(seconds: float) -> float:
     return round(seconds * 1000, 1)
 
 
-def _short(path: str) -> str:
+def _truncated(path: str) -> str:
     return path if len(path) <= MAX_PATH else f"{path[:MAX_PATH]}..."

@@ -5,7 +5,7 @@ The operator's limits apply last, then injected faults.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from elastic_moe.protocol.profiles import Profile
@@ -13,8 +13,7 @@ from elastic_moe.protocol.routing import changes
 from elastic_moe.protocol.sampling import SamplingRequest
 from elastic_moe.routing import Subnet
 from elastic_moe.server.errors import ApiError
-from elastic_moe.server.middleware.faults import Injection
-from elastic_moe.server.observe.account import Account
+from elastic_moe.server.middleware.fault_selection import Injection
 from elastic_moe.server.routing.limits import Limits
 
 R = TypeVar("R", bound=SamplingRequest)
@@ -57,7 +56,6 @@ class RoutingRequest:
         explicit: whether the request names that sub-network itself. If not, `profile` decides.
         profile_name, profile: requested by name, if any.
         injection: faults that are injected into the request.
-        account: records the sub-network that runs.
     """
 
     limits: Limits
@@ -66,7 +64,6 @@ class RoutingRequest:
     profile_name: str | None = None
     profile: Profile | None = None
     injection: Injection | None = None
-    account: Account = field(default_factory=Account)
 
     def resolve(self, tokens: int) -> ResolvedRouting:
         """The sub-network that runs.
@@ -83,7 +80,6 @@ class RoutingRequest:
         subnet = self.limits.apply(requested)
         if self.injection is not None:
             subnet = self.injection.reduced(subnet)
-        self.account.subnet = subnet.name
         return ResolvedRouting(subnet, requested, self.profile_name)
 
     def with_sampling(self, body: R) -> R:

@@ -1,1 +1,1 @@
-"""Tool calls: what a request may call, schemas of arguments, calls found in a text."""
+"""Tool calls: options of a request, schemas that force calls, a parser of text, messages."""

@@ -1,93 +1,90 @@
-"""What a request says of tools, for the model that answers it; and its calls as they are told."""
+"""Which functions a request lets the model call, and whether it must: `tools`, `tool_choice`."""
 
 from __future__ import annotations
 
-import json
-import secrets
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from elastic_moe.engine import SamplingParams
-from elastic_moe.engine.outputs import Choice, Delta
 from elastic_moe.model.text.tokenizer import Tokenizer
 from elastic_moe.protocol.chat import ChatRequest
 from elastic_moe.protocol.tools import AllowedToolChoice, Function, NamedTool
 from elastic_moe.routing import shorten
 from elastic_moe.server.errors import ApiError
+from elastic_moe.server.tools.markers import Markers, find_markers, marker_token_ids
+from elastic_moe.server.tools.parser import ToolCallParser
 from elastic_moe.server.tools.schema import arguments_schema, calls_schema
-from elastic_moe.server.tools.stream import CallPiece, Marks, ToolReader
 
-HERMES = Marks("<tool_call>", "</tool_call>")  # also Qwen, ERNIE and the bundled model
-MISTRAL = Marks("[TOOL_CALLS]", "")
-Demand = Literal["none", "auto", "required", "named"]
+Mode = Literal["none", "auto", "required", "named"]
 
 
 @dataclass(frozen=True, slots=True)
-class ToolUse:
-    """How a request's answer may use tools.
+class ToolOptions:
+    """The tools of one request.
 
     Attributes:
-        shown: the functions that the model gets to see.
-        functions: those that it may call.
-        demand: 'auto' where the model may call some, 'required' where it must, 'named' where it
-            must call the only one.
-        several: whether an answer may have more than one call.
-        marks: of calls that the model makes by itself, as its chat template tells.
-        shown_ids: tokens of the marks that texts leave out as a rule.
+        shown: functions in the prompt.
+        functions: functions that the model may call.
+        mode: 'none'; 'auto': the model may call some; 'required': it must; 'named': it must call
+            the only one.
+        parallel: an answer may have more than one call.
+        markers: around calls that the model makes by itself.
+        marker_ids: special tokens that stay in the text, as they are markers.
     """
 
     shown: tuple[Function, ...]
     functions: tuple[Function, ...]
-    demand: Demand
-    several: bool
-    marks: Marks | None
-    shown_ids: tuple[int, ...]
+    mode: Mode
+    parallel: bool
+    markers: Markers | None
+    marker_ids: tuple[int, ...]
 
     @classmethod
-    def of(cls, body: ChatRequest, tokenizer: Tokenizer) -> ToolUse | None:
-        """What a request says; None if it has no tools.
+    def from_request(cls, body: ChatRequest, tokenizer: Tokenizer) -> ToolOptions | None:
+        """The tools of a request; None if it has none.
 
         Raises:
-            ApiError: it contradicts itself.
+            ApiError: the request contradicts itself.
         """
         if body.tools is None:
             for knob in ("tool_choice", "parallel_tool_calls"):
                 if getattr(body, knob) is not None:
                     raise ApiError(400, f"{knob} needs tools.", param=knob)
             return None
-        everything = tuple(tool.function for tool in body.tools)
-        _check(everything)
-        demand, names = _demand(body)
+        functions = tuple(tool.function for tool in body.tools)
+        _check_functions(functions)
+        mode, names = _tool_choice(body)
         for name in names:
-            if all(name != function.name for function in everything):
+            if all(name != function.name for function in functions):
                 raise ApiError(
                     400,
                     f"tool_choice names {name}, which is none of tools.",
                     param="tool_choice",
                 )
-        wanted = body.response_format
-        if demand in ("required", "named") and wanted is not None and wanted.type != "text":
+        text_format = body.response_format
+        demanded = mode in ("required", "named")
+        if demanded and text_format is not None and text_format.type != "text":
             raise ApiError(
                 400,
-                f"response_format {wanted.type} and a tool_choice that demands a call say "
+                f"response_format {text_format.type} and a tool_choice that demands a call say "
                 f"different things: the answer is either. Leave one of them out.",
                 param="response_format",
             )
-        marks = find_marks(tokenizer)
-        chosen = tuple(own for own in everything if not names or own.name in names)
+        markers = find_markers(tokenizer)
+        allowed = tuple(f for f in functions if not names or f.name in names)
         return cls(
-            shown=everything if demand == "named" else chosen,
-            functions=chosen,
-            demand=demand,
-            several=body.parallel_tool_calls is not False,
-            marks=marks,
-            shown_ids=() if demand == "none" else _special(tokenizer, marks),
+            shown=functions if mode == "named" else allowed,
+            functions=allowed,
+            mode=mode,
+            parallel=body.parallel_tool_calls is not False,
+            markers=markers,
+            marker_ids=() if mode == "none" else marker_token_ids(tokenizer, markers),
         )
 
     def for_template(self) -> list[dict[str, Any]]:
-        """The tools as chat templates know them."""
+        """`tools` in the form that chat templates expect."""
         return [
             {
                 "type": "function",
@@ -100,11 +97,11 @@ class ToolUse:
             for function in self.shown
         ]
 
-    def sampling(self, params: SamplingParams) -> SamplingParams:
-        """Parameters under which the text is calls where calls are demanded.
+    def constrain(self, params: SamplingParams) -> SamplingParams:
+        """Parameters that force calls where the request demands them.
 
         Raises:
-            ApiError: a schema cannot be read.
+            ApiError: a schema is nested too deeply.
         """
         try:
             schema = self._schema()
@@ -112,127 +109,28 @@ class ToolUse:
             raise ApiError(
                 400, "a schema in tools is nested too deeply to be read.", param="tools"
             ) from error
-        shown = replace(params, shown_token_ids=self.shown_ids)
-        return shown if schema is None else replace(shown, json_schema=schema)
+        params = replace(params, shown_token_ids=self.marker_ids)
+        return params if schema is None else replace(params, json_schema=schema)
 
     def _schema(self) -> dict[str, Any] | None:
-        if self.demand == "named":
+        if self.mode == "named":
             return arguments_schema(self.functions[0])
-        if self.demand == "required":
-            return calls_schema(self.functions, several=self.several)
+        if self.mode == "required":
+            return calls_schema(self.functions, parallel=self.parallel)
         return None
 
-    def reader(self) -> ToolReader:
-        """Reads a choice."""
-        single = not self.several
-        if self.demand == "named":
+    def parser(self) -> ToolCallParser:
+        """A parser for the text of one choice."""
+        single = not self.parallel
+        if self.mode == "named":
             name = self.functions[0].name
-            return ToolReader(self.marks, "arguments", name=name, single=single)
-        return ToolReader(
-            self.marks, "calls" if self.demand == "required" else "text", single=single
+            return ToolCallParser(self.markers, "arguments", name=name, single=single)
+        return ToolCallParser(
+            self.markers, "calls" if self.mode == "required" else "text", single=single
         )
 
-    def new_id(self) -> str:
-        """An id for a call."""
-        if self.marks is MISTRAL:  # whose templates refuse others
-            return secrets.token_hex(5)[:9]
-        return f"call_{secrets.token_hex(12)}"
 
-
-class ToolWriter:
-    """Writes the answer of one request, with the calls that its texts make."""
-
-    def __init__(self, use: ToolUse) -> None:
-        self._use = use
-        self._readers: dict[int, ToolReader] = {}  # by choice
-
-    def whole(self, choice: Choice) -> tuple[dict[str, Any], str]:
-        """The message of a choice, and its finish_reason."""
-        reader = self._readers[choice.index] = self._use.reader()
-        found, rest = reader.write(choice.text), reader.finish()
-        only_calls = reader.count or self._use.demand != "auto"
-        calls: list[dict[str, Any]] = []
-        for piece in found.calls:
-            if piece.name is not None:
-                calls.append(self._begin(piece))
-            calls[-1]["function"]["arguments"] += piece.arguments
-        content = found.content + rest.content
-        message: dict[str, Any] = {
-            "role": "assistant",
-            "content": None if only_calls and not content else content,
-            "refusal": None,
-        }
-        if calls:
-            message["tool_calls"] = calls
-        return message, self.reason(choice.index, choice.finish_reason)
-
-    def pieces(self, delta: Delta) -> list[dict[str, Any]]:
-        """The `delta` of every chunk that a piece of text makes; none if it must wait."""
-        reader, first = self._readers.get(delta.choice), False
-        if reader is None:
-            reader, first = self._use.reader(), True
-            self._readers[delta.choice] = reader
-        content, calls = reader.write(delta.text)
-        if delta.finish_reason is not None:
-            content += reader.finish().content
-        pieces: list[dict[str, Any]] = [{"content": content}] if content else []
-        pieces += [{"tool_calls": [self._piece(call)]} for call in calls]
-        if first:
-            pieces[:1] = [{"role": "assistant", "content": None, **(pieces[0] if pieces else {})}]
-        return pieces or ([{}] if delta.logprobs else [])
-
-    def reason(self, choice: int, reason: str) -> str:
-        """The finish_reason of a choice, all of which has been written."""
-        reader = self._readers[choice]
-        called = reader.count and not reader.open and self._use.demand != "named"
-        return "tool_calls" if called and reason == "stop" else reason
-
-    def _begin(self, piece: CallPiece) -> dict[str, Any]:
-        return {
-            "id": self._use.new_id(),
-            "type": "function",
-            "function": {"name": piece.name, "arguments": ""},
-        }
-
-    def _piece(self, piece: CallPiece) -> dict[str, Any]:
-        if piece.name is not None:
-            return {"index": piece.number, **self._begin(piece)}
-        return {"index": piece.number, "function": {"arguments": piece.arguments}}
-
-
-def find_marks(tokenizer: Tokenizer) -> Marks | None:
-    """The marks that a model sets, as its chat template shows; None if it has none."""
-    source = "" if tokenizer.chat_template is None else tokenizer.chat_template.source
-    return next((marks for marks in (MISTRAL, HERMES) if marks.begin in source), None)
-
-
-def read_arguments(text: str, where: str) -> dict[str, Any]:
-    """Arguments of a call in a conversation, as chat templates know them; none if it is empty.
-
-    Raises:
-        ApiError: they are no JSON object.
-    """
-    try:
-        arguments = json.loads(text) if text.strip() else {}
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise ApiError(
-            400,
-            f"{where}: arguments must be a JSON object as text, got {shorten(text)}.",
-            param=where,
-        )
-    return arguments
-
-
-def _special(tokenizer: Tokenizer, marks: Marks | None) -> tuple[int, ...]:
-    """Special tokens that are marks."""
-    texts = () if marks is None else (marks.begin, marks.end)
-    found = (tokenizer.fast.token_to_id(text) for text in texts if text)
-    return tuple(token for token in found if token in tokenizer.special_ids)
-
-
-def _check(functions: Sequence[Function]) -> None:
+def _check_functions(functions: Sequence[Function]) -> None:
     counts = Counter(function.name for function in functions)
     for function in functions:
         if counts[function.name] > 1:
@@ -247,8 +145,8 @@ def _check(functions: Sequence[Function]) -> None:
             )
 
 
-def _demand(body: ChatRequest) -> tuple[Demand, list[str]]:
-    """What tool_choice says, and the functions that it names."""
+def _tool_choice(body: ChatRequest) -> tuple[Mode, list[str]]:
+    """The mode, and the names of the allowed functions; none for all."""
     choice = body.tool_choice
     if isinstance(choice, NamedTool):
         return "named", [choice.function.name]

@@ -1,4 +1,4 @@
-"""JSON schemas of calls: what a text must be so that it calls a function."""
+"""JSON schemas that force generated text to be calls of a request's functions."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from elastic_moe.protocol.tools import Function
 
-MAX_CALLS = 16  # of one answer: random weights find no end
-# Keys of a schema whose values are schemas, lists of them, or have them by name.
+MAX_CALLS = 16  # in one answer: an untrained model would never stop
+# Keys of a schema that hold a schema, or a list of them; and those that hold schemas by name.
 _NESTED = frozenset(
     [
         "items",
@@ -32,47 +32,47 @@ _NESTED = frozenset(
 _BY_NAME = frozenset(
     ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
 )
-# Where an object is described in several places, none of them names all of its keys.
-_JOINS = frozenset(("not", "if", "dependentSchemas", "unevaluatedProperties"))
-_JOINS_PROPERTIES = frozenset(("allOf", "anyOf", "oneOf", "$ref"))
+# Keys by which several schemas describe one object, so that none lists all its properties.
+_COMBINING = frozenset(("not", "if", "dependentSchemas", "unevaluatedProperties"))
+_COMBINING_PROPERTIES = frozenset(("allOf", "anyOf", "oneOf", "$ref"))
 _OPEN = frozenset(("additionalProperties", "patternProperties", "minProperties"))
 
 
 def arguments_schema(function: Function, place: str = "#") -> dict[str, Any]:
     """Schema of a function's arguments.
 
-    Objects whose schema names their properties and says nothing of others have no others: what is
-    written is still allowed, and small models find no end in keys of their own.
+    Where a schema lists properties and does not mention others, others are forbidden: the result
+    is still valid, and small models would add keys without end.
 
     Args:
-        place: where the schema will stand, as its references to itself must say.
+        place: JSON pointer of the schema in the final document, for its own references.
     """
     schema: dict[str, Any] = deepcopy(function.parameters or {"properties": {}})
     schema.setdefault("type", "object")
     inside = list(_schemas(schema))
-    closed = not any(map(_joins, inside))
+    closed = not any(map(_is_combined, inside))
     for own in inside:
         reference = own.get("$ref")
         if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
             own["$ref"] = place + reference[1:]
-        if closed and _names_all(own):
+        if closed and _lists_all_properties(own):
             own["additionalProperties"] = False
     return schema
 
 
-def calls_schema(functions: Sequence[Function], *, several: bool) -> dict[str, Any]:
+def calls_schema(functions: Sequence[Function], *, parallel: bool) -> dict[str, Any]:
     """Schema of a call as JSON, or of a list of calls: {"name": ..., "arguments": {...}}."""
-    one: dict[str, Any] = {
+    call: dict[str, Any] = {
         "anyOf": [_call(function, number) for number, function in enumerate(functions)]
     }
-    schema = one
-    if several:
-        schema = {"type": "array", "minItems": 1, "maxItems": MAX_CALLS, "items": one}
-    own = {
+    schema = call
+    if parallel:
+        schema = {"type": "array", "minItems": 1, "maxItems": MAX_CALLS, "items": call}
+    definitions = {
         str(number): arguments_schema(function, f"#/$defs/{number}")
         for number, function in enumerate(functions)
     }
-    return {**schema, "$defs": own}
+    return {**schema, "$defs": definitions}
 
 
 def _call(function: Function, number: int) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def _call(function: Function, number: int) -> dict[str, Any]:
 
 
 def _schemas(schema: Any) -> Iterator[dict[str, Any]]:
-    """Every schema that a schema, or a list of them, has inside, itself included."""
+    """A schema and all schemas inside it; the same for a list of them."""
     if isinstance(schema, list):
         for one in schema:
             yield from _schemas(one)
@@ -102,18 +102,18 @@ def _schemas(schema: Any) -> Iterator[dict[str, Any]]:
             yield from _schemas(list(value.values()))
 
 
-def _joins(schema: Mapping[str, Any]) -> bool:
-    """Whether this describes an object together with another schema."""
+def _is_combined(schema: Mapping[str, Any]) -> bool:
+    """Whether several schemas describe one object."""
     parts = schema.get("allOf", ())
     return (
-        bool(_JOINS & schema.keys())
-        or ("properties" in schema and bool(_JOINS_PROPERTIES & schema.keys()))
+        bool(_COMBINING & schema.keys())
+        or ("properties" in schema and bool(_COMBINING_PROPERTIES & schema.keys()))
         or (isinstance(parts, list) and len(parts) > 1)
     )
 
 
-def _names_all(schema: Mapping[str, Any]) -> bool:
-    """Whether an object can do with the properties that its schema names."""
+def _lists_all_properties(schema: Mapping[str, Any]) -> bool:
+    """Whether a schema lists every property that its object needs."""
     properties, required = schema.get("properties"), schema.get("required", [])
     return (
         isinstance(properties, dict)

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from elastic_moe import SamplingParams
+from elastic_moe.protocol.chat import Message
+from elastic_moe.server.api.chat import template_messages
 from tests.server.conftest import Running
 
 TALK: Any = [
@@ -156,3 +158,20 @@ def test_what_a_conversation_may_not_be(served: Running) -> None:
     limit = served.engine.config.max_positions
     assert f"{limit} positions" in long["message"]
     assert refused(messages=PLAIN, max_tokens=limit)["code"] == "context_length_exceeded"
+
+
+def test_messages_come_to_the_template_as_it_knows_them() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    told = [
+        Message.model_validate(message)
+        for message in (
+            {"role": "developer", "content": "rules"},
+            {"role": "user", "content": parts, "name": "ann"},
+            {"role": "assistant"},
+        )
+    ]
+    assert template_messages(told) == [
+        {"role": "system", "content": "rules"},
+        {"role": "user", "content": "ab", "name": "ann"},
+        {"role": "assistant", "content": ""},
+    ]

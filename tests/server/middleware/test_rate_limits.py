@@ -9,8 +9,8 @@ import pytest
 
 from elastic_moe import Engine, SamplingParams
 from elastic_moe.engine.outputs import AppliedRouting, Completion, Usage
-from elastic_moe.server.middleware.rate_limits import rate_limits, retry_after
-from elastic_moe.server.observe.account import Account
+from elastic_moe.server.middleware.rate_limits import rate_limit_headers, retry_after_seconds
+from elastic_moe.server.observe.access_record import AccessRecord
 from elastic_moe.server.observe.metrics import Metrics
 from tests.server.conftest import Running, slow
 
@@ -96,19 +96,34 @@ def test_times_are_estimated_from_those_of_late(tiny_folder: Any) -> None:
         until = time.monotonic() + 20
         while engine.stats().running < 2:
             assert time.monotonic() < until
-        assert RESET not in rate_limits(engine, metrics)  # nothing is known yet
-        assert retry_after(engine, metrics) == 1
+        assert RESET not in rate_limit_headers(engine, metrics)  # nothing is known yet
+        assert retry_after_seconds(engine, metrics) == 1
         for _ in range(3):
-            metrics.ended(Account(status=200, completions=[ran(10.0, queued=99.0)]))
+            metrics.observe(AccessRecord(status=200, completions=[ran(10.0, queued=99.0)]))
         assert metrics.run_seconds == pytest.approx(10.0)
         # Two run at once: the next place is free in 5 seconds, and 6 requests take three rounds.
-        assert retry_after(engine, metrics) == 5
-        assert rate_limits(engine, metrics)[RESET] == "30s"
-        metrics.ended(Account(status=200, completions=[ran(20.0)]))
+        assert retry_after_seconds(engine, metrics) == 5
+        assert rate_limit_headers(engine, metrics)[RESET] == "30s"
+        metrics.observe(AccessRecord(status=200, completions=[ran(20.0)]))
         assert metrics.run_seconds == pytest.approx(11.0)  # follows slowly
         for own in held:
             own.close()  # type: ignore[attr-defined]
         while engine.stats().unfinished:
             assert time.monotonic() < until
-        assert rate_limits(engine, metrics) == {LIMIT: "9", REMAINING: "9", RESET: "0s"}
-    assert rate_limits(engine, metrics) == {}  # closed: no limit to tell of
+        assert rate_limit_headers(engine, metrics) == {LIMIT: "9", REMAINING: "9", RESET: "0s"}
+    assert rate_limit_headers(engine, metrics) == {}  # closed: no limit to tell of
+
+
+def test_more_requests_than_the_queue_takes_are_told_to_come_again(guarded: Running) -> None:
+    core = guarded.engine._running_core()
+    streams = [guarded.engine.stream([5], None, SamplingParams(max_tokens=500)) for _ in range(2)]
+    for stream in (False, True):
+        body = {"model": "tiny", "prompt": "The", "stream": stream}
+        answer = guarded.post("/v1/completions", **body)
+        assert answer.status_code == 429
+        assert answer.headers["retry-after"] == "1"
+        assert answer.json()["error"]["code"] == "queue_full"
+    for own in streams:
+        own.close()  # type: ignore[attr-defined]
+    core.call(lambda: None)
+    guarded.complete(max_tokens=1)

@@ -19,7 +19,7 @@ import pytest
 from elastic_moe.engine.outputs import AppliedRouting, Completion, Usage
 from elastic_moe.server.errors import log_failure
 from elastic_moe.server.observe import logs
-from elastic_moe.server.observe.account import Account
+from elastic_moe.server.observe.access_record import AccessRecord
 from tests.server.conftest import Running
 from tests.server.raw import leave
 
@@ -143,6 +143,13 @@ def logging_as_it_was() -> Iterator[None]:
         logger.handlers[:] = handlers
 
 
+def ended(**fields: Any) -> AccessRecord:
+    """The record of a request that has ended."""
+    record = AccessRecord(**fields)
+    record.end()
+    return record
+
+
 @pytest.mark.usefixtures("logging_as_it_was")
 @pytest.mark.parametrize("kind", ["text", "json"])
 @pytest.mark.parametrize("level", logs.LEVELS)
@@ -151,13 +158,13 @@ def test_a_level_is_the_least_that_is_written(
 ) -> None:
     for _ in range(2):  # a second time changes what the first one did
         logs.configure(kind, level)
-    assert logs.first_line(kind, "tiny on x").endswith(("tiny on x", 'tiny on x"}'))
-    for account in (
-        Account(status=200, whole=True, endpoint="/health", path="/debug"),
-        Account(status=200, whole=True, path="/info"),
-        Account(status=504, whole=True, path="/warning"),
+    assert logs.startup_line(kind, "tiny on x").endswith(("tiny on x", 'tiny on x"}'))
+    for record in (
+        ended(status=200, response_complete=True, endpoint="/health", path="/debug"),
+        ended(status=200, response_complete=True, path="/info"),
+        ended(status=504, response_complete=True, path="/warning"),
     ):
-        logs.tell(account)
+        logs.log_request(record)
     log_failure(ZeroDivisionError("jabberwock"))
     others = logging.getLogger("uvicorn.error")
     others.info("not ours: /never")
@@ -171,38 +178,50 @@ def test_a_level_is_the_least_that_is_written(
         assert there == (times if name in expected else 0), (name, lines)
 
 
-def told_of(account: Account, caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+def told_of(record: AccessRecord, caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     caplog.clear()
     with caplog.at_level(logging.DEBUG, "elastic_moe"):
-        logs.tell(account)
+        logs.log_request(record)
     return caplog.records
 
 
 @pytest.mark.parametrize(
-    ("account", "level", "outcome"),
+    ("ended_request", "level", "outcome"),
     [
-        (Account(status=200, whole=True), logging.INFO, "complete"),
-        (Account(status=200), logging.INFO, "truncated"),
-        (Account(status=404, whole=True), logging.INFO, "error"),
-        (Account(status=429, whole=True), logging.INFO, "error"),
-        (Account(status=500, whole=True), logging.WARNING, "error"),
-        (Account(status=200, whole=True, failed=True), logging.WARNING, "error"),
-        (Account(status=504, whole=True, late="request"), logging.WARNING, "timeout"),
-        (Account(status=200, whole=True, failed=True, late="request"), logging.WARNING, "timeout"),
-        (Account(status=408, whole=True, late="read"), logging.INFO, "timeout"),
-        (Account(status=499, whole=True, gone=True), logging.INFO, "gone"),
-        (Account(gone=True), logging.INFO, "gone"),
-        (Account(status=200, whole=True, endpoint="/health"), logging.DEBUG, "complete"),
-        (Account(status=200, whole=True, endpoint="/metrics"), logging.DEBUG, "complete"),
-        (Account(status=503, whole=True, endpoint="/ready"), logging.WARNING, "error"),
+        (ended(status=200, response_complete=True), logging.INFO, "complete"),
+        (ended(status=200), logging.INFO, "truncated"),
+        (ended(status=404, response_complete=True), logging.INFO, "error"),
+        (ended(status=429, response_complete=True), logging.INFO, "error"),
+        (ended(status=500, response_complete=True), logging.WARNING, "error"),
+        (ended(status=200, response_complete=True, failed=True), logging.WARNING, "error"),
+        (
+            ended(status=504, response_complete=True, timed_out="request"),
+            logging.WARNING,
+            "timeout",
+        ),
+        (
+            ended(status=200, response_complete=True, failed=True, timed_out="request"),
+            logging.WARNING,
+            "timeout",
+        ),
+        (ended(status=408, response_complete=True, timed_out="read"), logging.INFO, "timeout"),
+        (ended(status=499, response_complete=True, disconnected=True), logging.INFO, "gone"),
+        (ended(disconnected=True), logging.INFO, "gone"),
+        # Fault injection cut these, or closed their connection.
+        (ended(status=200, response_complete=True, damaged=True), logging.INFO, "truncated"),
+        (ended(status=200, disconnected=True, damaged=True), logging.INFO, "truncated"),
+        (ended(status=400, response_complete=True, damaged=True), logging.INFO, "error"),
+        (ended(status=200, response_complete=True, endpoint="/health"), logging.DEBUG, "complete"),
+        (ended(status=200, response_complete=True, endpoint="/metrics"), logging.DEBUG, "complete"),
+        (ended(status=503, response_complete=True, endpoint="/ready"), logging.WARNING, "error"),
     ],
 )
 def test_what_needs_a_look_is_told_at_a_higher_level(
-    account: Account, level: int, outcome: str, caplog: pytest.LogCaptureFixture
+    ended_request: AccessRecord, level: int, outcome: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (record,) = told_of(account, caplog)
+    (record,) = told_of(ended_request, caplog)
     assert record.levelno == level
-    assert logs.fields_of(account)["outcome"] == outcome
+    assert logs.request_fields(ended_request)["outcome"] == outcome
     assert f" {outcome} " in record.getMessage()
 
 
@@ -234,13 +253,13 @@ def test_several_prompts_are_one_line() -> None:
         usage = Usage(read, written, ttft, 0.0)
         return Completion("", (1,), None, "stop", usage, AppliedRouting("", "", 1, 1, 1.0, 1.0))
 
-    fields = logs.fields_of(Account(completions=[done(0.5, 3, 1), done(0.25, 4, 2)]))
+    fields = logs.request_fields(ended(completions=[done(0.5, 3, 1), done(0.25, 4, 2)]))
     assert (fields["prompt_tokens"], fields["completion_tokens"]) == (7, 3)
     assert fields["ttft_ms"] == 250.0
 
 
 def test_a_path_as_long_as_a_book_is_cut(caplog: pytest.LogCaptureFixture) -> None:
-    (record,) = told_of(Account(method="GET", path="/" + "x" * 60_000), caplog)
+    (record,) = told_of(ended(method="GET", path="/" + "x" * 60_000), caplog)
     assert len(record.getMessage()) < 400
     assert "x..." in record.getMessage()
 

@@ -103,7 +103,7 @@ def test_what_schemas_say_can_be_written(tiny: Engine, parameters: dict[str, Any
         if has_end:
             assert done.finish_reason == "stop"
             assert isinstance(json.loads(done.text), dict)
-        schema = calls_schema([other, own], several=False)
+        schema = calls_schema([other, own], parallel=False)
         done = tiny.generate("x", None, SamplingParams(**sampling, json_schema=schema))
         if has_end or '"other"' in done.text:
             call = json.loads(done.text)

@@ -1,4 +1,4 @@
-"""For programs that start a server: where it is once it is ready, and its end with theirs."""
+"""A server as the child of another program: tells it when it is ready, and exits with it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,20 @@ STDIN = 0
 
 @contextmanager
 def url_file(path: Path | None, url: str) -> Iterator[Callable[[], None]]:
-    """Yields what writes `url` and a line feed to a file; the file goes at the end.
+    """Announce readiness: yields a function that writes the URL to `path`, deleted at the end.
+
+    Args:
+        path: None for no file.
+        url: a line feed is appended.
 
     Raises:
-        ServerError: no file can be there. It is tried at once.
+        ServerError: the file cannot be written. This is tried at once.
     """
     if path is None:
         yield lambda: None
         return
     try:
-        path.unlink(missing_ok=True)  # of a server that was killed
+        path.unlink(missing_ok=True)  # left by a server that was killed
         with TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
@@ -38,16 +42,16 @@ def url_file(path: Path | None, url: str) -> Iterator[Callable[[], None]]:
         path.unlink(missing_ok=True)
 
 
-def end_with_stdin() -> None:
-    """End this process as SIGTERM does when its standard input ends; returns at once.
+def exit_with_stdin() -> None:
+    """Send this process SIGTERM when its standard input ends; returns at once.
 
-    A pipe ends with the program that holds its other end, however that ends.
+    A pipe to the parent ends with the parent, even if that is killed.
     """
-    threading.Thread(target=_watch, name="elastic-moe stdin", daemon=True).start()
+    threading.Thread(target=_watch_stdin, name="elastic-moe stdin", daemon=True).start()
 
 
-def _watch() -> None:
-    # Not sys.stdin, whose lock would be held when the interpreter ends.
+def _watch_stdin() -> None:
+    # Not sys.stdin: its lock would be held when the interpreter exits.
     while os.read(STDIN, 4096):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

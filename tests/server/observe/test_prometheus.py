@@ -11,13 +11,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from elastic_moe import Engine, SamplingParams
-from elastic_moe.server.observe.account import Account
-from elastic_moe.server.observe.exposition import Exposition
+from elastic_moe.server.observe.access_record import AccessRecord
 from elastic_moe.server.observe.metrics import MAX_SUBNETS, Histogram, Metrics
+from elastic_moe.server.observe.prometheus import PrometheusExporter
 from elastic_moe.server.routing.limits import Limits
 from tests.server.conftest import Running, slow
+from tests.server.observe.scraping import Scraped, read, scraped_when
 from tests.server.raw import leave
-from tests.server.scraping import Scraped, read, scraped_when
 
 GAUGES = {
     "vllm:num_requests_running",
@@ -305,7 +305,7 @@ def test_names_of_sub_networks_do_not_grow_without_end() -> None:
     metrics = Metrics()
     for _ in range(2):
         for number in range(MAX_SUBNETS + 50):
-            metrics.ended(Account(subnet=f"x{number:08x}", status=200))
+            metrics.observe(AccessRecord(subnet=f"x{number:08x}", status=200))
     assert len(metrics.subnets) == MAX_SUBNETS + 1
     assert metrics.subnets["x00000000"] == 2
     assert metrics.subnets["other"] == 100
@@ -321,11 +321,11 @@ def test_servers_in_one_process_count_for_themselves(start: Any) -> None:
 
 def test_an_engine_that_is_closed_leaves_the_numbers_of_the_requests(tiny_folder: Any) -> None:
     engine, metrics = Engine.from_pretrained(tiny_folder), Metrics()
-    metrics.ended(Account(endpoint="/x", status=503))
-    exposition = Exposition(engine, metrics)
-    assert "vllm:num_requests_running" in exposition.text().decode()
+    metrics.observe(AccessRecord(endpoint="/x", status=503))
+    exporter = PrometheusExporter(engine, metrics)
+    assert "vllm:num_requests_running" in exporter.text().decode()
     engine.close()
-    told = read(exposition.text().decode())
+    told = read(exporter.text().decode())
     answered = frozenset({("endpoint", "/x"), ("status", "503")})
     assert told["elastic_moe:http_responses_total", answered] == 1
     assert not any(name == "vllm:num_requests_running" for name, _ in told)

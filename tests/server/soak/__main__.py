@@ -36,7 +36,7 @@ from elastic_moe.server.run import Server, listen
 from elastic_moe.server.settings import ServerSettings
 from tests.engine.running.test_invariance import random_subnet
 
-CLIENTS = Path(__file__).with_name("soak_clients.py")
+CLIENTS = Path(__file__).with_name("clients.py")
 LEAVING = 0.3
 MAX_NUM_SEQS = 64  # as `elastic-moe serve` has it
 MAX_GROWTH = 1.05  # of memory, from the second wave to the last
@@ -195,7 +195,7 @@ class Watched:
 
     def end(self) -> None:
         """End the server and its engine."""
-        self.server.end()
+        self.server.stop()
         self._thread.join()
         self._listener.close()
 

@@ -1,4 +1,4 @@
-"""Many streaming clients at once, of which some leave: soak_clients.py HOST PORT < ASKED > GOT.
+"""Many streaming clients at once, of which some leave: clients.py HOST PORT < ASKED > GOT.
 
 ASKED is a JSON list of {"path", "body", "leave_after": events or null, "abort": bool}; GOT one of
 {"status", "ended": "done" | "left" | "broken", "events": [...]}. All connect before the first one

@@ -12,8 +12,9 @@ import httpx2
 import pytest
 
 from elastic_moe.protocol.faults import FaultPlan
-from elastic_moe.server.middleware.faults import FaultBook
+from elastic_moe.server.middleware.fault_selection import FaultSelector
 from tests.server.conftest import Running
+from tests.server.raw import leave
 
 ADMIN = {"authorization": "Bearer admin-key"}
 PATH = "/v1/completions"
@@ -263,10 +264,10 @@ def test_a_rule_strikes_whom_it_says(running: Running) -> None:
 
 def test_what_is_drawn_follows_from_the_seed() -> None:
     def struck(seed: int, rate: float) -> list[bool]:
-        book = FaultBook()
+        selector = FaultSelector()
         rules = [{"error": 500, "rate": rate}]
-        book.set(FaultPlan.model_validate({"seed": seed, "rules": rules}))
-        return [book.meet(PATH, []) is not None for _ in range(400)]
+        selector.set(FaultPlan.model_validate({"seed": seed, "rules": rules}))
+        return [selector.select(PATH, []) is not None for _ in range(400)]
 
     assert struck(0, 0.3) == struck(0, 0.3) != struck(1, 0.3)
     assert 80 < sum(struck(0, 0.3)) < 160
@@ -280,9 +281,9 @@ def test_the_remote_preset_adds_a_round_trip_to_every_request(start: Any) -> Non
         ask(remote, headers, max_tokens=1)
         assert 0.2 <= time.monotonic() - begun < 1.5
     assert remote.http.get("/admin/faults", headers=ADMIN).json()["plan"]["preset"] == "remote"
-    book = FaultBook()
-    book.set(FaultPlan(preset="remote"))
-    drawn = [book.meet(PATH, []) for _ in range(50)]
+    selector = FaultSelector()
+    selector.set(FaultPlan(preset="remote"))
+    drawn = [selector.select(PATH, []) for _ in range(50)]
     times = [injection.seconds("latency_ms") for injection in drawn if injection is not None]
     assert len(times) == 50
     assert 0.2 <= min(times) < 0.23
@@ -348,6 +349,13 @@ def test_requests_are_recorded_as_they_came_and_ended(running: Running) -> None:
     assert running.http.delete("/admin/requests", headers=ADMIN).status_code == 204
     told = running.http.get("/admin/requests", headers=ADMIN).json()
     assert told == {"requests": [], "dropped": 0}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_disconnects_is_recorded_as_gone(running: Running, stream: bool) -> None:
+    leave(running, stream=stream)
+    record = last(running)
+    assert (record["stream"], record["outcome"]) == (stream, "gone")
 
 
 def test_an_error_in_mid_stream_is_recorded_as_one(start: Any) -> None:

@@ -1,32 +1,10 @@
-"""Models, tokens, health, and the description of it all."""
+"""/tokenize, /detokenize and /tokenizer_info."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from elastic_moe.engine import Engine
 from tests.server.conftest import Running
-
-
-def test_models_tell_names_limits_and_axes(served: Running) -> None:
-    listed = served.openai.models.list().data
-    assert [model.id for model in listed] == ["tiny", "ernie-5.1-prod"]
-    card: Any = served.openai.models.retrieve("ernie-5.1-prod")
-    shape = served.engine.shape
-    assert (card.root, card.max_model_len) == ("tiny", served.engine.config.max_positions)
-    assert card.elastic["max_depth"] == shape.num_layers
-    assert card.elastic["max_top_k"] == shape.max_top_k
-    assert card.elastic["num_experts"] == shape.num_experts
-    assert card.elastic["width_granules"] == shape.width_granules
-    assert served.http.get("/v1/models/gpt-4o").status_code == 404
-
-
-def test_a_trained_model_tells_what_it_was_trained_for(mini: Engine) -> None:
-    from elastic_moe.server.service import Service
-    from elastic_moe.server.settings import ServerSettings
-
-    trained = Service.of(mini, ServerSettings()).card("elastic-mini").elastic.trained
-    assert trained["top_k"] == [1, 2, 3, 4]
 
 
 def test_tokens_go_there_and_back(served: Running) -> None:
@@ -71,28 +49,3 @@ def test_the_tokenizer_is_told(served: Running) -> None:
     assert told["pad_token"] == "<|pad|>"
     assert tokenizer.chat_template is not None
     assert told["chat_template"] == tokenizer.chat_template.source
-
-
-def test_health_and_readiness(served: Running) -> None:
-    assert served.http.get("/health").status_code == 200
-    assert served.http.get("/ready").status_code == 200
-
-
-def test_the_description_is_what_is_served(served: Running) -> None:
-    told = served.http.get("/openapi.json").json()
-    assert set(told["paths"]) >= {
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/v1/models",
-        "/tokenize",
-    }
-    for path, operations in told["paths"].items():
-        for operation in operations.values():
-            assert "422" not in operation["responses"], path
-            error = operation["responses"]["400"]["content"]["application/json"]["schema"]
-            assert error["$ref"].endswith("/ErrorResponse")
-    changes = told["paths"]["/admin/profiles/{name}"]["put"]["responses"]
-    assert {"200", "201", "400", "409", "412"} <= set(changes)
-    knobs = told["components"]["schemas"]["RoutingConfig"]
-    assert {"top_k", "topK", "routingTopK", "activeLayers"} <= set(knobs["properties"])
-    assert knobs["additionalProperties"] is False

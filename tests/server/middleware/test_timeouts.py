@@ -14,11 +14,11 @@ import pytest
 from elastic_moe.errors import ServerError
 from elastic_moe.server import sse as events
 from elastic_moe.server.errors import ApiError
-from elastic_moe.server.observe.account import ACCOUNT, Account
+from elastic_moe.server.observe.access_record import ACCESS_RECORD, AccessRecord
 from elastic_moe.server.settings import ServerSettings
 from tests.server.conftest import Running
+from tests.server.observe.scraping import Scraped, scraped_when
 from tests.server.raw import LONG, connected, head, read_to_end
-from tests.server.scraping import Scraped, scraped_when
 
 CHAT = {
     "model": "tiny",
@@ -93,7 +93,7 @@ def test_a_client_that_reads_nothing_does_not_keep_its_request_alive(
     reads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether the stream or its last words are what it does not read."""
-    monkeypatch.setattr(events, "LAST_WORDS_SECONDS", 0.05)
+    monkeypatch.setattr(events, "ERROR_SEND_SECONDS", 0.05)
     happened: list[str] = []
 
     async def pieces() -> AsyncGenerator[bytes]:
@@ -113,11 +113,11 @@ def test_a_client_that_reads_nothing_does_not_keep_its_request_alive(
         if len(happened) > 1 + reads:
             await asyncio.sleep(60)
 
-    scope = {"type": "http", ACCOUNT: Account()}
+    scope = {"type": "http", ACCESS_RECORD: AccessRecord()}
     stream = events.EventStream(pieces(), {})
     asyncio.run(asyncio.wait_for(stream(scope, receive, send), 10))
     assert happened == ["head", "0", "1", "ended", 'data: {"erro']
-    assert scope[ACCOUNT].failed
+    assert scope[ACCESS_RECORD].failed
 
 
 def test_without_a_limit_a_request_takes_as_long_as_it_needs(served: Running) -> None:

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_moe.server.tools.choice import HERMES, MISTRAL
-from elastic_moe.server.tools.stream import ToolReader
+from elastic_moe.server.tools.markers import HERMES, MISTRAL
+from elastic_moe.server.tools.parser import ToolCallParser
 
 A = '{"name": "a", "arguments": {"x": 1}}'
 B = '{"name": "b", "arguments": {}}'
@@ -21,16 +21,16 @@ OTHER = ("b", "{}")
 TRICKY = '{"x": "}]\\"</tool_call>\\\\", "y": [{"z": "{"}]}'
 
 
-def read(reader: ToolReader, pieces: Iterable[str]) -> tuple[str, list[tuple[str, str]]]:
+def read(parser: ToolCallParser, pieces: Iterable[str]) -> tuple[str, list[tuple[str, str]]]:
     """Content and calls (name, arguments) of a text that comes in pieces."""
     content, calls = "", dict[int, tuple[str, str]]()
-    for found in (*map(reader.write, pieces), reader.finish()):
+    for found in (*map(parser.feed, pieces), parser.finish()):
         content += found.content
         for index, name, arguments in found.calls:
             assert (index in calls) == (name is None)
             known, so_far = calls.get(index, (name or "", ""))
             calls[index] = (known, so_far + arguments)
-    assert list(calls) == list(range(reader.count))
+    assert list(calls) == list(range(parser.count))
     return content, list(calls.values())
 
 
@@ -38,7 +38,7 @@ def check(text: str, want: tuple[str, list[tuple[str, str]]], *args: Any, **opti
     """Read it whole, by character, and in two pieces with every cut."""
     cuts = [[text], list(text), *([text[:at], text[at:]] for at in range(len(text) + 1))]
     for pieces in cuts:
-        assert read(ToolReader(*args, **options), pieces) == want, pieces
+        assert read(ToolCallParser(*args, **options), pieces) == want, pieces
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_marked_calls(text: str, content: str, calls: list[tuple[str, str]]) -> 
 def test_what_is_no_call_is_content_as_it_was_written(text: str) -> None:
     if len(text) < 1000:
         check(text, (text, []), HERMES)
-    assert read(ToolReader(HERMES), [text]) == (text, [])
+    assert read(ToolCallParser(HERMES), [text]) == (text, [])
 
 
 def test_what_follows_a_false_mark_is_still_read() -> None:
@@ -120,18 +120,18 @@ def test_a_marked_list_of_calls(text: str, content: str, calls: list[tuple[str, 
     check(text, (content, calls), MISTRAL)
 
 
-@pytest.mark.parametrize("marks", [None, HERMES, MISTRAL])
-def test_demanded_calls_need_no_mark(marks: Any) -> None:
+@pytest.mark.parametrize("markers", [None, HERMES, MISTRAL])
+def test_demanded_calls_need_no_mark(markers: Any) -> None:
     for text, calls in (
         (f"[{A}, {B}]", [CALL, OTHER]),
         (A, [CALL]),
         (A[:-3], [("a", '{"x": ')]),
         (A[:10], []),  # nothing to tell: it was cut
     ):
-        check(text, ("", calls), marks, "calls")
-    check("", ("", []), marks, "calls")
+        check(text, ("", calls), markers, "calls")
+    check("", ("", []), markers, "calls")
     for text in ('{"x": 1}', '{"x'):
-        check(text, ("", [("a", text)]), marks, "arguments", name="a")
+        check(text, ("", [("a", text)]), markers, "arguments", name="a")
 
 
 def test_a_demanded_call_may_be_marked_all_the_same() -> None:
@@ -152,18 +152,18 @@ def test_of_several_calls_the_first_alone_may_be_wanted() -> None:
 
 
 def test_pieces_are_told_as_soon_as_they_can_be() -> None:
-    reader = ToolReader(HERMES)
-    assert reader.write("Yes, ").content == "Yes,"  # the blank may be layout
-    assert reader.write("a <").content == " a"
-    assert reader.write("b <tool").content == " <b"
-    assert reader.write('_call>{"name": "a", "arguments": ').calls == []
-    assert reader.write("{").calls == [(0, "a", ""), (0, None, "{")]
-    assert reader.open
-    assert reader.write('"x": 1').calls == [(0, None, '"x": 1')]
-    assert reader.write("}").calls == [(0, None, "}")]
-    assert not reader.open
-    assert reader.write("}</tool_call><tool_call>{ ").content == ""
-    assert reader.write("I ").content == "<tool_call>{ I"  # no call begins so
+    parser = ToolCallParser(HERMES)
+    assert parser.feed("Yes, ").content == "Yes,"  # the blank may be layout
+    assert parser.feed("a <").content == " a"
+    assert parser.feed("b <tool").content == " <b"
+    assert parser.feed('_call>{"name": "a", "arguments": ').calls == []
+    assert parser.feed("{").calls == [(0, "a", ""), (0, None, "{")]
+    assert parser.open
+    assert parser.feed('"x": 1').calls == [(0, None, '"x": 1')]
+    assert parser.feed("}").calls == [(0, None, "}")]
+    assert not parser.open
+    assert parser.feed("}</tool_call><tool_call>{ ").content == ""
+    assert parser.feed("I ").content == "<tool_call>{ I"  # no call begins so
 
 
 PARTS = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", A, B, A[:20], A[20:], "{", "}", "[", "]"]
@@ -175,17 +175,17 @@ PARTS += [",", " ", "\n", '"', "\\", "<", "text", '{"name": "a", "arguments": "{
     text=st.lists(st.sampled_from(PARTS), max_size=12).map("".join),
     cuts=st.lists(st.integers(0, 200), max_size=6),
     start=st.sampled_from(["text", "calls", "arguments"]),
-    marks=st.sampled_from([None, HERMES, MISTRAL]),
+    markers=st.sampled_from([None, HERMES, MISTRAL]),
     single=st.booleans(),
 )
 def test_no_cut_changes_what_is_read(
-    text: str, cuts: list[int], start: Any, marks: Any, single: bool
+    text: str, cuts: list[int], start: Any, markers: Any, single: bool
 ) -> None:
     places = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
     pieces = [text[a:b] for a, b in pairwise(places)]
-    whole = read(ToolReader(marks, start, name="n", single=single), [text])
-    assert read(ToolReader(marks, start, name="n", single=single), pieces) == whole
-    assert read(ToolReader(marks, start, name="n", single=single), text) == whole
+    whole = read(ToolCallParser(markers, start, name="n", single=single), [text])
+    assert read(ToolCallParser(markers, start, name="n", single=single), pieces) == whole
+    assert read(ToolCallParser(markers, start, name="n", single=single), text) == whole
     if not whole[1] and start == "text":
         assert whole[0] == text
     for name, arguments in whole[1]:
@@ -196,7 +196,7 @@ def test_no_cut_changes_what_is_read(
 def test_arguments_stay_json_as_the_model_wrote_it() -> None:
     text = '{"x":1,\n "y": "\u2603"}'
     _, ((_, arguments),) = read(
-        ToolReader(HERMES), f'<tool_call>{{"name": "a", "arguments": {text}}}</tool_call>'
+        ToolCallParser(HERMES), f'<tool_call>{{"name": "a", "arguments": {text}}}</tool_call>'
     )
     assert arguments == text
     assert json.loads(arguments) == {"x": 1, "y": "\u2603"}

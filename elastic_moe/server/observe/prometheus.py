@@ -1,6 +1,6 @@
-"""/metrics: what was counted, under the names that Prometheus scrapes.
+"""The text of /metrics, for Prometheus.
 
-Names that begin with `vllm:` mean what vLLM's mean, so that dashboards made for it work.
+Metrics named `vllm:*` mean what vLLM's mean, so that dashboards made for vLLM work.
 """
 
 from __future__ import annotations
@@ -30,54 +30,54 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _GAUGES = {
     "running": (
         ("vllm:num_requests_running", "elastic_moe:requests_running"),
-        "Choices of requests that the engine writes.",
+        "Choices that the engine generates now.",
     ),
     "waiting": (
         ("vllm:num_requests_waiting", "elastic_moe:requests_waiting"),
-        "Choices of requests that wait for their turn in the engine.",
+        "Choices that wait in the engine's queue.",
     ),
     "unfinished": (
         ("elastic_moe:requests_unfinished",),
-        "Requests that the engine took in and has not ended.",
+        "Requests that the engine has accepted and not finished.",
     ),
     "num_blocks": (
         ("elastic_moe:kv_blocks",),
         "Blocks of keys and values, of 16 tokens in one layer.",
     ),
-    "used_blocks": (("elastic_moe:kv_blocks_used",), "Blocks that a request holds."),
+    "used_blocks": (("elastic_moe:kv_blocks_used",), "Blocks that requests hold."),
 }
 _COUNTERS = {
     "preemptions": (
         ("vllm:num_preemptions", "elastic_moe:preemptions"),
-        "Times that a choice was put back because blocks ran out.",
+        "Choices put back into the queue because blocks ran out.",
     ),
     "evicted_pages": (
         ("elastic_moe:evicted_pages",),
-        "Pages of cached prefixes that made room for others.",
+        "Pages of cached prefixes evicted for others.",
     ),
     "steps": (("elastic_moe:engine_steps",), "Steps of the engine."),
     "prompt_tokens": (
         ("vllm:prompt_tokens", "elastic_moe:prompt_tokens"),
-        "Tokens of prompts that were read, for generation.",
+        "Prompt tokens processed, for generation.",
     ),
     "written_tokens": (
         ("vllm:generation_tokens", "elastic_moe:generation_tokens"),
-        "Tokens that were written, for requests that were cancelled too.",
+        "Tokens generated, for cancelled requests too.",
     ),
     "searched_tokens": (
         ("vllm:prefix_cache_queries",),
-        "Tokens of prompts that the prefix cache was asked for.",
+        "Prompt tokens looked up in the prefix cache.",
     ),
-    "found_tokens": (("vllm:prefix_cache_hits",), "Tokens of prompts that the prefix cache had."),
+    "found_tokens": (("vllm:prefix_cache_hits",), "Prompt tokens found in the prefix cache."),
 }
 # field of Metrics -> names, help
-_BETWEEN = "The mean of each generation, counted once for each of its pauses"
+_BETWEEN = "The mean of each generation, counted once per pause"
 _HISTOGRAMS = {
-    "first_token": (
+    "ttft": (
         ("vllm:time_to_first_token_seconds", "elastic_moe:time_to_first_token_seconds"),
         "From the call to the first token.",
     ),
-    "between_tokens": (
+    "itl": (
         (
             "vllm:inter_token_latency_seconds",
             "vllm:time_per_output_token_seconds",
@@ -85,12 +85,12 @@ _HISTOGRAMS = {
         ),
         f"Between two tokens. {_BETWEEN}.",
     ),
-    "per_token": (
+    "tpot": (
         ("vllm:request_time_per_output_token_seconds",),
         "Between two tokens: the mean of each generation.",
     ),
-    "whole": (("vllm:e2e_request_latency_seconds",), "From the call to the last token."),
-    "queued": (
+    "e2e": (("vllm:e2e_request_latency_seconds",), "From the call to the last token."),
+    "queue": (
         ("vllm:request_queue_time_seconds", "elastic_moe:queue_time_seconds"),
         "From the call to the first step of the engine.",
     ),
@@ -103,10 +103,10 @@ _HISTOGRAMS = {
         ("vllm:request_inference_time_seconds",),
         "From the first step of the engine to the last token.",
     ),
-    "prompt_tokens": (("vllm:request_prompt_tokens",), "Tokens of each prompt."),
-    "written_tokens": (
+    "prompt_tokens": (("vllm:request_prompt_tokens",), "Tokens per prompt."),
+    "completion_tokens": (
         ("vllm:request_generation_tokens",),
-        "Tokens written for each prompt, in all choices.",
+        "Tokens generated per prompt, in all choices.",
     ),
     "mean_experts": (
         ("elastic_moe:mean_experts",),
@@ -115,11 +115,11 @@ _HISTOGRAMS = {
 }
 
 
-class Exposition(Collector):
-    """Tells what a server counted.
+class PrometheusExporter(Collector):
+    """Collects the metrics of one server and its engine.
 
     Attributes:
-        registry: of this server alone: one process may have several.
+        registry: this server's own, as one process may run several.
     """
 
     def __init__(self, engine: Engine, metrics: Metrics) -> None:
@@ -129,19 +129,19 @@ class Exposition(Collector):
         ProcessCollector(registry=self.registry)
 
     def text(self) -> bytes:
-        """All of it."""
+        """The body of /metrics."""
         return generate_latest(self.registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Metrics, as Prometheus' library wants them."""
+        """All metrics; called by the registry."""
         model = {"model_name": self._engine.name}
-        with suppress(EngineError):  # closed, while answers leave: it tells nothing any more
+        with suppress(EngineError):  # closed, while the last responses are sent
             yield from _of_engine(self._engine.stats(), model)
         yield from self._of_requests(model)
-        for field, (names, told) in _HISTOGRAMS.items():
-            yield from _histograms(names, told, getattr(self._metrics, field), model)
+        for field, (names, description) in _HISTOGRAMS.items():
+            yield from _histograms(names, description, getattr(self._metrics, field), model)
         about = {**model, "version": __version__, "backend": self._engine.backend}
-        info = InfoMetricFamily("elastic_moe:server", "What runs here.")
+        info = InfoMetricFamily("elastic_moe:server", "Model, backend and version of this server.")
         info.add_metric((), {**about, "dtype": self._engine.dtype})
         yield info
 
@@ -149,80 +149,83 @@ class Exposition(Collector):
         metrics = self._metrics
         yield _counter(
             "vllm:request_success",
-            "Generations that ended, by reason; abort: cancelled, as the client went or the time "
-            "was up.",
+            "Generations that ended, by reason; abort: cancelled by a disconnect or a timeout.",
             [({**model, "finished_reason": why}, n) for why, n in metrics.finished.items()],
         )
         yield _counter(
             "elastic_moe:requests",
-            "Requests by sub-network; 'other' is all that came after the first 100 names.",
+            "Requests by sub-network; 'other' counts all names after the first 100.",
             [({**model, "subnet": name}, n) for name, n in metrics.subnets.items()],
             ("model_name", "subnet"),
         )
         yield _counter(
             "elastic_moe:http_responses",
-            "Answers by endpoint and status; 499: the client had gone.",
+            "Responses by endpoint and status; 499: the client disconnected.",
             [({"endpoint": e, "status": str(s)}, n) for (e, s), n in metrics.responses.items()],
             ("endpoint", "status"),
         )
         yield _counter(
             "elastic_moe:timeouts",
-            "Requests that took too long; read: to send their body, request: to be answered.",
+            "Requests beyond a time limit; read: of the body, request: of the whole request.",
             [({"limit": limit}, n) for limit, n in metrics.timeouts.items()],
         )
-        for name, told, value in (
-            ("rejected_requests", "Requests that were answered 429.", metrics.rejected),
-            ("disconnected_clients", "Requests whose client went before the end.", metrics.gone),
-            ("broken_answers", "Answers that began and ended with an error.", metrics.broken),
+        for name, description, value in (
+            ("rejected_requests", "Requests answered 429.", metrics.rejected),
+            (
+                "disconnected_clients",
+                "Requests whose client disconnected early.",
+                metrics.disconnected,
+            ),
+            ("broken_answers", "Responses that started and ended with an error.", metrics.failed),
         ):
-            yield _counter(f"elastic_moe:{name}", told, [({}, value)])
+            yield _counter(f"elastic_moe:{name}", description, [({}, value)])
         yield _gauge(
             "elastic_moe:queue_limit",
-            "Requests that may be unfinished; more are answered 429.",
+            "Unfinished requests allowed; more are answered 429.",
             self._engine.engine_config.max_queue,
             model,
         )
 
 
 def _of_engine(stats: EngineStats, model: Mapping[str, str]) -> Iterator[Metric]:
-    for field, (names, told) in _GAUGES.items():
+    for field, (names, description) in _GAUGES.items():
         for name in names:
-            yield _gauge(name, told, getattr(stats, field), model)
-    for field, (names, told) in _COUNTERS.items():
+            yield _gauge(name, description, getattr(stats, field), model)
+    for field, (names, description) in _COUNTERS.items():
         for name in names:
-            yield _counter(name, told, [(model, getattr(stats, field))])
+            yield _counter(name, description, [(model, getattr(stats, field))])
     yield _gauge(
         "vllm:kv_cache_usage_perc",
-        "Blocks of keys and values that a request holds, as a part of all: 1 is all of them.",
+        "Share of the blocks that requests hold; 1 is all of them.",
         stats.used_blocks / stats.num_blocks,
         model,
     )
 
 
-def _gauge(name: str, told: str, value: float, labels: Mapping[str, str]) -> Metric:
-    family = GaugeMetricFamily(name, told, labels=list(labels))
+def _gauge(name: str, description: str, value: float, labels: Mapping[str, str]) -> Metric:
+    family = GaugeMetricFamily(name, description, labels=list(labels))
     family.add_metric(list(labels.values()), value)
     return family
 
 
 def _counter(
     name: str,
-    told: str,
+    description: str,
     values: list[tuple[Mapping[str, str], int]],
     labels: Iterable[str] | None = None,
 ) -> Metric:
     """Args: labels: their names, where there may be no value yet."""
     named = list(labels if labels is not None else values[0][0])
-    family = CounterMetricFamily(name, told, labels=named)
+    family = CounterMetricFamily(name, description, labels=named)
     for own, value in values:
         family.add_metric([own[label] for label in named], value)
     return family
 
 
 def _histograms(
-    names: Iterable[str], told: str, histogram: Histogram, labels: Mapping[str, str]
+    names: Iterable[str], description: str, histogram: Histogram, labels: Mapping[str, str]
 ) -> Iterator[Metric]:
     for name in names:
-        family = HistogramMetricFamily(name, told, labels=list(labels))
+        family = HistogramMetricFamily(name, description, labels=list(labels))
         family.add_metric(list(labels.values()), histogram.buckets(), histogram.sum)
         yield family

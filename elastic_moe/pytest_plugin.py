@@ -1,11 +1,11 @@
-"""pytest fixtures: a real server for the client under test, its faults, and what it was asked.
+"""pytest fixtures: a real server for the client under test, with fault injection.
 
     elastic_moe_server   the server, one per session (and per worker of pytest-xdist)
     openai_env           OPENAI_BASE_URL and OPENAI_API_KEY point to it while the test runs
-    elastic_moe_faults   what goes wrong on purpose, until the test ends
+    elastic_moe_faults   fault injection, cleared when the test ends
 
-`elastic_moe.testing.assert_resilient` tests how a client takes it. Nothing starts, and next to
-nothing is loaded, for tests that use none of these.
+`elastic_moe.testing.assert_resilient` tests how a client handles faults. Tests that use none of
+these start no server, and load next to nothing.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ OPTIONS = {  # --elastic-moe-NAME and the ini key elastic_moe_NAME -> default, m
     "routing": ("", "NAME", "sub-network of requests that ask for none, such as L24-k2"),
     "isa": ("", "LEVEL", "portable, avx2 or avx512: texts agree between machines on one level"),
     "dtype": ("", "DTYPE", "float32 or bfloat16"),
-    "seed": ("", "N", "of requests that name none, which else are drawn anew every time"),
-    "alias": ("", "NAMES", "further names that the model answers to, separated by commas"),
-    "api-key": ("", "KEY", "that requests need, where the tested program has one of its own"),
-    "args": ("", "ARGS", "further arguments of `elastic-moe serve`"),
+    "seed": ("", "N", "seed of requests that have none; otherwise answers vary from run to run"),
+    "alias": ("", "NAMES", "more names of the model, separated by commas"),
+    "api-key": ("", "KEY", "key that requests need (default: a random one)"),
+    "args": ("", "ARGS", "more arguments of `elastic-moe serve`"),
 }
 
 
@@ -39,14 +39,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """The options, each on the command line and in the ini file."""
     group = parser.getgroup("elastic-moe", "a model server for tests (elastic-moe)")
     for name, (default, metavar, text) in OPTIONS.items():
-        told = f"{text} (default: {default})" if default else text
-        group.addoption(f"--elastic-moe-{name}", metavar=metavar, help=told)
+        help_text = f"{text} (default: {default})" if default else text
+        group.addoption(f"--elastic-moe-{name}", metavar=metavar, help=help_text)
         parser.addini(_ini(name), f"the same as --elastic-moe-{name}", default=default)
 
 
 @pytest.fixture(scope="session")
 def elastic_moe_server(pytestconfig: pytest.Config) -> Iterator[ElasticMoEServer]:
-    """A real server on a free port of loopback, ready; its attributes tell how to reach it."""
+    """A server on a free port of 127.0.0.1, ready to answer; see `ElasticMoEServer`."""
     from elastic_moe.errors import ServerError
     from elastic_moe.testing import start_server
 
@@ -75,7 +75,7 @@ def elastic_moe_server(pytestconfig: pytest.Config) -> Iterator[ElasticMoEServer
             server = stack.enter_context(starting)
         except ServerError as error:
             failure = str(error)
-        if failure:  # by itself: not as what happened while another error was handled
+        if failure:  # outside `except`: pytest would print both errors
             pytest.fail(failure, pytrace=False)
         pytestconfig.stash[_SERVER] = server
         stack.callback(pytestconfig.stash.__delitem__, _SERVER)
@@ -110,52 +110,52 @@ def openai_env(
 
 @pytest.fixture
 def elastic_moe_faults(elastic_moe_server: ElasticMoEServer) -> Iterator[Faults]:
-    """What goes wrong on purpose: `elastic_moe_faults.add(error=429, retry_after=1, count=2)`."""
+    """Fault injection: `elastic_moe_faults.add(error=429, retry_after=1, count=2)`."""
     with elastic_moe_server.faults as faults:
         yield faults
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """`server.requests` are those of one test."""
+    """Start `server.requests` anew for each test."""
     server = item.config.stash.get(_SERVER, None)
     if server is not None:
-        with _reported(item) as told:
+        with _server_errors(item) as errors:
             server.mark()
-        if told:
-            pytest.fail(told[0], pytrace=False)
+        if errors:
+            pytest.fail(errors[0], pytrace=False)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """A failed test tells its requests."""
+    """Add the requests of a failed test to its report."""
     report = yield
     server = item.config.stash.get(_SERVER, None)
     if server is not None and report.failed:
         from elastic_moe.testing.records import report as lines_of
 
-        with _reported(item) as told:
+        with _server_errors(item) as errors:
             if records := server.requests:
                 report.sections.append(("elastic-moe requests", lines_of(records)))
         report.sections += [
-            ("elastic-moe server", text) for text in told if text not in report.longreprtext
+            ("elastic-moe server", text) for text in errors if text not in report.longreprtext
         ]
     return report
 
 
 @contextmanager
-def _reported(item: pytest.Item) -> Iterator[list[str]]:
-    """Yields a list for what the server refuses; it stays empty if the test does not need it."""
+def _server_errors(item: pytest.Item) -> Iterator[list[str]]:
+    """Collects errors of the server in a list, if the test uses the server; else drops them."""
     from elastic_moe.errors import ServerError
 
-    told: list[str] = []
+    errors: list[str] = []
     try:
-        yield told
+        yield errors
     except ServerError as error:
         if "elastic_moe_server" in getattr(item, "fixturenames", ()):
-            told.append(str(error))
+            errors.append(str(error))
 
 
 def _ini(name: str) -> str:

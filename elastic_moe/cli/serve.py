@@ -1,7 +1,7 @@
 """Serve a model over HTTP, as OpenAI's API is served.
 
-Every request may choose its sub-network: `routing_config` in its body, or a name such as
-elastic-mini@L24-k2 as its model. --routing is for those that do not.
+Every request may choose its sub-network: by `routing_config` in its body, or by a model name such
+as elastic-mini@L24-k2. --routing is the default of requests that choose none.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed",
         type=int,
         metavar="N",
-        help="of requests that name none, so that the same request gets the same answer "
-        "(default: each is drawn anew)",
+        help="seed of requests that have none, so that equal requests get equal answers "
+        "(default: answers vary from run to run)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     parser.add_argument(
@@ -69,14 +69,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--alias",
         action="append",
         metavar="NAME",
-        help="another name that the model answers to; may be repeated "
+        help="another name of the model; may be repeated "
         f"(default: {BUNDLED_ALIAS} for the bundled model)",
     )
     parser.add_argument(
         "--api-keys",
         metavar="FILE",
         type=Path,
-        help=f"one key a line; '#' begins a comment (default: {KEYS}, separated by commas)",
+        help="file with one key per line; '#' starts a comment "
+        f"(default: {KEYS}, separated by commas)",
     )
     parser.add_argument(
         "--admin-keys",
@@ -88,13 +89,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--expose-without-keys",
         action="store_true",
-        help="listen on other addresses than loopback though nobody needs a key",
+        help="allow a --host other than loopback without API keys",
     )
     parser.add_argument(
         "--max-num-seqs",
         type=positive_integer,
         default=64,
-        help="texts written at once (default: %(default)s)",
+        help="texts generated at once (default: %(default)s)",
     )
     parser.add_argument(
         "--max-queue",
@@ -107,40 +108,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=30.0,
         metavar="S",
-        help="how long running requests may take to end after SIGTERM (default: %(default)s)",
+        help="time for running requests to finish after SIGTERM; the rest receive an error "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--url-file",
         metavar="FILE",
         type=Path,
-        help="write the server's URL there once it is ready; the file goes when the server ends",
+        help="write the server's URL there once it is ready; deleted when the server ends",
     )
     parser.add_argument(
         "--end-with-stdin",
         action="store_true",
-        help="end as on SIGTERM when standard input ends: with the program that started it, if "
-        "that holds a pipe to it",
+        help="exit as on SIGTERM when standard input ends, such as a pipe to the parent process",
     )
     parser.add_argument(
         "--request-timeout",
         type=float,
         metavar="S",
-        help="how long a request may take; then it is answered 504, or told in its stream "
-        "(default: as long as it needs)",
+        help="time limit of a request; then it gets 504, or an error in its stream "
+        "(default: no limit)",
     )
     parser.add_argument(
         "--read-timeout",
         type=float,
         default=60.0,
         metavar="S",
-        help="how long its body may take to arrive; then it is answered 408 (default: %(default)s)",
+        help="time limit for a body to arrive; then the request gets 408 (default: %(default)s)",
     )
     parser.add_argument(
         "--log-format",
         choices=("text", "json"),
         default="text",
-        help="of the line on stderr that every request leaves; it holds nothing of prompts, "
-        "answers or keys (default: %(default)s)",
+        help="format of the log on stderr: a line per request, without prompts, answers or keys "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--log-level",
@@ -153,8 +154,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--profiles",
         metavar="FILE",
         type=Path,
-        help="TOML file of profiles, which requests ask for by name; made with the built-in ones "
-        "if it does not exist, changed by PUT /admin/profiles/NAME",
+        help="TOML file of profiles, which requests name; created with the built-in ones if "
+        "missing, changed by PUT /admin/profiles/NAME",
     )
     parser.add_argument(
         "--inject",
@@ -162,8 +163,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const="on",
         default="off",
         choices=("on", "remote"),
-        help="let requests and /admin/faults ask for faults; remote: begin with round trips of 200 "
-        "to 400 ms",
+        help="allow fault injection by request headers and /admin/faults; remote: start with "
+        "200 to 400 ms of latency",
     )
     add_limits(parser)
 
@@ -238,7 +239,7 @@ def run(args: argparse.Namespace) -> int:
         request_timeout_seconds=args.request_timeout,
         expose_without_keys=args.expose_without_keys,
     )
-    listener = listen(settings.host, settings.port)  # before the model takes its time
+    listener = listen(settings.host, settings.port)  # fails before the model is loaded
     with (
         listener,
         url_file(args.url_file, url_of(listener)) as on_ready,

@@ -23,7 +23,7 @@ class Answer(BaseModel):
 
 
 class Ignored(Body):
-    """Keys of OpenAI's API that mean nothing here: accepted, and without effect."""
+    """Keys of OpenAI's API that are accepted without effect."""
 
     user: Any = Field(None, description="accepted and ignored")
     store: Any = Field(None, description="accepted and ignored")

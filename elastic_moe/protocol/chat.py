@@ -36,11 +36,11 @@ class ChatRequest(SamplingRequest):
     """A conversation to answer.
 
     Attributes:
-        max_completion_tokens, max_tokens: two names of one limit; absent, what the model holds.
-        chat_template_kwargs: what else the chat template may look at.
+        max_completion_tokens, max_tokens: two names of one limit; absent: the rest of the context.
+        chat_template_kwargs: more variables for the chat template.
         tools: functions that the model may call.
-        tool_choice: 'none', 'auto' (as the model likes; so it is if absent), 'required' (1 to 16
-            calls, and nothing else), or the function to call.
+        tool_choice: 'none', 'auto' (the default: the model decides), 'required' (1 to 16 calls and
+            nothing else), or the function to call.
         parallel_tool_calls: whether an answer may have several calls.
     """
 
@@ -56,7 +56,7 @@ class ChatRequest(SamplingRequest):
 
 
 class TopLogprob(Answer):
-    """A token that might have come."""
+    """A likely token at this position."""
 
     token: str
     logprob: float
@@ -64,7 +64,7 @@ class TopLogprob(Answer):
 
 
 class TokenLogprob(TopLogprob):
-    """A token that came."""
+    """The token that was sampled."""
 
     top_logprobs: list[TopLogprob]
 
@@ -80,8 +80,8 @@ class AssistantMessage(Answer):
     """The answer.
 
     Attributes:
-        content: null if there are calls alone.
-        tool_calls: of functions, by the client; absent if there are none.
+        content: null if there are only calls.
+        tool_calls: functions for the client to call; absent if there are none.
     """
 
     role: Literal["assistant"] = "assistant"

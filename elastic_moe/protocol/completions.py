@@ -20,7 +20,7 @@ class CompletionRequest(SamplingRequest):
     Attributes:
         prompt: a text, several, a list of token ids, or several.
         max_tokens: 0 writes nothing: with echo and logprobs it scores the prompt.
-        echo: begin the text with the prompt.
+        echo: prepend the prompt to the text.
         logprobs: of each token, and of so many most likely ones; with echo also of the prompt.
     """
 
@@ -39,7 +39,7 @@ class TextLogprobs(Answer):
     """Of the tokens of a choice, or of a chunk of it; the first of a prompt has none.
 
     Attributes:
-        text_offset: where each begins, in characters of the choice's text.
+        text_offset: start of each token, in characters of the choice's text.
     """
 
     tokens: list[str]

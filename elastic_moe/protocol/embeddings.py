@@ -12,12 +12,12 @@ from elastic_moe.protocol.routing import AppliedRouting, RoutingConfig
 
 
 class EmbeddingRequest(Ignored):
-    """Texts to make vectors of: for tests, as no model here was trained for it.
+    """Texts to embed: for tests, as no model here was trained for it.
 
     Attributes:
         input: a text, several, a list of token ids, or several.
         encoding_format: numbers, or the bytes of float32 numbers (little-endian) in base64.
-        dimensions: the model's hidden size, or nothing.
+        dimensions: the model's hidden size, or absent.
         profile: name of a profile of the server: a sub-network.
     """
 

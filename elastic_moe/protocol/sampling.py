@@ -1,4 +1,4 @@
-"""What chat and text requests have in common: how tokens are chosen, which sub-network runs."""
+"""Sampling and routing, which chat and text requests share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Stop = Annotated[str, Field(min_length=1)]
 
 
 class StreamOptions(Body):
-    """What a stream has beside its pieces.
+    """Options of a stream.
 
     Attributes:
         include_usage: end the stream with a chunk that has the usage and no choices.
@@ -47,12 +47,12 @@ class ResponseFormat(Body):
 
 
 class SamplingRequest(Ignored):
-    """What every generating request may say.
+    """The fields that every generating request may have.
 
     Attributes:
         model: its name, perhaps with a sub-network: elastic-mini@L24-k2.
         temperature: 0 takes the most likely token.
-        seed: with the same seed the same request gets the same answer; without one, any.
+        seed: equal requests with equal seeds get equal answers.
         routing_config: the sub-network; not together with another one in the model's name.
         profile: name of a profile of the server: a sub-network, and sampling.
     """

@@ -27,7 +27,7 @@ class Function(Body):
 
 
 class Tool(Body):
-    """There is no other kind than functions."""
+    """A tool; functions are the only kind."""
 
     type: Literal["function"]
     function: Function
@@ -47,7 +47,7 @@ class NamedTool(Body):
 
 
 class AllowedTools(Body):
-    """Those of the tools that the model gets to see, and whether it must call one."""
+    """The tools that the model sees, and whether it must call one."""
 
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedTool], Field(min_length=1)]

@@ -1,4 +1,4 @@
-"""Calling a client that may hang."""
+"""Calls a client that may hang, in a thread of its own."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Raised:
 
     def __str__(self) -> str:
         text = " ".join(str(self.error).split())
-        told = type(self.error).__name__ + (f": {text}" if text else "")
-        return f"raised {told if len(told) <= 120 else f'{told[:117]}...'}"
+        message = type(self.error).__name__ + (f": {text}" if text else "")
+        return f"raised {message if len(message) <= 120 else f'{message[:117]}...'}"
 
 
 End = Returned | Raised
@@ -53,12 +53,12 @@ class Caller:
         self._thread.start()
 
     def start(self) -> None:
-        """Begin a call."""
+        """Start a call."""
         self.busy = True
         self._wanted.put(True)
 
     def end(self, seconds: float) -> End | None:
-        """How it ended; None if it has not ended after so many seconds."""
+        """The end of the call; None if it still runs after so many seconds."""
         try:
             end = self._ends.get(timeout=seconds)
         except queue.Empty:
@@ -67,7 +67,7 @@ class Caller:
         return end
 
     def close(self) -> None:
-        """No more calls; closes their event loop, unless one hangs."""
+        """Accept no more calls, and close the event loop unless a call hangs."""
         self._wanted.put(False)
         if not self.busy:
             self._thread.join()
@@ -80,7 +80,7 @@ class Caller:
                     if inspect.isawaitable(value):
                         value = runner.run(_wait(value))
                     end: End = Returned(value)
-                except BaseException as error:  # noqa: BLE001  (judged by who called)
+                except BaseException as error:  # noqa: BLE001  (the caller judges it)
                     end = Raised(error)
                 self._ends.put(end)
 

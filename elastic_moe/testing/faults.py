@@ -1,24 +1,24 @@
-"""What goes wrong on purpose."""
+"""Fault injection of a running server, by /admin/faults."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any, Self, TypedDict, Unpack
 
-Span = float | list[float]  # milliseconds, or [least, most] to draw from
+Span = float | list[float]  # milliseconds, or [min, max] to draw from
 
 
 class Rule(TypedDict, total=False):
-    """Which requests something happens to, and what; as in `PUT /admin/faults`.
+    """Faults, and the requests that get them; as in `PUT /admin/faults`.
 
-    Which, of those to `path` (None: all of /v1/), numbered from 1 since the plan was set: a share
-    `rate`, `count` at most, not the first `skip`, only the numbers `at`, between `after_seconds`
-    and `until_seconds`.
+    Requests to `path` (None: all of /v1/) are numbered from 1 since the plan was set. The rule
+    applies to a share `rate` of them, to `count` at most, not to the first `skip`, only to the
+    numbers `at`, and between `after_seconds` and `until_seconds`.
 
-    What: `error` answers with this status (and `retry_after`, in seconds); `latency_ms`, `ttft_ms`
-    and `itl_ms` make it slow; `drop_after` closes the connection after so many events (0: before
-    the answer begins), `malformed_after` spoils the event after so many, `stall_after` sends
-    nothing more; `routing_jitter` shrinks the sub-network; `force_text` is the answer's text.
+    `error` answers with this status (and `retry_after`, in seconds). `latency_ms`, `ttft_ms` and
+    `itl_ms` delay. After so many events `drop_after` closes the connection (0: before the response
+    starts), `malformed_after` corrupts the next event, and `stall_after` sends nothing more.
+    `routing_jitter` reduces the sub-network. `force_text` is the text of the answer.
     """
 
     path: str | None
@@ -41,53 +41,53 @@ class Rule(TypedDict, total=False):
 
 
 class Faults:
-    """The faults of one server. Every change sets the whole plan, so that all counts begin anew.
+    """The fault plan of one server. Every change restarts all counts at 0.
 
-    As a context manager it clears them at the end.
+    As a context manager it clears the plan at the end.
     """
 
     def __init__(self, admin: Callable[..., Any]) -> None:
-        """`admin(method, path, body)` asks the server."""
+        """`admin(method, path, body)` calls an admin endpoint."""
         self._admin = admin
 
     @property
     def plan(self) -> dict[str, Any]:
-        """What is in force, as in `PUT /admin/faults`."""
+        """The active plan, as in `PUT /admin/faults`."""
         plan: dict[str, Any] = self._admin("GET", "/admin/faults")["plan"]
         return plan
 
     @property
     def injected(self) -> list[int]:
-        """How many requests each rule has struck."""
+        """Number of requests that each rule applied to."""
         counts = self._admin("GET", "/admin/faults")["counts"]
         return [one["injected"] for one in counts]
 
     def add(self, **rule: Unpack[Rule]) -> Self:
-        """Do something to requests: `add(error=429, retry_after=1, count=2)`; see `Rule`.
+        """Add a rule: `add(error=429, retry_after=1, count=2)`; see `Rule`.
 
-        A request is struck by the first rule that fits.
+        A request gets the faults of the first rule that applies.
 
         Raises:
-            ServerError: there is no such fault; what is in force stays.
+            ServerError: the rule is invalid; the plan stays as it was.
         """
         plan = self.plan
         return self.set({**plan, "rules": [*plan["rules"], rule]})
 
     def remote(self) -> Self:
-        """Give every request a round trip of 200 to 400 ms, beside what rules do."""
+        """Add 200 to 400 ms of latency to every request, besides the rules."""
         return self.set({**self.plan, "preset": "remote"})
 
     def seed(self, seed: int) -> Self:
-        """Draw rates, spans and jitter otherwise; 0 at first."""
+        """Set the seed of rates, spans and jitter; 0 at first."""
         return self.set({**self.plan, "seed": seed})
 
     def set(self, plan: Mapping[str, Any]) -> Self:
-        """Put a whole plan in force, as in `PUT /admin/faults`."""
+        """Replace the plan, as in `PUT /admin/faults`."""
         self._admin("PUT", "/admin/faults", plan)
         return self
 
     def clear(self) -> None:
-        """Let nothing go wrong any more."""
+        """Inject no more faults."""
         self._admin("DELETE", "/admin/faults")
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""What is wrong with a client, and how it is told."""
+"""Faults of a client under test, and the error that reports them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Finding:
 
     Attributes:
         fault: one of those above.
-        scenario: what the server did.
+        scenario: what the server did, in words.
         seen: what the client did, in words.
-        records: its requests.
+        records: the client's requests.
     """
 
     fault: str
@@ -37,11 +37,11 @@ class Finding:
 
 
 class NotResilientError(AssertionError):
-    """A client does not get along with faults.
+    """A client mishandles faults.
 
     Attributes:
         findings: every fault in every scenario.
-        faults: which of the faults above it has.
+        faults: the kinds of these, in order.
     """
 
     def __init__(self, findings: Sequence[Finding], not_tried: Sequence[str] = ()) -> None:
@@ -50,8 +50,8 @@ class NotResilientError(AssertionError):
         lines = ["the client is not resilient:"]
         for fault in self.faults:
             lines.append(f"* {fault}")
-            own = (str(finding) for finding in self.findings if finding.fault == fault)
-            lines += [textwrap.indent(told, "    ") for told in own]
+            own = (str(found) for found in self.findings if found.fault == fault)
+            lines += [textwrap.indent(finding, "    ") for finding in own]
         if not_tried:
             lines.append(f"not tried, as it was still busy: {', '.join(not_tried)}")
         super().__init__("\n".join(lines))

@@ -1,4 +1,4 @@
-"""`elastic-moe serve` as a process that is ready, and ends with this one."""
+"""`elastic-moe serve` as a child process: waits until it is ready, and ends it."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from tempfile import TemporaryDirectory
 
 from elastic_moe.errors import ServerError
 
-START_SECONDS = 120.0  # a large checkpoint takes its time
+START_SECONDS = 120.0  # large checkpoints load slowly
 END_SECONDS = 5.0  # between SIGTERM and SIGKILL
 TAIL_LINES = 20
 
 
 class ServerProcess:
-    """A running server.
+    """A server in a child process, ready to answer.
 
-    It watches a pipe that this process holds, so that it ends when this process does, however
-    that ends. It is in a process group of its own: Ctrl-C at a terminal does not reach it before
-    the tests are done with it.
+    It watches a pipe to this process, so it exits even if this process is killed. It has a process
+    group of its own, so Ctrl-C at a terminal does not stop it before the tests end.
 
     Args:
         arguments: of `elastic-moe serve`.
-        environment: changes to that of this process.
-        folder: that it runs in; None for the present one.
+        environment: changes to the environment of this process.
+        folder: its working directory; None for the present one.
+        start_seconds: time to become ready.
 
     Raises:
-        ServerError: it did not become ready; says what it wrote.
+        ServerError: it did not become ready; the message holds its last output.
     """
 
     def __init__(
@@ -72,21 +72,21 @@ class ServerProcess:
         return self._process.poll() is None
 
     def tail(self) -> str:
-        """The last lines that it wrote, and how it ended if it did."""
+        """The last lines of its output, and its exit status if it has ended."""
         lines = self.log().splitlines()
-        told = lines[-TAIL_LINES:]
-        if len(lines) > len(told):
-            told.insert(0, f"... {len(lines) - len(told)} lines before")
+        tail = lines[-TAIL_LINES:]
+        if len(lines) > len(tail):
+            tail.insert(0, f"... {len(lines) - len(tail)} lines before")
         if not self.alive:
-            told.append(f"the server has ended with exit status {self._process.returncode}")
-        return "\n".join(told)
+            tail.append(f"the server has ended with exit status {self._process.returncode}")
+        return "\n".join(tail)
 
     def log(self) -> str:
-        """All that it wrote."""
+        """Its whole output, stdout and stderr."""
         return self._log.read_text(encoding="utf-8", errors="replace")
 
     def end(self) -> None:
-        """Have it end, by force if it does not; its log goes with it."""
+        """Terminate it, kill it if it does not exit, and delete its log."""
         self._process.terminate()
         try:
             self._process.wait(END_SECONDS)
@@ -98,11 +98,12 @@ class ServerProcess:
                 self._process.stdin.close()
         self._folder.cleanup()
 
-    def _wait(self, until: float, arguments: str) -> str:
+    def _wait(self, deadline: float, arguments: str) -> str:
+        """The URL, once the server has written it."""
         while not self._url.exists():
             if not self.alive:
                 raise ServerError(f"elastic-moe serve {arguments} did not start:\n{self.tail()}")
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise ServerError(
                     f"elastic-moe serve {arguments} is not ready in time. It wrote:\n{self.tail()}"
                 )

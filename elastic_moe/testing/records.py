@@ -1,4 +1,4 @@
-"""What came to the server, and what became of it."""
+"""The requests that a server received, as /admin/requests reports them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
-SHOWN = 20  # of a report
+SHOWN = 20  # lines of a report
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,16 +14,16 @@ class RequestRecord:
     """One request below /v1/.
 
     Attributes:
-        number: from 1, in the order in which they came to this server.
-        body: its JSON; None if it has none.
+        number: from 1, in order of arrival.
+        body: parsed JSON; None if it is not JSON, or too long.
         stream: whether the body asks for one.
-        status: of the answer; None before there is one.
-        injected: what was done to it on purpose, such as {'error': 429}; None for nothing.
-        outcome: complete: the whole answer went out; error: a status from 400, or an error in
-            mid-stream; truncated: it was cut or spoilt on purpose; gone: the client closed before
-            the end; running: none of these yet.
-        text: of the answer's first choice, as far as it went out.
-        begun_seconds, ended_seconds: since the server began.
+        status: of the response; None before it starts.
+        injected: injected faults, such as {'error': 429}; None for none.
+        outcome: complete: the whole response was sent; error: a status from 400, or an error in
+            mid-stream; truncated: fault injection cut or corrupted it; gone: the client closed the
+            connection early; running: not ended yet.
+        text: text of the first choice, as far as it was sent.
+        begun_seconds, ended_seconds: since the server started.
     """
 
     number: int
@@ -40,25 +40,25 @@ class RequestRecord:
     ended_seconds: float | None
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> Self:
-        """From the server's JSON."""
-        return cls(**{field.name: told[field.name] for field in fields(cls)})
+    def of(cls, body: Mapping[str, Any]) -> Self:
+        """A record from the server's JSON."""
+        return cls(**{field.name: body[field.name] for field in fields(cls)})
 
     def line(self) -> str:
-        """It in a line, without its texts."""
+        """A line about the request, without its texts."""
         parts = [f"#{self.number} {self.method} {self.path}"]
         parts += ["stream"] * self.stream
         parts.append(f"-> {self.status or 'no status'}, {self.outcome}")
         if self.ended_seconds is not None:
             parts.append(f"after {self.ended_seconds - self.begun_seconds:.3f} s")
         if self.injected is not None:
-            told = ", ".join(f"{k} {_short(v)}" for k, v in self.injected.items())
-            parts.append(f"(injected: {told})")
+            effects = ", ".join(f"{k} {_short(v)}" for k, v in self.injected.items())
+            parts.append(f"(injected: {effects})")
         return " ".join(parts)
 
 
 def report(records: Sequence[RequestRecord], shown: int = SHOWN) -> str:
-    """A line for each; of many, the first and the last."""
+    """A line per request; of more than `shown`, the first and the last."""
     lines = [record.line() for record in records]
     if len(lines) > shown:
         half = shown // 2

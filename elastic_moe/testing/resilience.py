@@ -1,4 +1,4 @@
-"""Whether a client gets along with what a remote API does to it."""
+"""`assert_resilient`: tests how a client handles the faults of a remote API."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from elastic_moe.testing.findings import Finding, NotResilientError
 from elastic_moe.testing.records import RequestRecord, report
 from elastic_moe.testing.server import ElasticMoEServer
 
-CLOCK_SECONDS = 0.02  # that a client's clock may be off
-LEAVE_SECONDS = 5.0  # for a call to end once nothing is wrong any more
-SETTLE_SECONDS = 10.0  # for the server to be done with what a client has left
+CLOCK_SECONDS = 0.02  # tolerance for a client's clock
+LEAVE_SECONDS = 5.0  # for a call to end once no faults are injected
+SETTLE_SECONDS = 10.0  # for the server to end requests that a client abandoned
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """What the server does, and what a client should.
+    """What the server does, and what a client should do.
 
     Attributes:
-        told: the rule in words; "{answer}" is a stream or an answer.
-        right: retry: try again and return an answer; raise: at once; whole: raise, or try again
+        description: the rule in words; "{answer}" is "stream" or "answer".
+        expected: retry: try again and return an answer; raise: at once; whole: raise, or try again
             and return a whole answer; give up: raise, after a few tries at most.
     """
 
     name: str
-    told: str
+    description: str
     rule: Rule
-    right: Literal["retry", "raise", "whole", "give up"]
+    expected: Literal["retry", "raise", "whole", "give up"]
 
 
 def scenarios(*, retry_after_seconds: float = 1.0, max_attempts: int = 10) -> dict[str, Scenario]:
     """All of them, by name."""
     rate_limit = Rule(error=429, count=1, retry_after=retry_after_seconds)
-    told = f"429 with Retry-After: {retry_after_seconds:g}, once"
+    description = f"429 with Retry-After: {retry_after_seconds:g}, once"
     found = [
-        Scenario("429", told, rate_limit, "retry"),
+        Scenario("429", description, rate_limit, "retry"),
         Scenario("500", "500, once", Rule(error=500, count=1), "retry"),
         Scenario("503", "503, once", Rule(error=503, count=1), "retry"),
         Scenario(
@@ -81,22 +81,22 @@ def assert_resilient(
 
     - try again after 429, 500, 503 and a connection that closes, and wait as Retry-After says;
     - raise on 400, 401, 404 and 422, without another request;
-    - not return what was cut or spoilt ("cut", "malformed"): raise, or try again;
+    - not return a cut or corrupted answer ("cut", "malformed"): raise, or try again;
     - give up and raise when an error lasts ("lasting").
 
     Args:
-        server: that `call` talks to. Its faults are replaced meanwhile.
+        server: called by `call`. Its fault plan is replaced meanwhile.
         call: makes one request with the client under test and returns the answer, or raises; sync
             or async. It runs in a thread of its own, a dozen times.
         only, without: names of scenarios to try, or to leave out; see `scenarios`.
         path: of the request, where `call` makes others beside it; None if it makes just one.
-        retry_after_seconds: that the server asks for; whole seconds are all that HTTP knows.
+        retry_after_seconds: of the Retry-After header; HTTP knows whole seconds only.
         max_attempts: requests after which the client has not given up.
-        max_seconds: that a single call may take.
+        max_seconds: for a single call.
 
     Raises:
-        NotResilientError: an AssertionError that tells every fault, and the requests made.
-        AssertionError: `call` does not work even when nothing is wrong.
+        NotResilientError: an AssertionError that lists every fault and the requests made.
+        AssertionError: `call` fails even without faults.
         ValueError: there is no such scenario.
     """
     every = scenarios(retry_after_seconds=retry_after_seconds, max_attempts=max_attempts)
@@ -131,18 +131,18 @@ class _Trial:
         self._path, self._answer = path, "answer"
 
     def without_faults(self) -> None:
-        """Make sure that `call` works, and learn what it asks.
+        """Check that `call` works without faults, and learn its path.
 
         Raises:
-            AssertionError: it does not.
+            AssertionError: it does not work.
         """
         self._server.faults.clear()
         end, records = self._call()
-        told = f"nothing was wrong, but call() {end or 'did not end'}.\n{report(records)}"
+        message = f"nothing was wrong, but call() {end or 'did not end'}.\n{report(records)}"
         if isinstance(end, Raised):
-            raise AssertionError(told) from end.error
+            raise AssertionError(message) from end.error
         if end is None:
-            raise AssertionError(told)
+            raise AssertionError(message)
         if len(records) != 1:
             where = "this server" if self._path is None else self._path
             raise AssertionError(
@@ -157,9 +157,9 @@ class _Trial:
         """What the client does wrong in a scenario."""
         self._server.faults.set({"rules": [{**scenario.rule, "path": self._path}]})
         end, records = self._call()
-        told = scenario.told.format(answer=self._answer)
+        description = scenario.description.format(answer=self._answer)
         for fault, seen in _judge(scenario, end, records, self._max_seconds):
-            yield Finding(fault, told, seen, tuple(records))
+            yield Finding(fault, description, seen, tuple(records))
 
     def _call(self) -> tuple[End | None, list[RequestRecord]]:
         """How a call ended (None: not in time), and its requests."""
@@ -167,7 +167,7 @@ class _Trial:
         self._caller.start()
         end = self._caller.end(self._max_seconds)
         records = self._server.requests_after(number)
-        if end is None:  # it may come to its end once it is answered
+        if end is None:  # it may end once it is answered
             self._server.faults.clear()
             self._caller.end(LEAVE_SECONDS)
         else:
@@ -181,17 +181,17 @@ def _judge(
     """Faults, and what the client did."""
     count = f"{len(records)} request{'s' * (len(records) != 1)}"
     if end is None:
-        retried = scenario.right == "raise" and len(records) > 1
+        retried = scenario.expected == "raise" and len(records) > 1
         fault = findings.RETRIED if retried else findings.ENDLESS
         yield fault, f"did not end within {max_seconds:g} s, in {count}"
         return
     seen = f"{end} after {count}"
     outcome = records[-1].outcome if records else "error"
-    if scenario.right == "give up" and isinstance(end, Returned) and outcome == "complete":
+    if scenario.expected == "give up" and isinstance(end, Returned) and outcome == "complete":
         yield findings.ENDLESS, f"had not given up after {len(records) - 1} requests"
-    if scenario.right == "raise" and len(records) > 1:
+    if scenario.expected == "raise" and len(records) > 1:
         yield findings.RETRIED, seen
-    if scenario.right == "retry":
+    if scenario.expected == "retry":
         if isinstance(end, Raised):
             yield findings.NOT_RETRIED, seen
         yield from _waited(scenario, records)

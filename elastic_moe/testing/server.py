@@ -1,4 +1,4 @@
-"""A running server, as tests see it."""
+"""A running server with fault injection, for tests of clients."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from elastic_moe.testing.faults import Faults
 from elastic_moe.testing.process import START_SECONDS, ServerProcess
 from elastic_moe.testing.records import RequestRecord, report
 
-ANSWER_SECONDS = 10.0  # of the server's own endpoints
+ANSWER_SECONDS = 10.0  # timeout of admin endpoints
 
 
 class ElasticMoEServer:
-    """A server with fault injection, of `start_server` or started by others.
+    """A server with fault injection, started by `start_server` or by another program.
 
     Attributes:
         url: such as http://127.0.0.1:43210.
         base_url: the same with /v1, as OpenAI clients want it.
-        api_key: that requests need.
-        admin_key: that /admin/* needs.
-        model: a name that it answers to.
-        faults: what goes wrong on purpose.
-        pid: of its process; None if others started it.
+        api_key: needed by requests.
+        admin_key: needed by /admin/*.
+        model: a name of its model.
+        faults: its fault injection.
+        pid: of its process; None if another program started it.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ElasticMoEServer:
 
     @property
     def healthy(self) -> bool:
-        """Whether it takes requests in."""
+        """Whether it runs and accepts requests."""
         try:
             return self._send("GET", "/health")[0] == 200 == self._send("GET", "/ready")[0]
         except OSError:
@@ -75,9 +75,9 @@ class ElasticMoEServer:
         Raises:
             ServerError: more came than the server keeps.
         """
-        told = self._records(number)
-        records = [RequestRecord.of(one) for one in told["requests"]]
-        if records and told["dropped"] and records[0].number > number + 1:
+        answer = self._records(number)
+        records = [RequestRecord.of(record) for record in answer["requests"]]
+        if records and answer["dropped"] and records[0].number > number + 1:
             raise ServerError(
                 f"of the requests after {number} the server keeps only those from "
                 f"{records[0].number} on. Look at them more often."
@@ -103,44 +103,44 @@ class ElasticMoEServer:
             time.sleep(0.01)
 
     def names(self) -> list[str]:
-        """The models that it answers to, its own name first."""
+        """The names of its model, the checkpoint's own first."""
         _, answer = self._send("GET", "/v1/models", key=self.api_key)
         return [one["id"] for one in json.loads(answer)["data"]]
 
     def mark(self) -> None:
-        """Have `requests` tell those from now on; the plugin does so before every test."""
+        """Start `requests` from here; the plugin does so before every test."""
         self._marked = self.last_number()
 
     def last_number(self) -> int:
-        """Of the last request that came."""
+        """Number of the last request."""
         records = self._records(self._marked)["requests"]
         return int(records[-1]["number"]) if records else self._marked
 
     def log(self) -> str:
-        """What the server wrote to its standard error; "" if others started it."""
+        """The output of its process; "" if another program started it."""
         return "" if self._process is None else self._process.log()
 
     def fault(self) -> str:
-        """Why no request can be answered any more; "" if the server runs, as far as is known."""
+        """Why the server cannot answer any more; "" if it runs, as far as is known."""
         if self._process is None or self._process.alive:
             return ""
         return f"the elastic-moe server at {self.url} has ended. It wrote:\n{self._process.tail()}"
 
     def admin(self, method: str, path: str, body: object = None) -> Any:
-        """The answer of an admin endpoint, from JSON; None if it has none.
+        """The parsed JSON of an admin endpoint; None for an empty response.
 
         Raises:
-            ServerError: it refused, or there is no answer.
+            ServerError: the request failed, or there is no response.
         """
         try:
             status, answer = self._send(method, path, body)
         except (OSError, http.client.HTTPException) as error:
             raise ServerError(self.fault() or f"{self.url}{path}: {error!r}.") from error
-        told = json.loads(answer) if answer else None
+        parsed = json.loads(answer) if answer else None
         if status >= 400:
-            said = told["error"]["message"] if told else "no reason given"
-            raise ServerError(f"{method} {path}: {status}, {said}")
-        return told
+            message = parsed["error"]["message"] if parsed else "no reason given"
+            raise ServerError(f"{method} {path}: {status}, {message}")
+        return parsed
 
     def _records(self, after: int) -> Any:
         return self.admin("GET", f"/admin/requests?after={after}")
@@ -148,7 +148,7 @@ class ElasticMoEServer:
     def _send(
         self, method: str, path: str, body: object = None, key: str | None = None
     ) -> tuple[int, bytes]:
-        # Not urllib.request, which would ask a proxy of the environment.
+        # Not urllib.request, which uses the proxy of the environment.
         where = urlsplit(self.url)
         connection = http.client.HTTPConnection(where.netloc, timeout=ANSWER_SECONDS)
         with contextlib.closing(connection):
@@ -175,26 +175,28 @@ def start_server(
     folder: Path | None = None,
     start_seconds: float = START_SECONDS,
 ) -> Iterator[ElasticMoEServer]:
-    """A server of its own on a free port of loopback, ready; ended at the end.
+    """Start a server on a free port of 127.0.0.1, and end it with the block.
 
     Args:
-        model: as of `elastic-moe serve`, like most of these.
-        routing: the sub-network of requests that ask for none; None for the whole network.
-        isa: the instruction-set level of its kernels: 'portable', 'avx2', 'avx512'; None for the
-            environment's, or the best.
-        seed: of requests that name none; None draws one for each.
-        aliases: other names that it answers to.
-        api_key: that requests need; None makes one up.
-        arguments: further ones of `elastic-moe serve`.
-        folder: that paths are relative to; None for the present one.
+        model: a bundled model, or a Hugging Face folder or id.
+        routing: sub-network of requests that ask for none; None for the full network.
+        dtype: 'float32' or 'bfloat16'; None for the checkpoint's.
+        isa: instruction-set level of the kernels: 'portable', 'avx2', 'avx512'; None for
+            ELASTIC_MOE_ISA, or the best.
+        seed: seed of requests that have none; None draws one for each.
+        aliases: further names of the model.
+        api_key: needed by requests; None generates one.
+        arguments: more arguments of `elastic-moe serve`.
+        folder: working directory of the server; None for the present one.
+        start_seconds: time to become ready.
 
     Raises:
-        ServerError: it did not start; says what it wrote.
+        ServerError: it did not start; the message holds its last output.
     """
     api_key = api_key or f"em-{secrets.token_urlsafe(24)}"
     admin_key = f"em-admin-{secrets.token_urlsafe(24)}"
     environment = {"ELASTIC_MOE_API_KEYS": api_key, "ELASTIC_MOE_ADMIN_KEYS": admin_key}
-    # Several servers may share a machine: a waiting thread is to sleep soon, not to spin.
+    # Several servers may share a machine: waiting threads should sleep soon instead of spinning.
     environment["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "3000")
     options = [model, "--inject", "on", "--drain-seconds", "1"]
     options += ["--routing", routing] if routing else []

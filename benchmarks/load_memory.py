@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from elastic_moe.lab.sweeps.record import describe_commit, describe_machine, describe_versions
+from elastic_moe.lab.provenance import describe_commit, describe_machine, describe_versions
 from elastic_moe.model.checkpoints.saving import Item, write_config_json, write_tensors
 from elastic_moe.model.families import FAMILIES, parameter_shapes, read_config
 from elastic_moe.model.pack import load_packed

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.result_file import replace_lines
-from elastic_moe.lab.sweeps.record import describe_machine, describe_versions
+from elastic_moe.lab.provenance import describe_machine, describe_versions
 
 WORKER = Path(__file__).with_name("worker.py")
 SLICES = ("decode", "decode16", "prefill", "outside", "outside_mixed", "stream", "stream16")

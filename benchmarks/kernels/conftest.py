@@ -19,7 +19,7 @@ from elastic_moe_kernels import native
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from elastic_moe.lab.bench.limits import Limits, LimitsProbe
-from elastic_moe.lab.sweeps.record import describe_commit, describe_machine, describe_versions
+from elastic_moe.lab.provenance import describe_commit, describe_machine, describe_versions
 
 LIMITS_AGE_SECONDS = 20.0
 SECONDS_PER_CASE = 0.4

@@ -66,8 +66,9 @@ def batches(tmp_path_factory: pytest.TempPathFactory) -> Batches:
     save_checkpoint(folder, dict(model.named_parameters()), CONFIG)
     native = NativeRunner(folder)
     (folder / "model.safetensors").unlink()  # large
-    # Room for as many tokens as a benchmark may decode.
-    return Batches(Batch(native, room=512), Batch(ReferenceRunner(model), room=512))
+    return Batches(
+        Batch(native, max_new_tokens=512), Batch(ReferenceRunner(model), max_new_tokens=512)
+    )
 
 
 @pytest.mark.parametrize(

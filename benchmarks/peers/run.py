@@ -26,7 +26,7 @@ from benchmarks.peers.layer_stage import LayerStage
 from benchmarks.peers.model_stage import ModelStage
 from benchmarks.peers.stage import THREADS, Places
 from elastic_moe.files import write_text
-from elastic_moe.lab.sweeps.record import describe_commit, describe_machine, describe_versions
+from elastic_moe.lab.provenance import describe_commit, describe_machine, describe_versions
 from elastic_moe.model.checkpoints.folder import BUNDLED
 
 Stage = ModelStage | LayerStage | EngineStage

@@ -52,7 +52,7 @@ class Processes:
 
 
 def turns(asks: Mapping[str, Ask], number: int) -> dict[str, dict[str, Any]]:
-    """Ask each contestant, ours first (right after the limits), the others in an order that rotates."""
+    """Ask ours first (right after the limits), then the others in an order that rotates."""
     names = [name for name in asks if name != "ours"]
     shift = number % max(1, len(names))
     return {name: asks[name]() for name in ["ours", *names[shift:], *names[:shift]]}

@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_kernel(args: argparse.Namespace, model: ElasticTransformer, kernel: Any) -> int:
     from elastic_moe.lab.bench.kernels import bench_kernel
-    from elastic_moe.lab.sweeps.record import describe_commit, describe_machine, describe_versions
+    from elastic_moe.lab.provenance import describe_commit, describe_machine, describe_versions
 
     records = bench_kernel(model, kernel, quick=args.quick, progress=_progress)
     line = {

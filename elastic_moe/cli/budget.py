@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
     from elastic_moe.lab.cost.budget import make_budget  # deferred: loads torch
-    from elastic_moe.lab.cost.trained import read_training
+    from elastic_moe.lab.cost.training import read_training
     from elastic_moe.routing import parse_name
 
     training = read_training(args.trained, download=args.download)

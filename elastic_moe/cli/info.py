@@ -46,7 +46,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
     from elastic_moe_kernels import ops  # deferred: loads torch
 
     from elastic_moe.config import resolve_routing
-    from elastic_moe.lab.sweeps.record import describe_machine, describe_versions
+    from elastic_moe.lab.provenance import describe_machine, describe_versions
     from elastic_moe.model.checkpoints.checkpoint import load_config
     from elastic_moe.model.checkpoints.folder import checkpoint_name, find_checkpoint
 

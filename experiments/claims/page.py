@@ -20,7 +20,7 @@ from pathlib import Path
 from elastic_moe.errors import ElasticMoEError
 from elastic_moe.files import write_text
 from elastic_moe.lab.cost.budget import make_budget
-from elastic_moe.lab.cost.trained import read_training
+from elastic_moe.lab.cost.training import read_training
 from elastic_moe.lab.view.frontier import format_percent, format_si
 from elastic_moe.routing import parse_name
 from experiments.claims.results import MODEL, NOT_YET, RESULTS, Results

@@ -25,8 +25,8 @@ from typing import Any
 from elastic_moe.engine import Engine
 from elastic_moe.errors import BenchmarkError, ElasticMoEError
 from elastic_moe.files import write_text
+from elastic_moe.lab.provenance import describe_commit, describe_machine, describe_versions
 from elastic_moe.lab.sweeps.quality import Quality, paired_difference
-from elastic_moe.lab.sweeps.record import describe_commit, describe_machine, describe_versions
 from elastic_moe.lab.sweeps.text import EvaluationSet
 from experiments.elastic_mini.opponents import (
     NO_OPPONENTS,

@@ -39,7 +39,7 @@ from elastic_moe import SamplingParams
 from elastic_moe.engine import Engine
 from elastic_moe.engine.running.runner import Chunk, ModelRunner
 from elastic_moe.errors import CorpusError, ElasticMoEError
-from elastic_moe.lab.sweeps.record import describe_commit, describe_machine, describe_versions
+from elastic_moe.lab.provenance import describe_commit, describe_machine, describe_versions
 from elastic_moe.lab.sweeps.text import Corpus, language_reference
 from elastic_moe.routing import Subnet
 from elastic_moe.train.step.plan import PIECE_TOKENS

@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import NDArray
 
 from elastic_moe.files import write_bytes
-from elastic_moe.lab.view.drawing import (
+from elastic_moe.lab.view.style import (
     BLUE,
     INK,
     MUTED,

@@ -22,8 +22,8 @@ from typing import Any
 from elastic_moe.engine import Engine
 from elastic_moe.errors import BenchmarkError, ElasticMoEError
 from elastic_moe.files import write_text
+from elastic_moe.lab.provenance import describe_commit, describe_machine, describe_versions
 from elastic_moe.lab.sweeps.quality import Quality, window_sums
-from elastic_moe.lab.sweeps.record import describe_commit, describe_machine, describe_versions
 from elastic_moe.lab.sweeps.text import EvaluationSet
 from elastic_moe.model.checkpoints.folder import read_json
 from elastic_moe.train.runs.log import read_log

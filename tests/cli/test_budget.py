@@ -14,7 +14,7 @@ import pytest
 
 from elastic_moe.cli import main
 from elastic_moe.cli.budget import EXAMPLES
-from elastic_moe.lab.cost.trained import read_training
+from elastic_moe.lab.cost.training import read_training
 from elastic_moe.lab.view.frontier import format_percent, format_si
 from elastic_moe.train.step.plan import parse_stages
 from elastic_moe.train.step.sampling import SamplingPlan

@@ -14,7 +14,7 @@ import pytest
 
 from elastic_moe.errors import BenchmarkError
 from elastic_moe.lab.cost.budget import make_budget
-from elastic_moe.lab.cost.trained import read_training
+from elastic_moe.lab.cost.training import read_training
 from elastic_moe.lab.view.frontier import format_si
 from elastic_moe.model.checkpoints.folder import BUNDLED
 from elastic_moe.model.checkpoints.weights import WEIGHTS, file_sha256

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from elastic_moe.engine import Engine
-from elastic_moe.lab.sweeps.record import describe_commit
+from elastic_moe.lab.provenance import describe_commit
 from elastic_moe.lab.sweeps.text import evaluation_set, language_reference
 from elastic_moe.model.checkpoints.folder import BUNDLED
 from elastic_moe.train.step.trainer import Trainer

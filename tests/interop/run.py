@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_moe.files import write_text
-from elastic_moe.lab.sweeps.record import describe_commit, describe_machine, describe_versions
+from elastic_moe.lab.provenance import describe_commit, describe_machine, describe_versions
 from tests.interop.environments import environment, version
 from tests.interop.fuzz_peer import check_fuzz
 from tests.interop.lm_eval_peer import check_lm_eval

@@ -187,7 +187,7 @@ def identify() -> dict[str, Any]:
     """What runs, and where."""
     from elastic_moe_kernels import native
 
-    from elastic_moe.lab.sweeps.record import describe_commit, describe_machine
+    from elastic_moe.lab.provenance import describe_commit, describe_machine
 
     return {
         "backend": "cpu",

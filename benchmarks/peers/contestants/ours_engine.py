@@ -26,7 +26,7 @@ from elastic_moe.engine import Engine, SamplingParams
 from elastic_moe.engine.config import EngineConfig
 from elastic_moe.engine.running.loading import load_runner
 from elastic_moe.engine.running.native import NativeRunner
-from elastic_moe.lab.sweeps.record import describe_commit, describe_machine, describe_versions
+from elastic_moe.lab.provenance import describe_commit, describe_machine, describe_versions
 from elastic_moe.model.text.tokenizer import Tokenizer
 
 

@@ -23,7 +23,7 @@ from elastic_moe.engine import Engine, SamplingParams
 from elastic_moe.engine.running.loading import Backend, load_runner
 from elastic_moe.engine.running.native import NativeRunner
 from elastic_moe.lab.bench.batch import Batch
-from elastic_moe.lab.sweeps.record import describe_commit, describe_machine, describe_versions
+from elastic_moe.lab.provenance import describe_commit, describe_machine, describe_versions
 from elastic_moe.model.reference.loading import load_model
 from elastic_moe.model.text.tokenizer import Tokenizer
 from elastic_moe.routing import Subnet

@@ -1,1 +1,1 @@
-"""Timing a checkpoint, its layers, and kernels of one's own."""
+"""Speed of a checkpoint, of its layers, and of a kernel that the user brings."""

@@ -1,7 +1,6 @@
-"""Two calls that can be asked of any runner: read prompts, then one more token for each.
+"""Prefill and decode of a batch on any runner, for timing and comparing runners.
 
-What times or compares ways to run a model uses these, so that all of them are asked for the same
-work: the logits of the last row of every sequence, nothing else.
+All of them do the same work: the logits of the last row of every sequence, nothing else.
 """
 
 from __future__ import annotations
@@ -48,9 +47,9 @@ class Batch:
         level: the instruction-set level that runs; None on the reference.
     """
 
-    def __init__(self, runner: ModelRunner, *, room: int = 64) -> None:
-        """`room`: most tokens that are decoded after the prompts."""
-        self.runner, self._room = runner, room
+    def __init__(self, runner: ModelRunner, *, max_new_tokens: int = 64) -> None:
+        """`max_new_tokens`: decoded per sequence after its prompt, at most."""
+        self.runner, self._max_new_tokens = runner, max_new_tokens
         self.backend = runner.backend
         self.level = runner.level
         self._sequences: list[PagedSequence] = []
@@ -59,7 +58,9 @@ class Batch:
     def start(self, contexts: Ids, subnet: Subnet) -> Tensor:
         """Forget all sequences and read these; last rows' logits (S, V)."""
         self._sequences.clear()  # their blocks are free again
-        self._sequences = [self.runner.open(subnet, len(ids) + self._room) for ids in contexts]
+        self._sequences = [
+            self.runner.open(subnet, len(ids) + self._max_new_tokens) for ids in contexts
+        ]
         return self._run(contexts)
 
     def decode(self, ids: Sequence[int]) -> Tensor:

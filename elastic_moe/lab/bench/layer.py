@@ -78,6 +78,6 @@ class NativeExperts:
 def pad_rows(x: Tensor) -> Tensor:
     """x (T, D) in rows that start at whole vectors, zeros between them."""
     rows, size = x.shape
-    room = x.new_zeros(rows, -(-size // VECTOR_VALUES) * VECTOR_VALUES)
-    room[:, :size] = x
-    return room[:, :size]
+    padded = x.new_zeros(rows, -(-size // VECTOR_VALUES) * VECTOR_VALUES)
+    padded[:, :size] = x
+    return padded[:, :size]

@@ -1,1 +1,1 @@
-"""What a super-network cost to train, and each network that comes out of it."""
+"""Training costs: of a super-network, and of each network extracted from it."""

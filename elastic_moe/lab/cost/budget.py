@@ -41,7 +41,7 @@ from typing import Any
 
 from elastic_moe.errors import OptionError
 from elastic_moe.lab.cost.lineage import join_trainings, split_trainings
-from elastic_moe.lab.cost.trained import Training, stages_done
+from elastic_moe.lab.cost.training import Training, stages_done
 from elastic_moe.routing import ModelShape, Subnet, resolve, shorten
 from elastic_moe.routing.subnet import INACTIVE
 from elastic_moe.train.ledger import replay
@@ -165,7 +165,7 @@ def make_budget(
         refinements: sub-networks and the tokens that each is refined on; none: the usual ones,
             used as they are extracted. One that was really done comes first, whatever is asked.
         earlier: trainings that this one went on from, the first one first; they count too, as
-            those do that it tells of itself, each once.
+            those do that its manifest records, each once.
         networks: the largest number of networks that share the super-network.
         scratch_tokens: of a training from scratch; None for those of the super-network.
 

@@ -1,4 +1,4 @@
-"""Which trainings led to a network's weights, each once, and which of them refined a part of it."""
+"""The lineage of a network: the trainings that led to its weights, and those of a part alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from elastic_moe.errors import CheckpointError, OptionError
-from elastic_moe.lab.cost.trained import Training, within
+from elastic_moe.lab.cost.training import Training, within
 from elastic_moe.model.checkpoints.checkpoint import Checkpoint
 from elastic_moe.routing import ModelShape, Subnet
 from elastic_moe.train.settings import CHECKPOINT
@@ -15,19 +15,19 @@ from elastic_moe.train.settings import CHECKPOINT
 def join_trainings(training: Training, earlier: Sequence[Training]) -> list[Training]:
     """Every training that led to the weights of `training`, the first one first, each once.
 
-    One that tells of itself has its name and time from there; its FLOPs are those of a manifest,
-    where one tells of them.
+    Name and time of a training come from its own folder; its FLOPs from a manifest, where one
+    records them.
 
     Raises:
         OptionError: an earlier one was of another model, is `training` itself or went on from it,
-            is told of at two different steps, or has other weights than the next one began with.
+            appears at two different steps, or has other weights than the next one started from.
     """
     _check_origins(training, earlier)
     shapes = [part.shape for part in (*training.before, training)]
     found: list[Training] = []
-    for count, told in enumerate((*earlier, training)):
-        known, end = list(found), len(found)  # no chain tells of one of its own twice
-        for part in reversed((*told.before, replace(told, before=()))):
+    for count, chain in enumerate((*earlier, training)):
+        known, end = list(found), len(found)  # no chain holds a training twice
+        for part in reversed((*chain.before, replace(chain, before=()))):
             if part.shape not in shapes:
                 raise OptionError(
                     f"{part.path} is of another model than {training.path}: "
@@ -36,7 +36,7 @@ def join_trainings(training: Training, earlier: Sequence[Training]) -> list[Trai
                 )
             if count < len(earlier) and part.is_same(training):
                 raise OptionError(
-                    f"{told.path} is the training of {training.path} itself, or went on from it. "
+                    f"{chain.path} is the training of {training.path} itself, or went on from it. "
                     f"Name a training that this one went on from."
                 )
             other = next((one for one in known if one.is_same(part)), None)
@@ -45,14 +45,14 @@ def join_trainings(training: Training, earlier: Sequence[Training]) -> list[Trai
                 continue
             if other.steps != part.steps:
                 raise OptionError(
-                    f"{other.path} and {part.path} tell of one training, at step {other.steps:,} "
+                    f"{other.path} and {part.path} are one training, at step {other.steps:,} "
                     f"and at step {part.steps:,}. Leave out the one that {training.path} did not "
                     f"go on from."
                 )
             at = found.index(other)
             best = max(other, part, key=lambda one: (one.timed_steps, bool(one.name)))
-            # A manifest has what was counted then; a run is counted as this version draws. What
-            # was extracted after it, only what came of it can tell.
+            # A manifest holds the count of its time; a run is counted as this version draws. Only
+            # the manifest of a successor names what was extracted.
             then = [one.flops for one in (other, part) if one.kind != "run"]
             cut = other.cut or part.cut
             found[at] = replace(best, flops=then[0] if then else best.flops, cut=cut)
@@ -61,30 +61,30 @@ def join_trainings(training: Training, earlier: Sequence[Training]) -> list[Trai
 
 
 def _check_origins(training: Training, earlier: Sequence[Training]) -> None:
-    """Refuse a training whose weights are not those that the next one began with.
+    """Refuse a training whose weights are not those that the next one started from.
 
-    It can be told where the weights are still there, or there were none: random ones.
+    Checked where the weights still exist, or where the next one started from random ones.
     """
     known = [*training.before, training]
-    for told in reversed(earlier):
-        parts, first = [*told.before, told], known[0]
+    for candidate in reversed(earlier):
+        parts, first = [*candidate.before, candidate], known[0]
         shared = any(one.is_same(part) for one in known for part in parts)
         if not shared and first.parent is None:
             raise OptionError(
                 f"{first.path} began with random weights, so that it cannot have gone on from "
-                f"{told.path}. Leave that one out."
+                f"{candidate.path}. Leave that one out."
             )
-        sha256 = None if shared else _weights_sha256(told)
+        sha256 = None if shared else _weights_sha256(candidate)
         if sha256 and first.parent and "sha256:" in first.parent and sha256 not in first.parent:
             raise OptionError(
-                f"{told.path} has other weights (sha256:{sha256}) than those that {first.path} "
-                f"began with: {first.parent}. Name the training of those."
+                f"{candidate.path} has other weights (sha256:{sha256}) than those that "
+                f"{first.path} began with: {first.parent}. Name the training of those."
             )
         known = [*parts, *known]
 
 
 def _weights_sha256(training: Training) -> str | None:
-    """Of the weights that a training left; None where they are not there."""
+    """SHA-256 of the weights that a training saved; None where they are gone."""
     for folder in (training.path, training.path / CHECKPOINT):
         try:
             return Checkpoint(folder).files.sha256()

@@ -1,1 +1,1 @@
-"""A sweep: grid, quality, text, results."""
+"""A sweep: which sub-networks (grid), on which text, their quality, and the folder of results."""

@@ -1,4 +1,4 @@
-"""How good a sub-network is: loss, distance to the full network, agreement with it.
+"""The quality of sub-networks: loss, distance to the full network, agreement with it.
 
 All sub-networks that differ only in how deep they go come from one pass over the deepest.
 """
@@ -30,7 +30,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """What one sub-network does on an evaluation set of N scored tokens.
+    """The quality of one sub-network on an evaluation set of N scored tokens.
 
     Attributes:
         losses: (N,) nats per token.
@@ -91,7 +91,7 @@ class FullNetwork:
     the process.
 
     Raises:
-        ElasticMoEError: the folder for temporary files has no room; the file grows as it is
+        ElasticMoEError: the folder for temporary files is too small; the file grows as it is
             written, and a mapping that finds the disk full would end the process.
     """
 
@@ -204,7 +204,7 @@ class _Sums:
 
 
 class _ExpertUse:
-    """What the routers of each layer chose in one pass, whichever depths are measured in it."""
+    """The experts that the routers of each layer chose in one pass."""
 
     def __init__(self) -> None:
         self._counts = ExpertCounts()

@@ -1,4 +1,4 @@
-"""The folder that a sweep writes to, and what an earlier sweep left there."""
+"""The folder of results: whether an earlier sweep there is continued, or kept aside."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MUST_AGREE = ("schema_version", "corpus", "settings", "machine", "versions")
 
 @dataclass(slots=True)
 class Earlier:
-    """What an earlier sweep left.
+    """The results of an earlier sweep in the same folder.
 
     Attributes:
         why_not: why it is not continued; "" where it is, or where there is nothing.
@@ -34,7 +34,7 @@ class Earlier:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make `folder` and write to it for a try, so that a sweep does not fail after measuring.
+    """Make `folder` and test that it can be written, so that a sweep does not fail after measuring.
 
     Raises:
         ElasticMoEError: it is a file, or nothing can be written there.
@@ -42,7 +42,7 @@ def prepare_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"a try")
+            file.write(b"test")
     except OSError as error:
         raise ElasticMoEError(
             f"--out {folder}: the results cannot be written there: {error.strerror}. "
@@ -51,7 +51,7 @@ def prepare_folder(folder: Path) -> None:
 
 
 def read_earlier(folder: Path, present: Mapping[str, Any]) -> Earlier:
-    """What the sweep in `folder` has for the sweep that is about to run.
+    """The results in `folder` that the sweep about to run can keep.
 
     Args:
         present: the result so far of the sweep that is about to run.
@@ -74,7 +74,7 @@ def read_earlier(folder: Path, present: Mapping[str, Any]) -> Earlier:
 
 
 def differences(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """What keeps the points of two sweeps apart, such as "dtype was 'float32', is 'bfloat16'"."""
+    """Settings that make two sweeps incomparable, as in "dtype was 'float32', is 'bfloat16'"."""
     found = []
     for key in _MUST_AGREE:
         old, new = earlier[key], present[key]

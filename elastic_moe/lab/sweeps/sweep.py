@@ -17,6 +17,7 @@ from typing import Any
 from elastic_moe.engine import Engine
 from elastic_moe.files import write_text
 from elastic_moe.lab.bench.speed import measure_speed
+from elastic_moe.lab.provenance import describe_machine, describe_versions
 from elastic_moe.lab.sweeps import record
 from elastic_moe.lab.sweeps.grid import Grid, default_grid, groups, product_grid
 from elastic_moe.lab.sweeps.quality import FullNetwork, Quality, measure_depths
@@ -107,8 +108,8 @@ def sweep(
     ranked_on = calibration.name if calibration is not None else None
     settings = record.describe_settings(engine, quick=quick, ranked_on=ranked_on)
     run = _Run(engine, text_set, grid, settings, folder, progress)
-    if news := run.news():
-        notify(news)
+    if notice := run.resume_notice():
+        notify(notice)
     try:
         run.measure_quality()
         decode_tokens = 16 if engine.backend == "reference" else 64  # a tenth of a second or so
@@ -117,7 +118,7 @@ def sweep(
         )
         run.result["complete"] = True
     except KeyboardInterrupt:
-        notify(run.state())
+        notify(run.interrupt_notice())
         raise
     finally:
         run.result["seconds"] = round(time.monotonic() - started, 1)
@@ -143,8 +144,8 @@ class _Run:
             "schema_version": record.SCHEMA_VERSION,
             "model": record.describe_model(engine),
             "corpus": text.describe(),
-            "machine": record.describe_machine(),
-            "versions": record.describe_versions(),
+            "machine": describe_machine(),
+            "versions": describe_versions(),
             "settings": settings,
             "skipped": grid.skipped,
             "points": [],
@@ -157,8 +158,8 @@ class _Run:
         self.result["points"] = self.earlier.points
         self.result["expert_use"] = self.earlier.expert_use
 
-    def news(self) -> str:
-        """What becomes of the results that the folder held; "" where there were none."""
+    def resume_notice(self) -> str:
+        """One line about earlier results in the folder; "" where there are none."""
         path, kept = self.folder / RESULT, len(self.earlier.points)
         if self.earlier.why_not:
             return f"{path} is not continued: {self.earlier.why_not}. It is kept as {PREVIOUS}."
@@ -170,8 +171,8 @@ class _Run:
             f", {outside} of them outside this grid." if outside else "."
         )
 
-    def state(self) -> str:
-        """Where an interrupted sweep stands."""
+    def interrupt_notice(self) -> str:
+        """One line about what an interrupted sweep has written."""
         count = len(self.result["points"])
         if not count:
             return f"No sub-network was finished; {self.folder} is as it was."
@@ -182,9 +183,9 @@ class _Run:
 
     def measure_quality(self) -> None:
         """Fill in the points, bundle by bundle; the full network's bundle is first."""
-        have = {point["name"] for point in self.result["points"]}
+        measured_names = {point["name"] for point in self.result["points"]}
         bundles = groups(self.grid.subnets)
-        todo = [b for i, b in enumerate(bundles) if any(s.name not in have for s in b[1])]
+        todo = [b for i, b in enumerate(bundles) if any(s.name not in measured_names for s in b[1])]
         if todo and todo[0] is not bundles[0]:  # what the others are compared with
             todo.insert(0, bundles[0])
         windows = len(self.text.windows)
@@ -203,7 +204,7 @@ class _Run:
                 reference = measured[deepest.depth]
                 self.result["expert_use"] = record.describe_expert_use(deepest.name, reference)
             for subnet in members:
-                if subnet.name not in have:
+                if subnet.name not in measured_names:
                     quality = measured[subnet.depth]
                     self._add(
                         record.describe_point(subnet, quality, reference, self.text, self.engine)
@@ -246,7 +247,7 @@ class _Run:
 
     def write(self) -> None:
         """Write all three files, as far as there are points to show."""
-        from elastic_moe.lab.view.plots import (
+        from elastic_moe.lab.view.frontier_plot import (
             write_frontier_png,  # deferred: matplotlib is slow to load
         )
         from elastic_moe.lab.view.report import write_report

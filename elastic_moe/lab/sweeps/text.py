@@ -1,4 +1,4 @@
-"""The text that quality is measured on, and the windows that it is read in."""
+"""Evaluation texts, and the windows in which the model reads them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSet:
-    """Windows over the beginning of a corpus, and what exactly they score."""
+    """Windows over the beginning of a corpus, and the tokens and bytes that they score."""
 
     corpus: Corpus
     windows: tuple[Window, ...]
@@ -80,7 +80,7 @@ class EvaluationSet:
     bos: str
 
     def describe(self) -> dict[str, Any]:
-        """What a quality number has to state about its text."""
+        """The `corpus` entry of `sweep.json`."""
         return {
             "name": self.corpus.name,
             "sha256": self.corpus.sha256,

@@ -1,1 +1,1 @@
-"""What people see of a sweep or a run: frontier, plots, report."""
+"""Views of results: the frontier of a sweep, its plots and report, the loss curve of a run."""

@@ -1,4 +1,4 @@
-"""Where to write names beside dots so that none covers another: geometry only, no drawing.
+"""Placement of labels beside dots so that none covers another: geometry, no drawing.
 
 Lengths are in any one unit, x to the right and y up. Standard library only.
 """

@@ -1,6 +1,6 @@
-"""The picture of a training run: its loss, full-network steps and reduced ones told apart.
+"""The plot of a training run: its loss, of full-network steps and of reduced ones.
 
-Drawn with matplotlib's objects, as `plots`: no pyplot, no global state kept.
+Drawn with matplotlib's objects, as `frontier_plot`: no pyplot, no global state kept.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from elastic_moe.errors import TrainingError
 from elastic_moe.files import write_bytes
-from elastic_moe.lab.view.drawing import BLUE, INK, MUTED, VERMILION, drawing_style
 from elastic_moe.lab.view.frontier import clean, format_si
+from elastic_moe.lab.view.style import BLUE, INK, MUTED, VERMILION, drawing_style
 from elastic_moe.train.models import config_from_json
 from elastic_moe.train.runs.log import read_log, split_records
 from elastic_moe.train.step.plan import TrainingPlan
@@ -81,7 +81,7 @@ def _draw(axes: Axes, records: Sequence[Record], colour: str, name: str, size: f
 
 
 def _limit(axes: Axes, records: Sequence[Record]) -> None:
-    """All losses, or those after the first fall, which is then told in words."""
+    """All losses, or those after the first fall, which the plot then states in words."""
     losses: Numbers = np.array([r["loss"] for r in records], dtype=float)
     low, high = float(losses.min()), float(losses.max())
     if len(losses) >= _LEAST_STEPS:

@@ -23,15 +23,6 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from elastic_moe.files import write_text
-from elastic_moe.lab.view.details import curve_figure, expert_use_figure
-from elastic_moe.lab.view.drawing import (
-    LIGHT,
-    SHAPE_NAMES,
-    depth_colours,
-    figure_to_svg,
-    marker_size,
-    shape_of,
-)
 from elastic_moe.lab.view.frontier import (
     AXES,
     Point,
@@ -55,16 +46,18 @@ from elastic_moe.lab.view.frontier import (
     untrained_axes,
     use_layers,
 )
-from elastic_moe.lab.view.plots import Panel, frontier_figure
+from elastic_moe.lab.view.frontier_plot import Panel, frontier_figure
+from elastic_moe.lab.view.report_plots import curve_figure, expert_use_figure
+from elastic_moe.lab.view.style import (
+    DARK,
+    LIGHT,
+    SHAPE_NAMES,
+    depth_colours,
+    figure_to_svg,
+    marker_size,
+    shape_of,
+)
 
-DARK = {
-    "ink": "#e8eaed",
-    "muted": "#a3adb8",
-    "grid": "#30363d",
-    "paper": "#15181c",
-    "blue": "#56b4e9",
-    "red": "#ff8c42",
-}
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 REFERENCES = ("clip-path", f"{{{XLINK}}}href")  # attributes that point at an id
 

@@ -242,14 +242,14 @@ class _Cut:
 
     def routing(self) -> dict[str, Any]:
         """What the sub-network is, as arguments of `resolve`: not every name can be read back."""
-        told: dict[str, Any] = {str(DEPTH.members): list(self.layers)}
+        entry: dict[str, Any] = {str(DEPTH.members): list(self.layers)}
         if self.pools:
             every = list(range(self.old.num_experts))
             pools = [list(self.pools.get(i, every)) for i in range(self.old.num_layers)]
             same = self.subnet.uniform(POOL.name)
-            told |= {axis.name: self.subnet.uniform(axis.name) for axis in (TOP_K, WIDTH)}
-            told |= {POOL.name: pools if same is None else list(same)}
-        return told
+            entry |= {axis.name: self.subnet.uniform(axis.name) for axis in (TOP_K, WIDTH)}
+            entry |= {POOL.name: pools if same is None else list(same)}
+        return entry
 
     def items(self) -> list[Item]:
         """The child's tensors in the layout of the hub; values are read when they are written."""
@@ -338,19 +338,19 @@ def _copy_companions(folder: Path, target: Path, subnet: Subnet) -> None:
 
 
 def _copy_manifest(folder: Path, target: Path, cut: _Cut, parent_id: str) -> None:
-    """How the weights were trained, where the parent tells, and what was cut out of them since.
+    """How the weights were trained, where the parent records it, and the cut since.
 
     So a ledger knows what was spent before the sub-network was trained on alone.
     """
     manifest = read_training_manifest(folder)
     if not manifest:
         return
-    told = {
+    entry = {
         "subnet": cut.subnet.name,
         "parent": parent_id,
         "routing": cut.routing(),
         "config": cut.parent.raw,
     }
     if "extracted" in manifest:  # the parent was cut out itself
-        told["of"] = manifest["extracted"]
-    write_text(target / MANIFEST, json.dumps({**manifest, "extracted": told}, indent=1) + "\n")
+        entry["of"] = manifest["extracted"]
+    write_text(target / MANIFEST, json.dumps({**manifest, "extracted": entry}, indent=1) + "\n")

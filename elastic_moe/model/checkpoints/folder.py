@@ -150,7 +150,7 @@ def read_json_if_there(folder: Path, name: str) -> dict[str, Any]:
 
 
 def read_training_manifest(folder: Path) -> dict[str, Any]:
-    """How a checkpoint was trained, as `elastic-moe train` writes it; {} if nothing tells.
+    """How a checkpoint was trained, as `elastic-moe train` writes it; {} where there is no record.
 
     Other tools may call anything a manifest, in whatever form.
     """
@@ -162,5 +162,5 @@ def read_training_manifest(folder: Path) -> dict[str, Any]:
 
 
 def is_training_manifest(manifest: Any) -> bool:
-    """Whether it tells of texts and a training."""
+    """Whether the manifest records a corpus and a training."""
     return isinstance(manifest, dict) and {"corpus", "training"} <= manifest.keys()

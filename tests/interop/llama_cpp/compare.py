@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from elastic_moe import Engine
-from elastic_moe.lab.sweeps.record import describe_commit, describe_machine, describe_versions
+from elastic_moe.lab.provenance import describe_commit, describe_machine, describe_versions
 from elastic_moe.lab.sweeps.text import language_reference
 from elastic_moe.model.checkpoints.extract import extract
 from elastic_moe.model.checkpoints.folder import BUNDLED

@@ -23,7 +23,7 @@ from elastic_moe.lab.cost.budget import (
     scratch_flops,
     usual_subnets,
 )
-from elastic_moe.lab.cost.trained import stages_done
+from elastic_moe.lab.cost.training import stages_done
 from elastic_moe.routing import ModelShape, Subnet, parse_name, resolve
 from elastic_moe.train.ledger import replay
 from elastic_moe.train.step.sampling import SamplingPlan

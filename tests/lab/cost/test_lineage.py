@@ -10,7 +10,7 @@ import pytest
 
 from elastic_moe.errors import OptionError
 from elastic_moe.lab.cost.budget import make_budget, scratch_flops
-from elastic_moe.lab.cost.trained import Training
+from elastic_moe.lab.cost.training import Training
 from elastic_moe.model.checkpoints.checkpoint import Checkpoint
 from elastic_moe.routing import parse_name
 from elastic_moe.train.ledger import replay
@@ -89,7 +89,7 @@ def test_the_trainings_of_one_chain_are_as_many_as_it_tells_of() -> None:
 @pytest.mark.parametrize(
     ("last", "earlier", "message"),
     [
-        (THIRD, replace(RUN, steps=7), "first and third tell of one training, at step 7 and at s"),
+        (THIRD, replace(RUN, steps=7), "first and third are one training, at step 7 and at s"),
         (THIRD, THIRD, "third is the training of third itself, or went on from it"),
         (RUN, THIRD, "third is the training of first itself, or went on from it"),
         (RUN, replace(THIRD, before=(replace(FIRST, steps=2),)), "third is the training of first"),

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from elastic_moe.lab.cost.trained import Training
+from elastic_moe.lab.cost.training import Training
 from elastic_moe.train.ledger import replay
 from elastic_moe.train.step.plan import TrainingPlan, parse_stages
 from elastic_moe.train.step.sampling import SamplingPlan

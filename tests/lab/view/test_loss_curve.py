@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from elastic_moe.errors import TrainingError
-from elastic_moe.lab.view.drawing import BLUE, VERMILION, figure_to_svg
 from elastic_moe.lab.view.loss_curve import figure_of_run, loss_figure, running_mean, write_loss_png
+from elastic_moe.lab.view.style import BLUE, VERMILION, figure_to_svg
 from elastic_moe.train.runs.loop import run_steps
 from elastic_moe.train.step.plan import parse_stages
 from elastic_moe.train.step.sampling import SamplingPlan

@@ -9,8 +9,6 @@ from xml.etree import ElementTree
 import matplotlib
 import pytest
 
-from elastic_moe.lab.view.details import curve_figure, expert_use_figure
-from elastic_moe.lab.view.drawing import figure_to_svg
 from elastic_moe.lab.view.frontier import (
     AXES,
     curves,
@@ -20,7 +18,9 @@ from elastic_moe.lab.view.frontier import (
     full_point,
     full_values,
 )
-from elastic_moe.lab.view.plots import frontier_figure, write_frontier_png
+from elastic_moe.lab.view.frontier_plot import frontier_figure, write_frontier_png
+from elastic_moe.lab.view.report_plots import curve_figure, expert_use_figure
+from elastic_moe.lab.view.style import figure_to_svg
 from tests.lab.view.synthetic import synthetic_sweep
 
 
@@ -181,7 +181,7 @@ def test_settings_of_the_process_stay_as_they_were():
 
 def test_pyplot_is_never_imported():
     code = (
-        "import sys, elastic_moe.lab.view.plots, elastic_moe.lab.view.report\n"
+        "import sys, elastic_moe.lab.view.frontier_plot, elastic_moe.lab.view.report\n"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False)

@@ -1,4 +1,4 @@
-"""How every picture of this folder looks: style, colours, shapes, SVG."""
+"""The style of every picture: matplotlib settings, colours of both themes, shapes, SVG."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ from elastic_moe.lab.view.frontier import Point, Sweep, changed_axes, full_value
 INK, MUTED, GRID, PAPER = "#1c2127", "#5d6773", "#e3e7eb", "#fefefe"
 BLUE, VERMILION = "#0072b2", "#d55e00"
 LIGHT = {"ink": INK, "muted": MUTED, "grid": GRID, "paper": PAPER, "blue": BLUE, "red": VERMILION}
+DARK = {
+    "ink": "#e8eaed",
+    "muted": "#a3adb8",
+    "grid": "#30363d",
+    "paper": "#15181c",
+    "blue": "#56b4e9",
+    "red": "#ff8c42",
+}
 
 # The shape says which axis besides depth and top-k was changed; a hexagon: more than one.
 SHAPES = {"": "o", "expert_width": "s", "sparsity_threshold": "^", "expert_pool": "D", "+": "h"}

@@ -1,4 +1,4 @@
-"""The smaller pictures of the report: one curve per axis, and which experts the routers choose."""
+"""The smaller plots of the report: a curve per axis, and the share of each expert."""
 
 from __future__ import annotations
 
@@ -10,14 +10,6 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from elastic_moe.lab.view.drawing import (
-    BLUE,
-    INK,
-    MUTED,
-    PAPER,
-    VERMILION,
-    drawing_style,
-)
 from elastic_moe.lab.view.frontier import (
     AXES,
     Axis,
@@ -30,6 +22,14 @@ from elastic_moe.lab.view.frontier import (
     full_point,
     full_values,
     use_layers,
+)
+from elastic_moe.lab.view.style import (
+    BLUE,
+    INK,
+    MUTED,
+    PAPER,
+    VERMILION,
+    drawing_style,
 )
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from elastic_moe.errors import CheckpointError, OptionError, TrainingError
 from elastic_moe.lab.cost.budget import make_budget
-from elastic_moe.lab.cost.trained import Training, read_training, within
+from elastic_moe.lab.cost.training import Training, read_training, within
 from elastic_moe.model.checkpoints.checkpoint import load_config
 from elastic_moe.model.checkpoints.extract import extract
 from elastic_moe.model.checkpoints.folder import BUNDLED
@@ -167,7 +167,7 @@ def test_what_is_neither_run_nor_checkpoint_is_refused(there: bool, tmp_path: Pa
 
 
 def test_a_checkpoint_that_does_not_tell_of_its_training_is_refused(tiny_folder: Path) -> None:
-    with pytest.raises(OptionError, match="does not tell how it was trained: it has no manifest"):
+    with pytest.raises(OptionError, match="without a record of its training: it has no manifest"):
         read_training(tiny_folder)
 
 

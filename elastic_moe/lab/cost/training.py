@@ -1,4 +1,4 @@
-"""What was trained, and what it took: read from a run's folder, or from a checkpoint's manifest."""
+"""Trainings that were done: their plan and cost, from a run's folder or a checkpoint's manifest."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Training:
     """A training that was done, as far as it got.
 
     Attributes:
-        name: "" where only the manifest of a later one tells of it.
+        name: "" where only the manifest of a later one names it.
         kind: "run" (counted from its plan), "checkpoint" (as its manifest says) or "parent" (as the
             manifest of one that went on from it says).
         steps: optimiser steps that were done; those of a run that a kill undid are not among them.
@@ -85,7 +85,7 @@ class Training:
         return None if subnet is None or subnet.name == "full" else subnet
 
     def is_same(self, other: Training) -> bool:
-        """Whether both tell of one training, perhaps at different steps.
+        """Whether both are one training, perhaps at different steps.
 
         Of all that led to one set of weights, no two began with the same ones.
         """
@@ -106,7 +106,7 @@ def stages_done(plan: TrainingPlan, steps: int) -> list[tuple[Stage, int]]:
 
 
 def read_training(trained: str | Path, *, download: bool = False) -> Training:
-    """The training of a run's folder, or of a checkpoint that tells of its own.
+    """The training of a run's folder, or of a checkpoint with a manifest.
 
     Args:
         trained: a folder that `elastic-moe train` wrote, a bundled model, or a checkpoint folder.
@@ -181,7 +181,7 @@ def _read_checkpoint(folder: Path) -> Training:
     if "training" not in manifest:
         parent = config.elastic.parent if config.elastic else None
         raise OptionError(
-            f"{folder} is a checkpoint that does not tell how it was trained: it has no {MANIFEST} "
+            f"{folder} is a checkpoint without a record of its training: it has no {MANIFEST} "
             f"with 'training', as those of `elastic-moe train` have. Name "
             f"{f'its parent, {parent!r}, ' if parent else 'one of those '}or the folder of a run."
         )
@@ -192,7 +192,7 @@ def _read_checkpoint(folder: Path) -> Training:
 def _read_chain(
     manifest: Mapping[str, Any] | None, shape: ModelShape, path: Path
 ) -> tuple[Training, ...]:
-    """The training of a manifest and all before it that it tells of, the first one first."""
+    """The trainings that a manifest records, oldest first."""
     found: list[Training] = []
     place = ""
     while manifest is not None:
@@ -206,15 +206,18 @@ def _read_chain(
     return tuple(found)
 
 
-def _read_cut(told: Any, shape: ModelShape, path: Path, place: str) -> Subnet:
-    """What of a trained network was extracted, at once or in several cuts; `shape` is the last's.
+def _read_cut(entry: Any, shape: ModelShape, path: Path, place: str) -> Subnet:
+    """The sub-network that was extracted from a trained network, at once or in several cuts.
+
+    Args:
+        shape: of the last extracted network.
 
     Raises:
         CheckpointError: it is not as `extract` writes it.
     """
     try:
-        whole = read_config(told["config"], str(path)).shape
-        cut = resolve(whole, **told["routing"])
+        whole = read_config(entry["config"], str(path)).shape
+        cut = resolve(whole, **entry["routing"])
         if cut.depth != shape.num_layers:
             raise ValueError(f"it has {cut.depth} layers, what was extracted {shape.num_layers}")
     except _FOREIGN as error:
@@ -222,7 +225,7 @@ def _read_cut(told: Any, shape: ModelShape, path: Path, place: str) -> Subnet:
             f"{path}: {place!r} cannot be read ({error!r:.200}). It must hold config and routing, "
             f"as `elastic-moe extract` writes them."
         ) from error
-    return cut if "of" not in told else within(_read_cut(told["of"], whole, path, place), cut)
+    return cut if "of" not in entry else within(_read_cut(entry["of"], whole, path, place), cut)
 
 
 def within(outer: Subnet, inner: Subnet) -> Subnet:

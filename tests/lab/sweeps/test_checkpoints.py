@@ -13,8 +13,8 @@ import pytest
 from elastic_moe.cli.sweep import show
 from elastic_moe.engine import Engine
 from elastic_moe.lab import sweep
-from elastic_moe.lab.view.details import expert_use_figure
 from elastic_moe.lab.view.report import summary
+from elastic_moe.lab.view.report_plots import expert_use_figure
 from elastic_moe.model.checkpoints.folder import BUNDLED
 from tests.model.transformers_models import their_model
 

@@ -1,4 +1,4 @@
-"""The picture of a sweep, drawn with matplotlib's objects: no pyplot, no global state kept.
+"""The frontier of a sweep as a plot, drawn with matplotlib's objects: no pyplot, no global state.
 
 Quality always points up: bits per byte and losses are drawn on axes turned over, and say so.
 """
@@ -20,17 +20,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from elastic_moe.files import write_bytes
-from elastic_moe.lab.view.drawing import (
-    INK,
-    MUTED,
-    PAPER,
-    SHAPE_NAMES,
-    SHAPES,
-    depth_colours,
-    drawing_style,
-    marker_size,
-    shape_of,
-)
 from elastic_moe.lab.view.frontier import (
     SI_PREFIXES,
     Point,
@@ -44,6 +33,17 @@ from elastic_moe.lab.view.frontier import (
     ranking,
 )
 from elastic_moe.lab.view.labels import Box, Segment, place_labels
+from elastic_moe.lab.view.style import (
+    INK,
+    MUTED,
+    PAPER,
+    SHAPE_NAMES,
+    SHAPES,
+    depth_colours,
+    drawing_style,
+    marker_size,
+    shape_of,
+)
 
 Panel = Literal["both", "speed", "flops"]
 

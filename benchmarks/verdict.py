@@ -24,7 +24,7 @@ class Verdict:
     direction: Literal[">=", "<="]
 
     def to_json(self) -> dict[str, Any]:
-        """The fields by name."""
+        """The fields by name, as the result files hold them."""
         return asdict(self)
 
     def __str__(self) -> str:

@@ -50,7 +50,7 @@ def _limits_now(probe: LimitsProbe) -> Callable[[], Limits]:
 
 @pytest.fixture
 def limits(_limits_now: Callable[[], Limits]) -> Limits:
-    """B and M of this moment."""
+    """B and M, measured right before the case."""
     return _limits_now()
 
 

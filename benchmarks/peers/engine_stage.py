@@ -55,7 +55,7 @@ class EngineStage:
         return hold_errors({"ours": error}, "none", "logits against llama.cpp's")
 
     def measure(self, case: str, number: int) -> Round:
-        """One round of one case."""
+        """Round `number` of a case: every contestant once, right after the limits."""
         limits = self._limits.ask("measure")
         contexts = random_ids(number, 16, CONTEXT, VOCAB)
         if case == "engine16":
@@ -76,7 +76,7 @@ class EngineStage:
         return self._mixed(limits, contexts, MIXES[case.removeprefix("mix ")])
 
     def close(self) -> None:
-        """End the processes."""
+        """End the contestants' processes and wait for them."""
         self._processes.stack.close()
 
     def _decode(self, contexts: list[list[int]], routings: list[str]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class LayerStage:
         return hold_errors(errors, "transformers grouped_mm", "outputs")
 
     def measure(self, case: str, number: int) -> Round:
-        """One round of one case."""
+        """Round `number` of a case: every contestant once, right after the limits."""
         rows = int(case.rpartition("layer")[2])
         limits = self._limits.ask("measure")
 
@@ -73,5 +73,5 @@ class LayerStage:
         return make_round(limits, results)
 
     def close(self) -> None:
-        """End the processes."""
+        """End the contestants' processes and wait for them."""
         self._processes.stack.close()

@@ -97,7 +97,7 @@ class ModelStage:
         return hold_errors(errors, "transformers eager", "logits")
 
     def measure(self, case: str, number: int) -> Round:
-        """One round of one case."""
+        """Round `number` of a case: every contestant once, right after the limits."""
         limits = self._limits.ask("measure")
         case = case.removeprefix("awkward ")
         contexts, do = self._ids(number, 1, 64), "time_decode"
@@ -117,7 +117,7 @@ class ModelStage:
         return make_round(limits, results, {**slower.other, "outside seconds": outside})
 
     def close(self) -> None:
-        """End the processes."""
+        """End the contestants' processes and wait for them."""
         self._processes.stack.close()
 
     def _asks(self, do: str, request: dict[str, Any]) -> dict[str, Ask]:

@@ -20,7 +20,7 @@ TIMEOUT_SECONDS = 120
 
 
 def run_batch(address: list[Any], requests: list[dict[str, Any]]) -> dict[str, Any]:
-    """Ask for everything at once."""
+    """Send all requests at once and read every answer to its end."""
     chosen = selectors.DefaultSelector()
     got: dict[socket.socket, list[bytes]] = {}
     asked = [_request(request) for request in requests]

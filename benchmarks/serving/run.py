@@ -29,7 +29,7 @@ CASES = {"throughput": throughput.BARS, "cpu": cpu.BARS, "first-token": first_to
 
 
 def measure(case: str, checkpoint: Path, rounds: int) -> tuple[dict[str, Any], list[Verdict]]:
-    """One case."""
+    """The record of a case and its verdicts."""
     if case == "throughput":
         return throughput.measure(checkpoint, rounds)
     if case == "cpu":

@@ -84,7 +84,7 @@ def alone(server: Inside, ids: list[list[int]]) -> tuple[float, list[str]]:
 
 
 def contexts(seed: int, vocab_size: int) -> list[list[int]]:
-    """Prompts of one round."""
+    """Prompts of a round, as token ids."""
     draw = random.Random(seed)
     return [[draw.randrange(3, vocab_size) for _ in range(CONTEXT)] for _ in range(STREAMS)]
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from elastic_moe.cli.arguments import add_model, add_ranking, load_engine, positive_integer
 
 if TYPE_CHECKING:
+    from elastic_moe.lab.sweeps.schema import SweepResult
     from elastic_moe.lab.sweeps.sweep import Progress
 
 EXAMPLES = """examples:
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def show(result: dict[str, Any], out: Path) -> None:
+def show(result: SweepResult, out: Path) -> None:
     """Print the frontier: the sub-networks that no other beats in both cost and quality."""
     from rich import box
     from rich.console import Console

@@ -15,7 +15,7 @@ from elastic_moe import __version__
 
 
 def describe_machine() -> dict[str, Any]:
-    """The `machine` entry."""
+    """The `machine` entry of a result: CPU, cores, threads of torch, and the level that runs."""
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
@@ -26,7 +26,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_versions() -> dict[str, str]:
-    """The `versions` entry."""
+    """The `versions` entry of a result: this package, torch and Python."""
     return {
         "elastic_moe": __version__,
         "torch": str(torch.__version__),

@@ -107,7 +107,7 @@ class ModelConfig:
 
     @property
     def moe_layers(self) -> frozenset[int]:
-        """Layers that route."""
+        """Indices of the layers that route; the others have a dense MLP."""
         return frozenset(range(self.num_layers)) - self.dense_layers
 
     @cached_property

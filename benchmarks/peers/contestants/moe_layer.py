@@ -90,7 +90,7 @@ class Ours:
         return self.native[layer](self.inputs[layer], self.out).numpy()
 
     def work(self, rows: int) -> dict[str, Any]:
-        """Per layer, on average."""
+        """Bytes and FLOPs per layer, on average, as our kernel counts them."""
         self.prepare(rows)
         touched = flops = 0
         for i, native in enumerate(self.native):
@@ -117,7 +117,7 @@ class Ours:
 
 
 class Zentorch:
-    """The fused op of zentorch."""
+    """zentorch's fused MoE op on the same weights."""
 
     def __init__(self, layers: Layers) -> None:
         import zentorch  # noqa: F401  (registers the op)
@@ -184,7 +184,7 @@ class Transformers:
 
 
 def identify() -> dict[str, Any]:
-    """What runs, and where."""
+    """Backend, level, machine and commit of our side."""
     from elastic_moe_kernels import native
 
     from elastic_moe.lab.provenance import describe_commit, describe_machine

@@ -31,7 +31,7 @@ from elastic_moe.model.text.tokenizer import Tokenizer
 
 
 class Step(NamedTuple):
-    """One step of the model."""
+    """A step that the engine ran: its start, chunks, native seconds and counters."""
 
     start: float
     chunks: Sequence[Any]
@@ -40,7 +40,7 @@ class Step(NamedTuple):
 
     @property
     def tokens(self) -> list[int]:
-        """Of each sequence."""
+        """New tokens of each sequence in this step."""
         return [len(chunk.token_ids) for chunk in self.chunks]
 
 
@@ -135,7 +135,7 @@ class Served:
 
 
 def make_tokenizer(folder: Path, vocab_size: int) -> None:
-    """A word for every id."""
+    """Write a tokenizer with one word per id, for a checkpoint that has none."""
     words = {f"w{i}": i for i in range(vocab_size)}
     model = tokenizers.models.WordLevel(words, unk_token="w0")
     tokenizers.Tokenizer(model).save(str(folder / "tokenizer.json"))

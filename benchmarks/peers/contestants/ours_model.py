@@ -48,7 +48,7 @@ class Ours:
         return self.batch.decode(ids).numpy()
 
     def work(self) -> dict[str, Any]:
-        """What the last call did."""
+        """Bytes, FLOPs and experts of the last call; {} where the backend does not count."""
         work = self.batch.work()
         if work is None:
             return {}

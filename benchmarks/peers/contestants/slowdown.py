@@ -34,7 +34,7 @@ class TwiceTheExperts:
                 self._layers[i] = NativeExperts(weights)
 
     def __call__(self, *arguments: Any, **options: Any) -> SlowStep:
-        """Prepare a batch."""
+        """Prepare a batch whose steps run the experts twice."""
         return SlowStep(self._prepare(*arguments, **{**options, "trace": True}), self._again)
 
     def _again(self, topk_ids: Tensor) -> None:

@@ -125,8 +125,8 @@ def bench(
     """
     todo = cases(max_positions, quick=quick)
     rounds = QUICK_ROUNDS if quick else ROUNDS
-    small = {"read_bytes": QUICK_READ_BYTES, "matmul_size": QUICK_MATMUL_SIZE} if quick else {}
-    probe = LimitsProbe(dtype, **small)
+    sizes = {"read_bytes": QUICK_READ_BYTES, "matmul_size": QUICK_MATMUL_SIZE} if quick else {}
+    probe = LimitsProbe(dtype, **sizes)
     if started is not None:
         started(probe.measure())
     samples: dict[str, list[Sample]] = {case.name: [] for case in todo}
@@ -152,7 +152,7 @@ def bench(
 
 
 def describe_run(batch: Batch) -> dict[str, Any]:
-    """What ran, and on what."""
+    """Backend and level of a run, with machine, versions and commit: entries of its JSON line."""
     return {
         "backend": batch.backend,
         "level": batch.level,

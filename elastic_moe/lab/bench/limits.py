@@ -41,7 +41,7 @@ class Limits:
     threads: int
 
     def to_json(self) -> dict[str, Any]:
-        """The fields by name."""
+        """The fields by name, as the result files hold them."""
         return asdict(self)
 
 

@@ -10,25 +10,17 @@ import torch
 from elastic_moe.engine import Engine
 from elastic_moe.lab.sweeps.grid import is_trained
 from elastic_moe.lab.sweeps.quality import Quality, paired_difference
+from elastic_moe.lab.sweeps.schema import ExpertUse, SweepPoint
 from elastic_moe.lab.sweeps.text import WINDOW, EvaluationSet
 from elastic_moe.model.checkpoints.folder import file_in
 from elastic_moe.routing import Subnet
 
-SCHEMA_VERSION = 1
-POINT_FIELDS = tuple(
-    """
-    name depth top_k expert_width sparsity_threshold expert_pool trained active_params
-    active_params_max flops_per_token flops_per_token_max weight_bytes_per_token mean_experts
-    bits_per_byte nats_per_token perplexity delta_nats standard_error kl_to_full top1_agreement
-    prefill_tokens_per_second decode_tokens_per_second backend dtype pareto
-    """.split()  # noqa: SIM905  (one word each reads better)
-)
 BYTES_PER_WEIGHT = {"bfloat16": 2, "float32": 4}
 
 
 def describe_point(
     subnet: Subnet, quality: Quality, full: Quality, text: EvaluationSet, engine: Engine
-) -> dict[str, Any]:
+) -> SweepPoint:
     """One entry of `points`, its speeds still unknown (None).
 
     Cost is that of a token with a whole window (512) of context, with the number of experts that
@@ -104,7 +96,7 @@ def describe_settings(engine: Engine, *, quick: bool, ranked_on: str | None) -> 
     }
 
 
-def describe_expert_use(name: str, quality: Quality) -> dict[str, Any]:
+def describe_expert_use(name: str, quality: Quality) -> ExpertUse:
     """The `expert_use` entry: for each layer that routes, the share of each expert."""
     ids = sorted(quality.expert_use)
     return {"name": name, "layer_ids": ids, "layers": [quality.expert_use[i] for i in ids]}

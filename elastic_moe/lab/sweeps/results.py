@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from elastic_moe.errors import ElasticMoEError
-from elastic_moe.lab.sweeps.record import POINT_FIELDS, SCHEMA_VERSION
+from elastic_moe.lab.sweeps.schema import (
+    POINT_FIELDS,
+    SCHEMA_VERSION,
+    ExpertUse,
+    SweepPoint,
+    SweepResult,
+)
 from elastic_moe.routing import shorten
 
 RESULT, PREVIOUS = "sweep.json", "sweep.previous.json"
@@ -29,8 +35,8 @@ class Earlier:
     """
 
     why_not: str = ""
-    points: list[dict[str, Any]] = field(default_factory=list)
-    expert_use: dict[str, Any] | None = None
+    points: list[SweepPoint] = field(default_factory=list)
+    expert_use: ExpertUse | None = None
 
 
 def prepare_folder(folder: Path) -> None:
@@ -50,7 +56,7 @@ def prepare_folder(folder: Path) -> None:
         ) from error
 
 
-def read_earlier(folder: Path, present: Mapping[str, Any]) -> Earlier:
+def read_earlier(folder: Path, present: SweepResult) -> Earlier:
     """The results in `folder` that the sweep about to run can keep.
 
     Args:
@@ -97,7 +103,7 @@ def keep_aside(folder: Path) -> None:
         path.replace(folder / PREVIOUS)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> SweepResult:
     try:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -105,7 +111,7 @@ def _read(path: Path) -> dict[str, Any]:
     problem = _problem(data)
     if problem:
         raise ElasticMoEError(f"{path} is no sweep: {problem}. Move it away or use --out.")
-    sweep: dict[str, Any] = data
+    sweep: SweepResult = data
     return sweep
 
 

@@ -28,6 +28,7 @@ from elastic_moe.lab.sweeps.results import (
     prepare_folder,
     read_earlier,
 )
+from elastic_moe.lab.sweeps.schema import SCHEMA_VERSION, SweepPoint, SweepResult
 from elastic_moe.lab.sweeps.text import (
     EvaluationSet,
     evaluation_set,
@@ -60,7 +61,7 @@ def sweep(
     rank_channels: str | Path | None = None,
     progress: Progress = _silent,
     notify: Notify = _silent,
-) -> dict[str, Any]:
+) -> SweepResult:
     """Measure a grid of sub-networks and write `sweep.json`, `frontier.png`, `report.html`.
 
     Args:
@@ -140,8 +141,8 @@ class _Run:
     ) -> None:
         self.engine, self.text, self.grid = engine, text, grid
         self.folder, self.progress = folder, progress
-        self.result: dict[str, Any] = {
-            "schema_version": record.SCHEMA_VERSION,
+        self.result: SweepResult = {
+            "schema_version": SCHEMA_VERSION,
             "model": record.describe_model(engine),
             "corpus": text.describe(),
             "machine": describe_machine(),
@@ -211,7 +212,7 @@ class _Run:
                     )
             self.write_json()
 
-    def _add(self, point: dict[str, Any]) -> None:
+    def _add(self, point: SweepPoint) -> None:
         order = {subnet.name: i for i, subnet in enumerate(self.grid.subnets)}
         points = [*self.result["points"], point]
         points.sort(key=lambda p: order.get(p["name"], len(order)))  # outside the grid: last

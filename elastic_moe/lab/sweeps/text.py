@@ -17,7 +17,7 @@ STRIDE = 256
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """A named text."""
+    """A text to evaluate on; results state its name and SHA-256."""
 
     name: str
     text: str
@@ -40,7 +40,7 @@ def language_reference() -> Corpus:
 
 
 def read_corpus(path: Path) -> Corpus:
-    """A UTF-8 text file."""
+    """Read a UTF-8 text file. Raises: CorpusError: it is missing or not UTF-8."""
     try:
         text = path.read_bytes().decode("utf-8")
     except OSError as error:

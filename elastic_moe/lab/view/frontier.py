@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from elastic_moe.lab.sweeps.schema import SweepPoint
+
 Point = Mapping[str, Any]
-Sweep = Mapping[str, Any]
+Sweep = Mapping[str, Any]  # as read from a file: any version, perhaps damaged
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ def pareto_flags(
     return flags
 
 
-def mark_pareto(points: Sequence[MutableMapping[str, Any]]) -> None:
+def mark_pareto(points: Sequence[SweepPoint]) -> None:
     """Set `pareto` in every point: FLOPs per token against bits per byte."""
     for point, flag in zip(points, pareto_flags(points), strict=True):
         point["pareto"] = flag

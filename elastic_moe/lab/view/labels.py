@@ -14,7 +14,7 @@ Segment = tuple[tuple[float, float], tuple[float, float]]
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """An axis-parallel rectangle."""
+    """An axis-parallel rectangle, from (x0, y0) below left to (x1, y1)."""
 
     x0: float
     y0: float
@@ -23,7 +23,7 @@ class Box:
 
     @property
     def centre(self) -> tuple[float, float]:
-        """(x, y) of the middle."""
+        """The point (x, y) in the middle of the box."""
         return (self.x0 + self.x1) / 2, (self.y0 + self.y1) / 2
 
     def overlaps(self, other: Box) -> bool:

@@ -171,7 +171,7 @@ def by_cost(points: Sequence[Point]) -> list[int]:
 
 
 def summary(sweep: Sweep) -> str:
-    """The sweep in one sentence."""
+    """One sentence for the head of the page: the best saving, or why there is none."""
     points = sweep["points"]
     full = full_point(points)
     if full is None:

@@ -20,7 +20,7 @@ Progress = Callable[[int, int], None] | None
 
 
 def load_config(folder: Path) -> ModelConfig:
-    """Read and check config.json."""
+    """Read config.json of a checkpoint folder. Raises: CheckpointError: it is not supported."""
     return read_config(read_json(folder, CONFIG), str(folder / CONFIG))
 
 

@@ -65,7 +65,7 @@ class ConfigKeys:
     read: set[str] = field(default_factory=set)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value as it stands."""
+        """The value of a key as config.json holds it, unchecked."""
         self.read.add(key)
         return self.data.get(key, default)
 

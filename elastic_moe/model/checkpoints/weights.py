@@ -92,7 +92,7 @@ class TensorFiles:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of the stored tensors, all files together."""
         return sum(entry.end - entry.begin for entry in self.entries.values())
 
     def entry(self, name: str) -> Entry:

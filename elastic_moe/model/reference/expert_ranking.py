@@ -93,7 +93,7 @@ class _Meter:
         experts: Experts,
         input_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """As `model.moe.run_experts`."""
+        """The outputs of `run_experts`, with the channels' contributions added up."""
         rounded = round_to(x, input_dtype)
         for expert in sorted(set(topk_ids.flatten().tolist()) - {-1}):
             rows, slots = (topk_ids == expert).nonzero(as_tuple=True)  # (n,), (n,)

@@ -92,7 +92,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 
 
 class LayerStore(Protocol):
-    """Where one layer's keys and values go."""
+    """Keys and values of one layer for a batch of sequences."""
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, G, T, d) keys and values behind those that are there; return all of them."""

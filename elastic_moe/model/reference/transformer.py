@@ -39,7 +39,7 @@ class Cache(Protocol):
     length: int
 
     def layer(self, index: int) -> LayerStore:
-        """Where those of a layer are."""
+        """The keys and values of a layer, by its index in the model."""
 
 
 @dataclass(slots=True)

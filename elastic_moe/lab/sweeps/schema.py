@@ -1,0 +1,74 @@
+"""The content of `sweep.json`, version 1: fields, types and units."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+SCHEMA_VERSION = 1
+
+
+class SweepPoint(TypedDict):
+    """One sub-network: its choice of the axes, cost, quality and speed.
+
+    An axis is None where layers differ. Costs are those of a token with a whole window (512) of
+    context; `..._max` holds whatever the threshold drops. Losses, `delta_nats` (mean difference to
+    the full network), its paired standard error and `kl_to_full` are in nats per token. Speeds are
+    None until they are measured, the error where there is one window alone.
+    """
+
+    name: str
+    depth: int
+    top_k: int | None
+    expert_width: int | None
+    sparsity_threshold: float | None
+    expert_pool: int | None
+    trained: bool
+    active_params: int
+    active_params_max: int
+    flops_per_token: int
+    flops_per_token_max: int
+    weight_bytes_per_token: int
+    mean_experts: float
+    bits_per_byte: float
+    nats_per_token: float
+    perplexity: float
+    delta_nats: float
+    standard_error: float | None
+    kl_to_full: float
+    top1_agreement: float
+    prefill_tokens_per_second: float | None
+    decode_tokens_per_second: float | None
+    backend: str
+    dtype: str
+    pareto: bool
+
+
+class ExpertUse(TypedDict):
+    """Of the full network: for each layer that routes, the share of its choices by expert."""
+
+    name: str
+    layer_ids: list[int]
+    layers: list[list[float]]
+
+
+class SweepResult(TypedDict):
+    """A whole sweep; `complete` is false while it runs and where it was interrupted.
+
+    Points of two sweeps are comparable only where `corpus`, `settings`, `machine` and `versions`
+    are equal. `skipped` lists the combinations that the model cannot run, with the reason.
+    """
+
+    schema_version: int
+    model: dict[str, Any]
+    corpus: dict[str, Any]
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    settings: dict[str, Any]
+    skipped: list[dict[str, str]]
+    points: list[SweepPoint]
+    expert_use: ExpertUse | None
+    complete: bool
+    seconds: float
+
+
+POINT_FIELDS = tuple(SweepPoint.__annotations__)

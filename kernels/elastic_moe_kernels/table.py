@@ -286,9 +286,10 @@ class GrowingTable:
         """Twice the rows, in new tensors: a step that was prepared keeps the old ones."""
         old = len(self._users)
         more = max(old, FIRST_ROWS)
-        self.columns = SubnetColumns(
-            *(torch.cat([c, c.new_zeros((more, *c.shape[1:]))]) for c in self.columns)
-        )
+        with torch.inference_mode(False):  # later rows may be written outside of inference mode
+            self.columns = SubnetColumns(
+                *(torch.cat([c, c.new_zeros((more, *c.shape[1:]))]) for c in self.columns)
+            )
         self._users += [0] * more
         self._key_of += [None] * more
         self._unused |= dict.fromkeys(range(old, old + more))

@@ -50,6 +50,14 @@ def test_rows_stay_where_they_are_while_the_table_grows() -> None:
         assert_row(table, row, subnet)
 
 
+def test_rows_made_in_inference_mode_may_be_written_outside_of_it() -> None:
+    with torch.inference_mode():
+        table = table_with()
+        first = add(table, SUBNETS[0])
+    assert_row(table, add(table, SUBNETS[1]), SUBNETS[1])
+    assert_row(table, first, SUBNETS[0])
+
+
 def test_a_row_goes_with_its_last_user() -> None:
     checked: list[SubnetTable] = []
     table = table_with(checked)

@@ -218,11 +218,11 @@ def test_tools_calls_and_their_results_are_told_as_transformers_tells_them() -> 
     ]
     system = {"role": "system", "content": "Be brief."}
     for messages in (talk, [system, *talk]):
-        for told in (tools, None):
+        for passed in (tools, None):
             want = theirs().apply_chat_template(
-                messages, tools=told, tokenize=False, add_generation_prompt=True
+                messages, tools=passed, tokenize=False, add_generation_prompt=True
             )
-            assert ours().render_chat(messages, tools=told) == want
+            assert ours().render_chat(messages, tools=passed) == want
     assert ours().render_chat([system, *talk], tools=tools) == (
         "<|im_start|>system\nBe brief.\n\n"
         "Functions:\n- look(city, unit): See.\n- now(): \n"

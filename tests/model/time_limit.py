@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def interrupted_after(seconds: float) -> Iterator[None]:
-    """Ends what waits: opening a pipe that nobody writes to would take for ever."""
+    """Raise TimeoutError in a block that blocks: opening a pipe without a writer never returns."""
 
     def interrupt(*_: object) -> None:
         raise TimeoutError(f"this took more than {seconds} s")

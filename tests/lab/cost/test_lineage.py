@@ -73,10 +73,10 @@ def test_a_run_that_is_told_of_by_a_manifest_has_the_flops_that_were_counted_the
 
 
 def test_the_trainings_before_an_earlier_one_count_too() -> None:
-    told = replace(SECOND_RUN, before=(RUN,))
+    record = replace(SECOND_RUN, before=(RUN,))
     alone = replace(THIRD, before=())
     assert make_budget(alone, earlier=[SECOND_RUN])["super_network"]["uncounted"] is not None
-    budget = make_budget(alone, earlier=[told])
+    budget = make_budget(alone, earlier=[record])
     assert [one["name"] for one in budget["trainings"]] == ["first run", "second run", "third"]
     assert budget["super_network"]["uncounted"] is None
 
@@ -106,14 +106,14 @@ def test_weights_that_are_there_are_compared_with_those_that_the_next_one_began_
     tiny_folder: Path,
 ) -> None:
     sha256 = Checkpoint(tiny_folder).files.sha256()
-    told = replace(RUN, path=tiny_folder)
+    record = replace(RUN, path=tiny_folder)
     right = training(replace(SMALL_PLAN, seed=2), parent=f"tiny sha256:{sha256}")
-    assert make_budget(right, earlier=[told])["super_network"]["uncounted"] is None
+    assert make_budget(right, earlier=[record])["super_network"]["uncounted"] is None
     wrong = training(replace(SMALL_PLAN, seed=2), parent="tiny sha256:0123")
     with pytest.raises(OptionError, match=r"has other weights \(sha256:.* with: tiny sha256:0123"):
-        make_budget(wrong, earlier=[told])
+        make_budget(wrong, earlier=[record])
     named = replace(wrong, parent="a name alone")  # nothing to compare with
-    assert make_budget(named, earlier=[told])["super_network"]["uncounted"] is None
+    assert make_budget(named, earlier=[record])["super_network"]["uncounted"] is None
 
 
 def test_the_weights_of_a_run_are_in_its_checkpoint(tiny_folder: Path, tmp_path: Path) -> None:
@@ -142,8 +142,8 @@ def extracted(name: str, steps: int, whole: Training, **changes: Any) -> Trainin
         max_top_k=cut.uniform("top_k"),
     )
     plan = replace(SMALL_PLAN, stages=parse_stages(f"{cut.depth}x8x1x128"))
-    told = replace(whole, cut=cut, before=())
-    one = training(plan, 1, parent="cut out", name="on", before=(*whole.before, told))
+    record = replace(whole, cut=cut, before=())
+    one = training(plan, 1, parent="cut out", name="on", before=(*whole.before, record))
     flops = replay(plan, shape, steps).flops
     return replace(one, shape=shape, steps=steps, flops=flops, **changes)
 

@@ -103,9 +103,9 @@ def test_a_checkpoint_is_counted_by_its_manifest(tiny_folder: Path, tmp_path: Pa
     copy = tmp_path / "copy"
     copy.mkdir()
     shutil.copy(tiny_folder / "config.json", copy)
-    told = {"plan": PLAN.to_json(), "steps": 3, "flops": 12345.0}
-    told |= {"parent": "first", "tokens_before": 77}
-    (copy / "manifest.json").write_text(json.dumps({"training": told}))
+    record = {"plan": PLAN.to_json(), "steps": 3, "flops": 12345.0}
+    record |= {"parent": "first", "tokens_before": 77}
+    (copy / "manifest.json").write_text(json.dumps({"training": record}))
     later = read_training(copy)
     assert (later.flops, later.parent, later.tokens_before) == (12345.0, "first", 77)
 
@@ -115,8 +115,8 @@ def test_the_trainings_before_are_those_that_the_manifest_holds(
 ) -> None:
     shutil.copy(tiny_folder / "config.json", tmp_path)
 
-    told = manifest(3, 100.0, before=manifest(2, 10.0, before=manifest(1, 1.0)))
-    (tmp_path / "manifest.json").write_text(json.dumps(told))
+    record = manifest(3, 100.0, before=manifest(2, 10.0, before=manifest(1, 1.0)))
+    (tmp_path / "manifest.json").write_text(json.dumps(record))
     found = read_training(tmp_path)
     assert [(part.steps, part.flops) for part in found.before] == [(1, 1.0), (2, 10.0)]
     assert make_budget(found)["super_network"]["flops"] == 111.0
@@ -142,10 +142,10 @@ def test_a_run_knows_the_trainings_before_by_the_manifest_that_it_kept(
 
 def test_a_long_chain_is_read_without_recursion(tiny_folder: Path, tmp_path: Path) -> None:
     shutil.copy(tiny_folder / "config.json", tmp_path)
-    told = manifest(1, 1.0)
+    record = manifest(1, 1.0)
     for _ in range(400):
-        told = manifest(1, 1.0, before=told)
-    (tmp_path / "manifest.json").write_text(json.dumps(told))
+        record = manifest(1, 1.0, before=record)
+    (tmp_path / "manifest.json").write_text(json.dumps(record))
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(len(inspect.stack()) + 600)
     try:
@@ -224,21 +224,21 @@ def test_an_extracted_checkpoint_without_a_manifest_names_its_parent(tmp_path: P
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda told: told["routing"].update(active_layers=[0]),  # two layers were extracted
-        lambda told: told["routing"].update(top_k=99),
-        lambda told: told["routing"].update(other=1),
-        lambda told: told["config"].pop("num_hidden_layers"),
-        lambda told: told.pop("config"),
-        lambda told: told.update(of=3),
-        lambda told: told.update(of={"config": told["config"], "routing": {"depth": 3}}),
+        lambda record: record["routing"].update(active_layers=[0]),  # two layers were extracted
+        lambda record: record["routing"].update(top_k=99),
+        lambda record: record["routing"].update(other=1),
+        lambda record: record["config"].pop("num_hidden_layers"),
+        lambda record: record.pop("config"),
+        lambda record: record.update(of=3),
+        lambda record: record.update(of={"config": record["config"], "routing": {"depth": 3}}),
     ],
 )
 def test_what_does_not_tell_what_was_extracted_is_refused(damage: Any, tmp_path: Path) -> None:
     extract(BUNDLED / "elastic-mini", "L2-k1-w1-p1", tmp_path / "small")
     path = tmp_path / "small" / "manifest.json"
-    told = json.loads(path.read_text())
-    damage(told["extracted"])
-    path.write_text(json.dumps(told))
+    record = json.loads(path.read_text())
+    damage(record["extracted"])
+    path.write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match=r"'extracted' cannot be read .* as `elastic-moe ext"):
         read_training(tmp_path / "small")
 
@@ -324,12 +324,12 @@ def test_a_foreign_manifest_is_refused_by_its_place(
     change: dict[str, Any], nested: bool, tiny_folder: Path, tmp_path: Path
 ) -> None:
     shutil.copy(tiny_folder / "config.json", tmp_path)
-    told = manifest(3, 1.0)
-    told["training"] |= change
+    record = manifest(3, 1.0)
+    record["training"] |= change
     if nested:
-        told = manifest(3, 1.0, before=told)
+        record = manifest(3, 1.0, before=record)
     path = tmp_path / "manifest.json"
-    path.write_text(json.dumps(told))
+    path.write_text(json.dumps(record))
     place = "before.training" if nested else "training"
     with pytest.raises(CheckpointError, match=rf"{path}: '{place}' cannot be read \(\w*Error\("):
         read_training(tmp_path)
@@ -392,17 +392,17 @@ def test_a_state_with_a_foreign_plan_is_refused_by_its_file(tmp_path: Path) -> N
 # --- what a training is
 
 
-def told(plan: TrainingPlan, **more: Any) -> Training:
+def record(plan: TrainingPlan, **more: Any) -> Training:
     return Training("", Path("tiny"), "parent", CONFIG.shape, plan, 3, 1.0, **more)
 
 
 def test_one_training_is_known_by_its_plan_and_its_first_weights() -> None:
-    one = told(PLAN, parent="first")
-    assert one.is_same(told(replace(PLAN, save_every_steps=99), parent="first", seconds=2.0))
+    one = record(PLAN, parent="first")
+    assert one.is_same(record(replace(PLAN, save_every_steps=99), parent="first", seconds=2.0))
     assert one.is_same(replace(one, steps=4, path=Path("elsewhere")))
-    assert not one.is_same(told(PLAN, parent="another"))
-    assert not one.is_same(told(PLAN))
-    assert not one.is_same(told(replace(PLAN, seed=1), parent="first"))
+    assert not one.is_same(record(PLAN, parent="another"))
+    assert not one.is_same(record(PLAN))
+    assert not one.is_same(record(replace(PLAN, seed=1), parent="first"))
 
 
 @pytest.mark.parametrize(
@@ -411,5 +411,5 @@ def test_one_training_is_known_by_its_plan_and_its_first_weights() -> None:
 def test_a_training_is_of_a_sub_network_alone_where_that_is_a_proper_one(
     fixed: str, name: str | None
 ) -> None:
-    alone = told(replace(PLAN, sampling=SamplingPlan(fixed=fixed))).alone
+    alone = record(replace(PLAN, sampling=SamplingPlan(fixed=fixed))).alone
     assert (None if alone is None else alone.name) == name

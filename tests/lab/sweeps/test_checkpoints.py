@@ -1,4 +1,4 @@
-"""Sweeps of ordinary checkpoints: not trained for sub-networks, some layers dense."""
+"""Sweeps of checkpoints that were not trained elastically; some layers are dense."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def swept(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[str, Any], Path]:
     """(architecture, result of the default grid, its folder)."""
-    folder = tmp_path_factory.mktemp("ordinary") / request.param
+    folder = tmp_path_factory.mktemp("checkpoints") / request.param
     model = their_model(request.param, vocab_size=4096, max_position_embeddings=640)
     model.save_pretrained(folder)
     shutil.copy(BUNDLED / "elastic-mini" / "tokenizer.json", folder)
@@ -72,11 +72,11 @@ def test_layers_keep_their_numbers_where_some_are_dense(
     assert [int(label) for label in labels if label] == ids
     most = max((share, layer) for layer, row in zip(ids, use["layers"], strict=True)
                for share in row)  # fmt: skip
-    told = re.search(
+    match = re.search(
         r"The most used expert \(\d+ of layer (\d+)\)", (out / "report.html").read_text()
     )
-    assert told is not None
-    assert int(told[1]) == most[1]
+    assert match is not None
+    assert int(match[1]) == most[1]
 
 
 def test_a_subnetwork_of_dense_layers_alone_differs_in_depth_only(

@@ -63,11 +63,11 @@ def test_prefixes_are_bundled_and_the_full_network_comes_first() -> None:
 
 def test_trained_means_every_value_was_drawn_in_training(tiny: Engine) -> None:
     elastic = tiny.config.elastic
-    told = {
+    trained = {
         name: is_trained(tiny.resolve(name), elastic)
         for name in ("full", "L2", "L1", "k1", "L3-k2-w2-p4", "w1", "p5", "t0.5", "Lx5")
     }
-    assert told == {
+    assert trained == {
         "full": True,
         "L2": True,
         "L1": False,

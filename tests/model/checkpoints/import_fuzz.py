@@ -34,7 +34,7 @@ Random = random.Random
 
 
 def pick(rng: Random) -> Any:
-    """A value that nobody should put into JSON."""
+    """A value that does not belong into JSON."""
     numbers = [0, 1, -1, 2, 3, 7, 255, 1 << 15, 1 << 24, (1 << 31) - 1, 1 << 31, (1 << 32) - 1]
     numbers += [1 << 32, 1 << 48, 1 << 53, (1 << 63) - 1, 1 << 63, 1 << 64, -(1 << 63), 10**30]
     floats = [0.0, 0.5, -0.5, 1.0, 2.5, 1e-300, 1e-30, 1e29, 1e300, float("nan"), float("inf")]

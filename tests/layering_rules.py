@@ -49,7 +49,7 @@ LARGE_FOLDERS = {
     "elastic_moe": "the parts that have a level",
     "tests": "one entry for each of those parts",
     "benchmarks/results": "data",
-    "tests/kernels": "not regrouped yet",
+    "tests/kernels": "one file for each part of the kernels, and their cases",
 }
 
 Rule = Callable[[Path], list[str]]

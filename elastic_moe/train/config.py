@@ -21,7 +21,7 @@ from elastic_moe.model.checkpoints.config_keys import MAX_EXPERTS, MAX_LAYERS, M
 from elastic_moe.train.models import DEFAULT_MODEL, MODELS, SIZES
 from elastic_moe.train.step.plan import BALANCE, DTYPES, PIECE_TOKENS, SAVE_EVERY_STEPS
 from elastic_moe.train.step.sampling import AXES, SamplingPlan
-from elastic_moe.train.text.corpus import Mixture
+from elastic_moe.train.text.corpus import HoldOut, Mixture
 
 TOKENS = 3_000_000  # about one pass over the Python library
 BATCH_TOKENS, LENGTH = 2048, 256
@@ -158,6 +158,25 @@ class TrainConfig:
     include: Annotated[
         tuple[str, ...],
         Option("of DIR only files like this, such as '*.md'; may be repeated", TEXT, "PATTERN"),
+    ] = ()
+    hold_out: Annotated[
+        tuple[str, ...],
+        Option(
+            "of DIR no files like this, nor any below folders like this, such as '*Forster*', "
+            "letter case aside; may be repeated. The manifest of the run lists them",
+            TEXT,
+            "PATTERN",
+        ),
+    ] = ()
+    hold_out_texts: Annotated[
+        tuple[Path, ...],
+        Option(
+            "of DIR no copies of the text in this file or folder, nor texts with a part of it; "
+            "may be repeated",
+            TEXT,
+            "PATH",
+            flag="--hold-out-text",
+        ),
     ] = ()
     with_library: Annotated[bool, Option("read the Python library besides DIR", TEXT)] = False
     corpus_fraction: Annotated[
@@ -433,7 +452,8 @@ class TrainConfig:
 
     def _check_text(self) -> None:
         if self.corpus is None:
-            for name in ("include", "corpus_fraction", "with_library"):
+            of_texts = ("include", "hold_out", "hold_out_texts", "corpus_fraction", "with_library")
+            for name in of_texts:
                 if self._is_given(name):
                     remedy = "Name one with --corpus DIR."
                     if name == "with_library":
@@ -468,6 +488,10 @@ class TrainConfig:
     @property
     def reads_library(self) -> bool:
         return self.corpus is None or self.with_library
+
+    @property
+    def held_out(self) -> HoldOut:
+        return HoldOut(self.hold_out, self.hold_out_texts)
 
     @property
     def total_tokens(self) -> int | None:

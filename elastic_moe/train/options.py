@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from elastic_moe.files import parse_size
 from elastic_moe.train.config import SHARD_SIZE, TrainConfig, flag, flag_of_axis, kinds, options
@@ -50,6 +51,7 @@ def _add(group: argparse._ActionsContainer, name: str) -> None:
             flag(name),
             dest=name,
             action="append",
+            type=get_args(kind)[0],
             default=[],
             metavar=option.metavar,
             help=option.help,

@@ -108,7 +108,7 @@ def read_settings(config: TrainConfig) -> Settings:
             check_config(out, model.raw, "--config" if start is None else "--from")
         texts: Sequence[SourceFile] = ()
         if config.corpus is not None:
-            texts = text_files(config.corpus, config.include, out)
+            texts = text_files(config.corpus, config.include, out, config.held_out)
         if manifest is not None:
             check_options(
                 out / "data",

@@ -22,7 +22,8 @@ from elastic_moe.model.checkpoints.checkpoint import load_config
 from elastic_moe.model.checkpoints.folder import BUNDLED
 from elastic_moe.model.checkpoints.weights import WEIGHTS, file_sha256
 from elastic_moe.train.step.plan import completed
-from elastic_moe.train.text.corpus import HELD_OUT_AUTHORS, LIBRARY, TEXTS
+from elastic_moe.train.text.corpus import LIBRARY, TEXTS
+from experiments.elastic_mini.recipe import HELD_OUT_AUTHORS
 
 HERE = Path(__file__).resolve().parent
 FOLDER = BUNDLED / "elastic-mini"

@@ -12,7 +12,7 @@ from elastic_moe.errors import CorpusError
 from elastic_moe.lab.sweeps.quality import FullNetwork, Quality, measure_depths, paired_difference
 from elastic_moe.lab.sweeps.text import Corpus, EvaluationSet, evaluation_set, language_reference
 from elastic_moe.model.text.tokenizer import Tokenizer
-from elastic_moe.train.text.corpus import HELD_OUT_AUTHORS
+from experiments.elastic_mini.recipe import HELD_OUT_AUTHORS
 
 REFERENCE, AUTHORS = "python-language-reference", "held-out-authors"
 EXCERPT_START, EXCERPT_CHARACTERS = 20_000, 12_000  # past prefaces and lists of contents

@@ -17,8 +17,8 @@ from elastic_moe.engine import Engine
 from elastic_moe.errors import BenchmarkError, CorpusError, TrainingError
 from elastic_moe.train.ledger import replay
 from elastic_moe.train.step.trainer import Trainer
-from elastic_moe.train.text.corpus import HELD_OUT_AUTHORS
 from elastic_moe.train.text.prepare import Mixture, open_stream, prepare
+from experiments.elastic_mini.recipe import HELD_OUT_AUTHORS
 from experiments.science import evaluate, report, runs, train
 from experiments.science.measuring import (
     AUTHORS,

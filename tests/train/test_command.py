@@ -33,7 +33,8 @@ ONE_OF_EACH = ["--layers", "1", "--experts", "1", "--top-k", "1", "--granules", 
 def test_a_run_reads_the_texts_stops_and_goes_on_to_a_checkpoint(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--corpus", root / "novels", "--with-library", "--seed", 3, "--json"]
+    options = ["--corpus", root / "novels", "--with-library", "--seed", 3]
+    options += ["--hold-out", "*forster*", "--json"]
     assert train(root, *options, "--minutes", 0) == 0
     captured = capsys.readouterr()
     assert "novels: 1 files, 0.1 MB; skipped 1: 1 held out" in captured.err
@@ -220,6 +221,9 @@ def test_a_tokenizer_of_ones_own_is_used_and_sets_the_vocabulary(root: Path) -> 
         (["--vocab-size", "100"], "--vocab-size must be in [300, 65536]"),
         (["--include", "*.md"], "--include is about a folder of texts, which is not read"),
         (["--corpus", ".", "--chat-fraction", "0"], "--chat-fraction is about the Python library"),
+        (["--hold-out", "*"], "--hold-out is about a folder of texts, which is not read"),
+        (["--hold-out-text", "x"], "--hold-out-text is about a folder of texts, which is not read"),
+        (["--corpus", ".", "--hold-out-text", "nowhere"], "nowhere has no text to hold out. Name"),
         (["--with-library"], "--with-library is about a folder of texts, which is not read"),
         (["--config", "x.json"], "leave out --layers where --config is given"),
         (["--from", "elastic-mini"], "leave out --layers where --from is given"),
@@ -371,6 +375,44 @@ def test_a_run_of_other_texts_or_fewer_of_them_is_refused(
     assert "(the first that differs: Dickens_X_1850.txt)" in error(capsys)
     (root / "novels").rename(root / "moved")
     assert train(root, "--corpus", root / "moved", "--minutes", 0) == 0  # the same, elsewhere
+
+
+def test_held_out_texts_are_listed_in_the_manifest_and_asked_for_again(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "own.txt").write_text("The theory of the thing that the author thought through. " * 90)
+    (root / "novels" / "copy.txt").write_bytes((root / "own.txt").read_bytes())
+    texts = ["--corpus", root / "novels", "--minutes", 0]
+    held_out = ["--hold-out", "*Forster*", "--hold-out-text", root / "own.txt"]
+    assert train(root, *texts, *held_out) == 0
+    assert "2 held out" in capsys.readouterr().err
+    manifest, _ = read_manifest(root / "run" / "data")
+    assert manifest["held_out"]["patterns"] == ["*Forster*"]
+    assert [text["name"] for text in manifest["held_out"]["texts"]] == ["own.txt"]
+    assert manifest["held_out"]["files"] == ["Forster_Y_1905.txt", "copy.txt"]
+    assert [f["name"] for f in manifest["files"]] == ["Dickens_X_1850.txt"]
+    assert train(root, *texts, *held_out) == 0
+    capsys.readouterr()
+    assert train(root, *texts, *held_out[2:]) == 2
+    assert error(capsys).startswith("--hold-out: ")
+    assert train(root, *texts, *held_out[:2]) == 2
+    assert "was prepared with own.txt, got nothing" in error(capsys)
+
+
+def test_a_run_of_a_version_that_held_out_some_texts_unasked_is_resumed(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["--corpus", root / "novels", "--minutes", 0]
+    assert train(root, *texts, "--hold-out", "*forster*") == 0
+    path = root / "run" / "data" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["held_out"]
+    path.write_text(json.dumps(manifest))
+    (root / "run" / "state.safetensors").unlink()  # it names the manifest's sum
+    assert train(root, *texts) == 0
+    (root / "novels" / "Dickens_X_1850.txt").write_text("Another text. " * 2000)
+    assert train(root, *texts) == 2
+    assert "(the first that differs: Dickens_X_1850.txt)" in error(capsys)
 
 
 def test_a_torn_manifest_ends_the_run_at_its_start(

@@ -75,4 +75,4 @@ def novels(root: Path) -> Sequence[SourceFile]:
     folder.mkdir()
     (folder / "Dickens_X_1850.txt").write_text("It was the best of times. " * 2000)
     (folder / "Forster_Y_1905.txt").write_text("ZEBRAFORSTER " * 2000)
-    return corpus.text_files(folder)
+    return corpus.text_files(folder, hold_out=corpus.HoldOut(patterns=("*forster*",)))

@@ -1,34 +1,30 @@
 """The training text: the Python library that runs this program, and any folder of texts.
 
-Held out from everything, the tokenizer included: the authors in `HELD_OUT_AUTHORS`, every file
-below `pydoc_data`, whose language reference is the evaluation text, and copies of it, or of a part
-of it, by name or by content.
+Of the library, the evaluation text (`pydoc_data`), tests and installed packages are left out. Of a
+folder of texts, only what a `HoldOut` says.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
-import inspect
 import os
-import random
 import re
 import stat
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from fnmatch import fnmatch, fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from elastic_moe.errors import CorpusError
 
 LIBRARY, TEXTS = "library", "texts"  # the kinds of files; manifests before had "novels" for texts
-HELD_OUT_AUTHORS = ("Chesterton", "Forster", "Gissing", "Schreiner")
-HELD_OUT_FOLDER = "pydoc_data"
-LEFT_OUT_OF_LIBRARY = ("idlelib", "site-packages", "dist-packages", "encodings")
+# Folders of the library; and what begins with "test".
+LEFT_OUT_OF_LIBRARY = ("pydoc_data", "idlelib", "site-packages", "dist-packages", "encodings")
 _HEAD_BYTES = 8192
 # Content is compared by windows: 50 letters and digits from each 'th' on, so that case, line ends,
 # wrapping, quoting and markup make no difference.
@@ -36,7 +32,7 @@ _WINDOWS = re.compile(rb"th(?=(.{48}))", re.DOTALL)
 _LOWER = bytes(range(256)).lower()
 _NO_LETTERS = bytes(c for c in range(256) if not (c < 128 and chr(c).isalnum()))
 _CHUNK = 1 << 20
-# That many windows are some 3 kB of the evaluation text; modules that quote it share at most 16.
+# That many windows are some 3 kB; modules of the library that quote pydoc_data share at most 16.
 _SHARED_WINDOWS, _LEAST_SHARED = 40, 8
 
 
@@ -97,14 +93,84 @@ class SourceFile:
 
 
 @dataclass(frozen=True, slots=True)
+class HoldOut:
+    """Texts that are never trained on.
+
+    Attributes:
+        patterns: such as '*Forster*', letter case aside. They hold out a file whose name, or the
+            name of any folder on the way to it, with links and without, is like one.
+        texts: files, or folders of them. They hold out copies, and texts that contain a part of
+            one (some 3 kB, or most of a shorter text): letter case, wrapping, quoting and markup
+            make no difference. What modules of the Python library say as well does not count.
+    """
+
+    patterns: tuple[str, ...] = ()
+    texts: tuple[Path, ...] = ()
+
+    def holds_path(self, path: Path) -> bool:
+        if not self.patterns:
+            return False
+        parts = {p.casefold() for way in (path.absolute(), path.resolve()) for p in way.parts}
+        patterns = [pattern.casefold() for pattern in self.patterns]
+        return any(fnmatchcase(part, pattern) for part in parts for pattern in patterns)
+
+    def holds_content(self, data: bytes) -> bool:
+        if not self.texts:
+            return False
+        sums, windows = _contents(self.files())
+        if hashlib.sha256(data).hexdigest() in sums:
+            return True
+        shared, total = set[bytes](), 0
+        for of_chunk in _windows(data):
+            shared |= windows.intersection(of_chunk)
+            total += len(of_chunk)
+        return len(shared) > _SHARED_WINDOWS or (
+            len(shared) >= _LEAST_SHARED and 2 * len(shared) > total
+        )
+
+    def files(self) -> tuple[Path, ...]:
+        """The files of `texts`.
+
+        Raises:
+            CorpusError: there is none.
+        """
+        found: list[Path] = []
+        for path in self.texts:
+            files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+            files = [file for file in files if "__pycache__" not in file.parts]
+            if not files:
+                raise CorpusError(
+                    f"{path} has no text to hold out. Name a file, or a folder of files."
+                )
+            found += files
+        return tuple(found)
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest of prepared text has it."""
+        texts = [(path.name, path.read_bytes()) for path in self.files()]
+        return {
+            "patterns": list(self.patterns),
+            "texts": [
+                {"name": name, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+                for name, data in texts
+            ],
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Listing(Sequence[SourceFile]):
     """The files of a folder that are read, sorted by name, and how many are not, by reason.
 
     A folder that is not entered counts once.
+
+    Attributes:
+        hold_out: what was held out; `held_out`: the names of the files that were, for it.
     """
 
     files: tuple[SourceFile, ...]
     skipped: Mapping[str, int]
+    hold_out: HoldOut = HoldOut()
+    held_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -125,28 +191,19 @@ class Listing(Sequence[SourceFile]):
         return f"{read}; skipped {sum(self.skipped.values()):,}: {reasons}"
 
 
-def is_held_out(corpus: str, name: str) -> bool:
-    """Whether a file may never be trained on, by its path within its corpus."""
-    parts = Path(name).parts
-    if Path(name).stem.casefold() == "topics":  # of pydoc_data, under whatever folder it was saved
+def is_left_out_of_library(name: str) -> bool:
+    """Whether a file or folder of the library is not trained on, by its path within it."""
+    if Path(name).stem.casefold() == "topics":  # of pydoc_data, wherever it was saved
         return True
-    if HELD_OUT_FOLDER in parts:
-        return True
-    if corpus == LIBRARY:
-        return any(part in LEFT_OUT_OF_LIBRARY or part.startswith("test") for part in parts)
-    # Anywhere in the path: a folder per author and other spellings of a name must not pass.
-    # A book about one of them is left out as well, which costs little.
-    return any(
-        author.casefold() in part.casefold() for author in HELD_OUT_AUTHORS for part in parts
-    )
+    return any(p in LEFT_OUT_OF_LIBRARY or p.startswith("test") for p in Path(name).parts)
 
 
 def library_files(root: Path | None = None) -> Listing:
-    """Sources of the standard library, without what is held out, tests and installed packages."""
+    """Sources of the standard library, without evaluation text, tests and installed packages."""
     root, skipped, paths = root or _library(), Counter[str](), []
     for folder, folders, names in os.walk(root):
         inside = Path(folder).relative_to(root)
-        left_out = {name for name in folders if is_held_out(LIBRARY, str(inside / name))}
+        left_out = {name for name in folders if is_left_out_of_library(str(inside / name))}
         if left_out:
             skipped["left out"] += len(left_out)
         # Most of what lies there is installed packages: thousands of files.
@@ -155,16 +212,21 @@ def library_files(root: Path | None = None) -> Listing:
     return _list_files(LIBRARY, root, paths, skipped)
 
 
-def text_files(root: Path, include: Sequence[str] = (), leave_out: Path | None = None) -> Listing:
+def text_files(
+    root: Path,
+    include: Sequence[str] = (),
+    leave_out: Path | None = None,
+    hold_out: HoldOut = HoldOut(),
+) -> Listing:
     """Every UTF-8 text below `root`, whatever its suffix, without what is held out.
 
     Hidden files and folders are not looked at, nor are linked folders, those of training runs, and
-    files without text: empty ones, those with a NUL byte, and what is no regular file. Every
-    folder on the way to `root` counts for the hold-out.
+    files without text: empty ones, those with a NUL byte, and what is no regular file.
 
     Args:
         include: patterns such as '*.md', of paths within `root`; () for all files.
-        leave_out: the folder of the run itself, which may not have begun yet.
+        leave_out: the folder of the run itself, which may not have started yet.
+        hold_out: texts that are not read; every folder on the way to `root` counts.
 
     Raises:
         CorpusError: `root` is no folder, or nothing in it is left to read.
@@ -179,7 +241,7 @@ def text_files(root: Path, include: Sequence[str] = (), leave_out: Path | None =
             skipped["not included"] += 1
         else:
             paths.append(path)
-    return _list_files(TEXTS, root, paths, skipped)
+    return _list_files(TEXTS, root, paths, skipped, hold_out)
 
 
 def _visible(root: Path, skipped: Counter[str], leave_out: Path | None) -> Iterator[Path]:
@@ -207,13 +269,23 @@ def _is_run(folder: Path, own: Path | None) -> bool:
     return began or (own is not None and folder.resolve() == own.resolve())
 
 
-def _list_files(corpus: str, root: Path, paths: Iterable[Path], skipped: Counter[str]) -> Listing:
-    found = []
+def _list_files(
+    corpus: str,
+    root: Path,
+    paths: Iterable[Path],
+    skipped: Counter[str],
+    hold_out: HoldOut = HoldOut(),
+) -> Listing:
+    found: list[SourceFile] = []
+    held_out: list[str] = []
     for path in sorted(paths):
         name = path.relative_to(root).as_posix()
         try:
-            if _is_held_out_at(corpus, name, path):
-                skipped["left out" if corpus == LIBRARY else "held out"] += 1
+            if corpus == LIBRARY and is_left_out_of_library(name):
+                skipped["left out"] += 1
+                continue
+            if hold_out.holds_path(path):
+                held_out.append(name)
                 continue
             if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
                 skipped["no file"] += 1
@@ -222,22 +294,19 @@ def _list_files(corpus: str, root: Path, paths: Iterable[Path], skipped: Counter
         except (OSError, RuntimeError):  # no permission, a link to nothing or to itself
             skipped["unreadable"] += 1
             continue
-        sha256 = hashlib.sha256(data).hexdigest()
-        if (why_not := _why_not(data, corpus, sha256)) is not None:
+        if (why_not := _why_not(data, corpus)) is not None:
             skipped[why_not] += 1
+        elif hold_out.holds_content(data):
+            held_out.append(name)
         else:
+            sha256 = hashlib.sha256(data).hexdigest()
             found.append(SourceFile(corpus, name, path, sha256, len(data)))
-    listing = Listing(tuple(found), dict(sorted(skipped.items())))
+    if held_out:
+        skipped["held out"] = len(held_out)
+    listing = Listing(tuple(found), dict(sorted(skipped.items())), hold_out, tuple(held_out))
     if not found:
         raise CorpusError(f"nothing to train on below {root}: {listing.describe()}.")
     return listing
-
-
-def _is_held_out_at(corpus: str, name: str, path: Path) -> bool:
-    """`is_held_out`, where texts are judged by the whole way to them, with links and without."""
-    if corpus == LIBRARY:
-        return is_held_out(corpus, name)
-    return any(is_held_out(corpus, str(p)) for p in (path.absolute(), path.resolve()))
 
 
 def _read(path: Path) -> bytes:
@@ -247,7 +316,7 @@ def _read(path: Path) -> bytes:
         return head if b"\0" in head else head + file.read()
 
 
-def _why_not(data: bytes, corpus: str, sha256: str) -> str | None:
+def _why_not(data: bytes, corpus: str) -> str | None:
     """Why a file's content is not read; None if it is. Empty ones are part of the library."""
     if b"\0" in data:
         return "binary"
@@ -255,23 +324,7 @@ def _why_not(data: bytes, corpus: str, sha256: str) -> str | None:
         data.decode("utf-8")
     except UnicodeDecodeError:  # a few library files declare another encoding
         return "not UTF-8"
-    if corpus == LIBRARY:
-        return None
-    if not data.strip():
-        return "empty"
-    held_out = sha256 in _held_out_sums(_library()) or _has_held_out_content(data)
-    return "held out" if held_out else None
-
-
-def _has_held_out_content(data: bytes) -> bool:
-    """Whether a text holds a part of the evaluation text, or is hardly anything else."""
-    held_out, shared, windows = _held_out_windows(_library()), set[bytes](), 0
-    for of_chunk in _windows(data):
-        shared |= held_out.intersection(of_chunk)
-        windows += len(of_chunk)
-    return len(shared) > _SHARED_WINDOWS or (
-        len(shared) >= _LEAST_SHARED and 2 * len(shared) > windows
-    )
+    return "empty" if corpus != LIBRARY and not data.strip() else None
 
 
 def _windows(data: bytes) -> Iterator[list[bytes]]:
@@ -282,88 +335,37 @@ def _windows(data: bytes) -> Iterator[list[bytes]]:
 
 
 @cache
-def _held_out_windows(library: Path) -> frozenset[bytes]:
-    """Of the evaluation text, as its file has it and as it reads; less what modules say as well.
+def _contents(files: tuple[Path, ...]) -> tuple[frozenset[str], frozenset[bytes]]:
+    """The sha256 and the windows of files; of Python files, also those of their strings.
 
-    What they say is trained on: pdb's documentation is in both.
+    Less the windows that modules of the library have as well, which are trained on: pdb's
+    documentation is in pydoc_data too.
     """
+    sums: set[str] = set()
     found: set[bytes] = set()
-    for path in (library / HELD_OUT_FOLDER).rglob("*.py"):
-        source = path.read_bytes()
-        nodes = ast.walk(ast.parse(source))
-        strings = [n.value for n in nodes if isinstance(n, ast.Constant)]
-        texts = [source, *(s.encode() for s in strings if isinstance(s, str))]
+    for path in files:
+        data = path.read_bytes()
+        texts = [data, *(_strings(data) if path.suffix == ".py" else ())]
         found.update(window for text in texts for part in _windows(text) for window in part)
+        if data:
+            sums.add(hashlib.sha256(data).hexdigest())
     if found:
-        for file in library_files(library):
+        for file in library_files():
             found.difference_update(*_windows(file.path.read_bytes()))
-    return frozenset(found)
+    return frozenset(sums), frozenset(found)
 
 
-@cache
-def _held_out_sums(library: Path) -> frozenset[str]:
-    """Of the evaluation text as this Python has it, by whatever name a copy goes."""
-    paths = (library / HELD_OUT_FOLDER).rglob("*.py")
-    return frozenset(
-        hashlib.sha256(data).hexdigest() for path in paths if (data := path.read_bytes())
+def _strings(source: bytes) -> Iterator[bytes]:
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except (SyntaxError, ValueError):
+        return
+    yield from (
+        node.value.encode()
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
     )
 
 
 def _library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
-
-
-@dataclass(frozen=True, slots=True)
-class Docstring:
-    """A documented name of the library, such as ('textwrap.dedent', 'function', text)."""
-
-    name: str
-    kind: str
-    text: str
-
-
-def docstrings(source: SourceFile) -> Iterator[Docstring]:
-    """Docstrings of a library file: module, classes, functions, with their dotted names."""
-    try:
-        tree = ast.parse(source.read())
-    except (SyntaxError, ValueError):  # templates and files for other versions
-        return
-    module = source.name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    pending: list[tuple[str, ast.AST]] = [(module, tree)]
-    kinds = {ast.Module: "module", ast.ClassDef: "class"}
-    while pending:
-        name, node = pending.pop(0)
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            text = ast.get_docstring(node, clean=True)
-            if text:
-                yield Docstring(name, kinds.get(type(node), "function"), inspect.cleandoc(text))
-            pending += [
-                (f"{name}.{child.name}", child)
-                for child in ast.iter_child_nodes(node)
-                if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-            ]
-
-
-QUESTIONS = (
-    "What does {name} do?",
-    "What is {name}?",
-    "Explain {name}.",
-    "Tell me about the {kind} {name}.",
-    "What is the {kind} {name} for?",
-    "Describe {name} in Python.",
-    "help({name})",
-    "How is {name} documented?",
-)
-
-
-def chat_turn(
-    docstring: Docstring, rng: random.Random, longest: int = 1200
-) -> tuple[str, str] | None:
-    """A question about a documented name, and its answer; None where there is none to give."""
-    answer = docstring.text.strip()
-    if not 20 <= len(answer) <= longest:
-        return None
-    short = docstring.name if rng.random() < 0.5 else docstring.name.rsplit(".", 1)[-1]
-    if short.startswith("_"):
-        return None
-    return rng.choice(QUESTIONS).format(name=short, kind=docstring.kind), answer

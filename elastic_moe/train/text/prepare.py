@@ -22,21 +22,12 @@ from tokenizers import Tokenizer
 from elastic_moe.errors import CorpusError
 from elastic_moe.files import replacing, write_text
 from elastic_moe.train.step.plan import PIECE_TOKENS
-from elastic_moe.train.text.corpus import (
-    LIBRARY,
-    TEXTS,
-    Docstring,
-    Mixture,
-    SourceFile,
-    chat_turn,
-    docstrings,
-)
+from elastic_moe.train.text.chats import Docstring, chats, docstrings
+from elastic_moe.train.text.corpus import LIBRARY, TEXTS, HoldOut, Listing, Mixture, SourceFile
 from elastic_moe.train.text.tokens import (
     BOS,
     END,
-    SPECIAL_TOKENS,
     TokenStream,
-    chat_text,
     check_tokenizer,
     special_id,
     train_tokenizer,
@@ -76,28 +67,6 @@ def documents(
             if rng.random() < mixture.text_fraction:
                 texts.append((TEXTS, text[start : start + mixture.piece_bytes]))
     return texts, known
-
-
-def chats(known: Sequence[Docstring], seed: int) -> Iterator[str]:
-    """Chat turns without end: pass after pass over the docstrings, each with its own questions.
-
-    Docstrings with a special token in them are left out: it would be read as one.
-
-    Raises:
-        CorpusError: no docstring makes one.
-    """
-    rng = random.Random(f"{seed}/chat")
-    while True:
-        made = (chat_turn(docstring, rng) for docstring in known)
-        turns = [turn for turn in made if turn is not None and not _has_special_token(turn)]
-        if not turns:
-            raise CorpusError("no docstring is fit for a chat turn. Set chat_fraction to 0.")
-        rng.shuffle(turns)
-        yield from (chat_text(*turn) for turn in turns)
-
-
-def _has_special_token(parts: Iterable[str]) -> bool:
-    return any(token in part for part in parts for token in SPECIAL_TOKENS)
 
 
 def prepare(
@@ -166,6 +135,7 @@ def prepare(
             {"corpus": f.corpus, "name": f.name, "sha256": f.sha256, "bytes": f.num_bytes}
             for f in [*library, *files]
         ],
+        "held_out": _held_out(files),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -273,6 +243,9 @@ def check_options(
     own = "one trained on the text"
     had = {f["name"]: f["sha256"] for f in manifest["files"] if f["corpus"] != LIBRARY}
     got = {f.name: f.sha256 for f in files}
+    held_out = manifest.get("held_out")
+    if held_out is None:  # an earlier version, which held out some files unasked and listed none
+        got = {name: sha256 for name, sha256 in got.items() if name in had}
     changed = sorted(name for name in had | got if had.get(name) != got.get(name))
     first = f" (the first that differs: {changed[0]})" if changed else ""
     same_tokenizer = manifest["tokenizer_given"] == (tokenizer is not None) and (
@@ -291,6 +264,11 @@ def check_options(
             "another one" if tokenizer is not None else own,
         ),
     ]
+    if held_out is not None and isinstance(files, Listing):
+        asked = _held_out(files)
+        for key, option in (("patterns", "--hold-out"), ("texts", "--hold-out-text")):
+            same = held_out[key] == asked[key]
+            options.insert(2, (option, same, _names(held_out[key]), _names(asked[key])))
     if "vocab_size" in manifest:  # which earlier versions did not write
         had_size = manifest["vocab_size"]
         options.append(("--vocab-size", vocab_size == had_size, str(had_size), str(vocab_size)))
@@ -298,9 +276,9 @@ def check_options(
     mixed = {"text_fraction": mixed.get("novel_fraction"), **mixed}  # its name before
     for field, option in MIXTURE_OPTIONS.items():
         read = files if field == "text_fraction" else library
-        before, now = mixed.get(field), getattr(mixture, field)
-        if read and before is not None:
-            options.append((option, before == now, str(before), str(now)))
+        share, share_now = mixed.get(field), getattr(mixture, field)
+        if read and share is not None:
+            options.append((option, share == share_now, str(share), str(share_now)))
     for option, same, was, is_now in options:
         if not same:
             restore = "Restore the texts and repeat" if option == "--corpus" else "Repeat"
@@ -308,6 +286,18 @@ def check_options(
                 f"{option}: {folder} was prepared with {was}, got {is_now}. "
                 f"{restore} the command that began the run, or name another folder with --out."
             )
+
+
+def _held_out(files: Sequence[SourceFile]) -> dict[str, Any]:
+    """What was asked to be held out of texts, and the files that were."""
+    if not isinstance(files, Listing):
+        return {**HoldOut().to_json(), "files": []}
+    return {**files.hold_out.to_json(), "files": list(files.held_out)}
+
+
+def _names(held_out: Sequence[Any]) -> str:
+    """Of patterns, or of texts."""
+    return ", ".join(x if isinstance(x, str) else x["name"] for x in held_out) or "nothing"
 
 
 def open_stream(folder: Path, seed: int) -> TokenStream:

@@ -12,14 +12,18 @@ import pytest
 
 from elastic_moe.errors import CorpusError
 from elastic_moe.model.checkpoints.folder import BUNDLED
+from elastic_moe.train.text.chats import docstrings
 from elastic_moe.train.text.corpus import (
-    docstrings,
-    is_held_out,
+    HoldOut,
+    is_left_out_of_library,
     library_files,
     text_files,
 )
+from experiments.elastic_mini import recipe
 
 MINI = BUNDLED / "elastic-mini"
+# The hold-out of elastic-mini; other corpora hold out nothing unasked.
+HOLD_OUT = HoldOut(recipe.HOLD_OUT, recipe.HOLD_OUT_TEXTS)
 AUTHORS = ("Chesterton", "Forster", "Gissing", "Schreiner")  # literally: not what the code says
 
 
@@ -95,7 +99,10 @@ def test_the_manifest_is_the_one_that_the_checkpoint_names(manifest: dict) -> No
     ],
 )
 def test_hold_outs_are_told_by_name(corpus: str, name: str, held_out: bool) -> None:
-    assert is_held_out(corpus, name) is held_out
+    if corpus == "library":
+        assert is_left_out_of_library(name) is held_out
+    else:
+        assert HOLD_OUT.holds_path(Path("/corpus", name)) is held_out
 
 
 @pytest.mark.parametrize("author", AUTHORS)
@@ -114,7 +121,7 @@ def test_hold_outs_are_told_by_name(corpus: str, name: str, held_out: bool) -> N
 )
 def test_a_held_out_author_is_held_out_however_the_file_is_named(author: str, name: str) -> None:
     file = name.format(author, lower=author.lower(), upper=author.upper())
-    assert is_held_out("texts", file)
+    assert HOLD_OUT.holds_path(Path("/corpus", file))
 
 
 def test_listing_leaves_held_out_files_unread(tmp_path: Path) -> None:
@@ -123,7 +130,7 @@ def test_listing_leaves_held_out_files_unread(tmp_path: Path) -> None:
     (tmp_path / "english").mkdir()
     (tmp_path / "english" / "Forster_View_1908.txt").write_text("Forster")
     (tmp_path / "topics.txt").write_text("The with statement")
-    found = text_files(tmp_path)
+    found = text_files(tmp_path, hold_out=HOLD_OUT)
     assert [f.name for f in found] == ["Dickens_Title_1900.txt"]
     assert found.skipped == {"held out": len(AUTHORS) + 2}
     (tmp_path / "pydoc_data").mkdir()
@@ -135,7 +142,7 @@ def test_listing_leaves_held_out_files_unread(tmp_path: Path) -> None:
     assert [f.name for f in library] == ["__init__.py", "good.py"]
     assert library.skipped == {"left out": 1, "not UTF-8": 1}
     with pytest.raises(CorpusError, match="is not a folder"):
-        text_files(tmp_path / "none")
+        text_files(tmp_path / "none", hold_out=HOLD_OUT)
 
 
 @pytest.mark.parametrize("name", ["Forster", "pydoc_data"])
@@ -143,14 +150,14 @@ def test_a_held_out_folder_may_not_be_named_itself(name: str, tmp_path: Path) ->
     (tmp_path / name).mkdir()
     (tmp_path / name / "a.txt").write_text("text")
     with pytest.raises(CorpusError, match=r"nothing to train on .*: 0 files.* 1 held out"):
-        text_files(tmp_path / name)
+        text_files(tmp_path / name, hold_out=HOLD_OUT)
 
 
 def test_a_copy_of_the_evaluation_text_is_known_by_its_content(tmp_path: Path) -> None:
     topics = Path(sysconfig.get_paths()["stdlib"]) / "pydoc_data" / "topics.py"
     (tmp_path / "innocent.py").write_bytes(topics.read_bytes())
     (tmp_path / "good.py").write_text("x = 1")
-    found = text_files(tmp_path)
+    found = text_files(tmp_path, hold_out=HOLD_OUT)
     assert [f.name for f in found] == ["good.py"]
     assert found.skipped == {"held out": 1}
 
@@ -160,15 +167,15 @@ def test_a_folder_inside_a_held_out_one_may_not_be_named_either(name: str, tmp_p
     (tmp_path / name).mkdir(parents=True)
     (tmp_path / name / "a.txt").write_text("text")
     with pytest.raises(CorpusError, match=r"nothing to train on .*: 0 files.* 1 held out"):
-        text_files(tmp_path / name)
+        text_files(tmp_path / name, hold_out=HOLD_OUT)
     link = tmp_path / "link"
     link.symlink_to(tmp_path / name)
     with pytest.raises(CorpusError, match=r"nothing to train on .*: 0 files.* 1 held out"):
-        text_files(link)
+        text_files(link, hold_out=HOLD_OUT)
     (tmp_path / "good").mkdir()
     (tmp_path / "good" / "b.txt").symlink_to(tmp_path / name / "a.txt")
     with pytest.raises(CorpusError, match=r"nothing to train on .*: 0 files.* 1 held out"):
-        text_files(tmp_path / "good")
+        text_files(tmp_path / "good", hold_out=HOLD_OUT)
 
 
 def reference() -> str:
@@ -199,7 +206,7 @@ def test_a_part_of_the_evaluation_text_is_known_in_a_disguise(
     text = DISGUISES[disguise](reference(), topics.read_text())
     (tmp_path / "mine.txt").write_bytes(text.encode())
     (tmp_path / "good.txt").write_text("Of my own. " * 1000)
-    found = text_files(tmp_path)
+    found = text_files(tmp_path, hold_out=HOLD_OUT)
     assert [f.name for f in found] == ["good.txt"]
     assert found.skipped == {"held out": 1}
 
@@ -214,9 +221,37 @@ def test_what_a_module_says_as_well_is_not_held_out(tmp_path: Path) -> None:
     own = [f.name for f in modules if "/" not in f.name]
     for name in own:
         (tmp_path / name).write_bytes((stdlib / name).read_bytes())
-    found = text_files(tmp_path)
+    found = text_files(tmp_path, hold_out=HOLD_OUT)
     assert sorted(f.name for f in found) == sorted(f.name for f in modules if f.name in own)
     assert found.skipped == {}
+
+
+def test_nothing_is_held_out_of_a_corpus_unless_it_is_asked_for(tmp_path: Path) -> None:
+    topics = Path(sysconfig.get_paths()["stdlib"]) / "pydoc_data" / "topics.py"
+    for name in ("forster/notes.md", "topics.md", "pydoc_data/own.txt", "Gissing.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    (tmp_path / "reference.py").write_bytes(topics.read_bytes())
+    found = text_files(tmp_path)
+    assert len(found) == 5
+    assert found.skipped == {}
+    assert found.held_out == ()
+    some = text_files(tmp_path, hold_out=HoldOut(patterns=("forster", "TOPICS.*")))
+    assert [f.name for f in some] == ["Gissing.txt", "pydoc_data/own.txt", "reference.py"]
+    assert some.held_out == ("forster/notes.md", "topics.md")
+    assert some.skipped == {"held out": 2}
+
+
+def test_a_text_of_ones_own_is_held_out_by_its_content(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    poem = " ".join(f"The {n}th of the thousand things that the author thought." for n in range(99))
+    (tmp_path / "poem.txt").write_text(poem)
+    (tmp_path / "texts" / "copy.txt").write_text("> " + poem.upper().replace(". ", ".\n> "))
+    (tmp_path / "texts" / "other.txt").write_text("Of my own. " * 1000)
+    found = text_files(tmp_path / "texts", hold_out=HoldOut(texts=(tmp_path / "poem.txt",)))
+    assert found.held_out == ("copy.txt",)
+    with pytest.raises(CorpusError, match=r"none has no text to hold out\. Name a file"):
+        text_files(tmp_path / "texts", hold_out=HoldOut(texts=(tmp_path / "none",)))
 
 
 def test_a_pipe_or_a_linked_folder_is_counted_and_not_read(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 
 from elastic_moe.errors import CorpusError
 from elastic_moe.train.text import prepare as data
-from elastic_moe.train.text.corpus import Docstring, SourceFile, text_files
+from elastic_moe.train.text.chats import Docstring
+from elastic_moe.train.text.corpus import SourceFile, text_files
 from elastic_moe.train.text.prepare import (
     Mixture,
     check_options,

@@ -96,7 +96,7 @@ def unpack(packed: Path, data: Path) -> None:
         if there != sent:
             raise CorpusError(
                 f"{data} holds text {there[:12]}, but {packed} another one, {sent[:12]}: a run "
-                f"goes on with the text that it was begun with. Name another --state, or pack the "
+                f"goes on with the text of its start. Name another --state, or pack the "
                 f"first text again."
             )
         return

@@ -443,40 +443,42 @@ class TrainConfig:
         self._refuse_beside("fixed", ("reduce", *SHARES), "nothing is drawn")
         self._refuse_beside("sandwich", ("full_share", "split"), every_step)
         self._refuse_beside("split", ("full_share",), every_step)
-        chances = self.reduce or {}
-        for share, axis in (("prefix_share", "depth"), ("per_layer_share", "top_k")):
-            if self._is_given(share) and chances.get(axis) == 0:
-                raise OptionError(
-                    f"leave out {flag(share)} where {flag_of_axis(axis)} is 0: no step reduces it."
-                )
+        self._refuse_share("prefix_share", "depth")
+        self._refuse_share("per_layer_share", "top_k")
+
+    def _refuse_share(self, share: str, axis: str) -> None:
+        if self._is_given(share) and (self.reduce or {}).get(axis) == 0:
+            raise OptionError(
+                f"leave out {flag(share)} where {flag_of_axis(axis)} is 0: no step reduces it."
+            )
 
     def _check_text(self) -> None:
-        if self.corpus is None:
-            of_texts = ("include", "hold_out", "hold_out_texts", "corpus_fraction", "with_library")
-            for name in of_texts:
-                if self._is_given(name):
-                    remedy = "Name one with --corpus DIR."
-                    if name == "with_library":
-                        remedy = "Leave it out: the library is read where no --corpus is given."
-                    raise OptionError(
-                        f"{flag(name)} is about a folder of texts, which is not read. {remedy}"
-                    )
-        elif not self.with_library:
-            for name in ("library_passes", "docstring_passes", "chat_fraction"):
-                if self._is_given(name):
-                    raise OptionError(
-                        f"{flag(name)} is about the Python library, which is not read. "
-                        f"Add --with-library."
-                    )
+        of_texts = ("include", "hold_out", "hold_out_texts", "corpus_fraction", "with_library")
+        of_library = ("library_passes", "docstring_passes", "chat_fraction")
+        if self.corpus is None and (given := self._given(of_texts)):
+            remedy = "Name one with --corpus DIR."
+            if given[0] == "with_library":
+                remedy = "Leave it out: the library is read where no --corpus is given."
+            raise OptionError(
+                f"{flag(given[0])} is about a folder of texts, which is not read. {remedy}"
+            )
+        if not self.reads_library and (given := self._given(of_library)):
+            raise OptionError(
+                f"{flag(given[0])} is about the Python library, which is not read. "
+                f"Add --with-library."
+            )
 
     def _refuse_beside(self, name: str, others: tuple[str, ...], why: str) -> None:
-        given = [other for other in others if self._is_given(other)]
+        given = self._given(others)
         if not self._is_given(name) or not given:
             return
         first = flag(given[0])
         if given[0] == "reduce":
             first = flag_of_axis(next(iter(self.reduce or {})))
         raise OptionError(f"leave out {first} where {flag(name)} is given: {why}.")
+
+    def _given(self, names: tuple[str, ...]) -> list[str]:
+        return [name for name in names if self._is_given(name)]
 
     def _is_given(self, name: str) -> bool:
         """Whether a field asks for anything; a split of 0 is what there is without one."""

@@ -53,7 +53,7 @@ _WRITTEN = (
     *(CONFIG, MANIFEST, TOKENIZER, "tokenizer_config.json", "generation_config.json"),
 )
 _IDS = {"bos_token_id": BOS, "pad_token_id": PAD}
-# Of tools it tells names, parameters' names and descriptions: whole schemas of a large application
+# Of tools it shows names, parameters' names and descriptions: whole schemas of a large application
 # would fill the context.
 CHAT_TEMPLATE = (
     "{%- if tools %}"
@@ -163,7 +163,7 @@ def trained_axes(
     """What a checkpoint may say that it was trained to give up: axes that were really reduced.
 
     An axis whose only value was the model's full one is left out. What the weights that a run
-    began with were trained for counts where this run reduced the same axis, and so kept it up.
+    started with were trained for counts where this run reduced the same axis, and so kept it up.
     """
     shape = config.shape
     full = {
@@ -184,7 +184,7 @@ def trained_axes(
 def _config_json(
     run: Path, config: ModelConfig, elastic: ElasticBlock, ids: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """config.json: of the run's own, where it was begun with one, else of its sizes.
+    """config.json: of the run's own, where it was started with one, else of its sizes.
 
     Raises:
         TrainingError: the run's is of another model than its state.
@@ -254,7 +254,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
 
 
 def keep_parent(run: Path, checkpoint: Path) -> bool:
-    """Copy a checkpoint's manifest into the folder of a run; False if none tells of a training.
+    """Copy a checkpoint's manifest into the folder of a run; False if it has none of a training.
 
     The manifest that the run's export writes holds it as "before", so that every file and every
     step that led to the weights stays on record.
@@ -284,7 +284,7 @@ def read_parent(run: Path) -> dict[str, Any] | None:
         return dict(manifest)
     raise TrainingError(
         f"{path} is no manifest of a checkpoint: it must hold 'corpus' and 'training'. Copy "
-        f"{MANIFEST} of the checkpoint that the run began with there again."
+        f"{MANIFEST} of the checkpoint that the run started with there again."
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run did, told from its plan: draws per axis value, tokens, operations.
+"""The ledger of a run, computed from its plan: draws per axis value, tokens, operations.
 
 Every draw is a function of (seed, step), so the ledger needs no log.
 """

@@ -1,4 +1,4 @@
-"""Which model a run trains: a shape from sizes, a config.json, or a checkpoint to go on from."""
+"""Which model a run trains: a shape from sizes, a config.json, or a checkpoint to start from."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ ELASTIC_MINI = ModelConfig(
     elastic=ElasticBlock(width_granules=8),
 )
 
-DEFAULT_MODEL = (
-    "small"  # elastic-mini with a quarter of its layers: minutes on a CPU suffice for it
-)
+DEFAULT_MODEL = "small"  # a quarter of elastic-mini's layers: minutes on a CPU suffice
 MODELS = {DEFAULT_MODEL: replace(ELASTIC_MINI, num_layers=12), "elastic-mini": ELASTIC_MINI}
 # Sizes that a user may set: name -> field of `ModelConfig`.
 SIZES = {

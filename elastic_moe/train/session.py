@@ -102,7 +102,7 @@ def run(
 
     Args:
         report: gets an `Event` now and then; `str(event)` is a line about it.
-        started: `time.monotonic()` at which the time box began; None for now.
+        started: `time.monotonic()` of the start of the time box; None for now.
         report_seconds: between two events about steps.
 
     Raises:

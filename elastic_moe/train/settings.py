@@ -230,7 +230,7 @@ def _stages(config: TrainConfig, model: Model) -> tuple[Stage, ...] | None:
         return TrainingPlan.from_json(json.loads(path.read_text(encoding="utf-8"))).stages
     except (ValueError, TrainingError) as error:
         raise OptionError(
-            f"{path} is torn ({error}). It says how long the run is: begin another one in another "
+            f"{path} is torn ({error}). It says how long the run is: start another one in another "
             f"folder with --out."
         ) from None
 

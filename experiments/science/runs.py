@@ -112,7 +112,7 @@ def choose(only: str | None) -> list[Run]:
 
 
 def check_text(data: Path, folder: Path) -> None:
-    """Refuse to go on with a run on other text than it was begun with.
+    """Refuse to go on with a run on other text than it was started with.
 
     Raises:
         TrainingError: names both.
@@ -122,8 +122,8 @@ def check_text(data: Path, folder: Path) -> None:
     theirs, ours = (read_manifest(at)[0]["stream_sha256"] for at in (folder / "data", data))
     if theirs != ours:
         raise TrainingError(
-            f"{folder} was begun on other text: its stream_sha256 is {theirs}, that of {data} is "
-            f"{ours}. Name the data that it was begun with, or another --out."
+            f"{folder} was started on other text: its stream_sha256 is {theirs}, that of {data} is "
+            f"{ours}. Name the data that it was started with, or another --out."
         )
 
 
@@ -151,7 +151,7 @@ def is_finished(folder: Path, plan: TrainingPlan) -> bool:
         if had.get(field) != wanted.get(field):
             raise TrainingError(
                 f"{folder} was finished with another plan: {field} = {had.get(field)!r}, got "
-                f"{wanted.get(field)!r}. Repeat the options that began it, or name another --out."
+                f"{wanted.get(field)!r}. Repeat the options that started it, or name another --out."
             )
     return True
 
@@ -163,7 +163,7 @@ class Progress:
     Attributes:
         state: 'finished', 'begun' or 'waiting'.
         steps: that its saved state has; those after it are run again.
-        total: of the plan that it was begun with; None before that.
+        total: of the plan that it was started with; None before that.
         loss: mean of the last steps of the log, whatever sub-networks they ran; of split steps, the
             full network's.
         seconds: that all logged steps took.

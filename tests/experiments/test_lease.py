@@ -70,7 +70,7 @@ def test_text_that_was_damaged_on_the_way_is_refused(data: Path, tmp_path: Path)
             lease.unpack(tmp_path / "lease", tmp_path / "there")
 
 
-def test_another_text_than_the_run_was_begun_with_is_refused(data: Path, tmp_path: Path) -> None:
+def test_another_text_than_the_run_was_started_with_is_refused(data: Path, tmp_path: Path) -> None:
     lease.pack(data, tmp_path / "lease")
     lease.unpack(tmp_path / "lease", tmp_path / "there")
     lease.unpack(tmp_path / "lease", tmp_path / "there")
@@ -78,7 +78,7 @@ def test_another_text_than_the_run_was_begun_with_is_refused(data: Path, tmp_pat
     (tmp_path / "shorter").mkdir()
     prepare(other, library(tmp_path / "shorter", 100), [], Mixture(), vocab_size=400)
     lease.pack(other, tmp_path / "lease")
-    with pytest.raises(CorpusError, match="a run goes on with the text that it was begun with"):
+    with pytest.raises(CorpusError, match="a run goes on with the text of its start"):
         lease.unpack(tmp_path / "lease", tmp_path / "there")
 
 

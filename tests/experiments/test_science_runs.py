@@ -236,7 +236,7 @@ def test_a_run_goes_on_with_its_own_text_alone(
     prepare(other, library(tmp_path / "more", 299), [], Mixture(), vocab_size=300)
     before = (out / "elastic-0" / "data" / "manifest.json").read_bytes()
     assert train.main(command(other, out, "--only=elastic-0")) == 1
-    assert "elastic-0 was begun on other text: its stream_sha256" in capsys.readouterr().err
+    assert "elastic-0 was started on other text: its stream_sha256" in capsys.readouterr().err
     assert (out / "elastic-0" / "data" / "manifest.json").read_bytes() == before
 
 

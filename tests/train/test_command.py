@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -350,8 +351,11 @@ def test_a_run_that_is_there_refuses_other_options_by_their_names(
         (["--seed", 1], "--seed: the run in"),
         (["--corpus", root / "novels"], "--with-library: the run in"),
         (["--corpus", root / "novels", "--with-library"], "--corpus-fraction: the run in"),
-        (["--chat-fraction", 0.1], "was begun with 0.05, got 0.1. Repeat the command"),
-        (["--stages", "6x4x1x128"], f"--stages: the run in {root / 'run'} was begun with {STAGES}"),
+        (["--chat-fraction", 0.1], "was started with 0.05, got 0.1. Repeat the command"),
+        (
+            ["--stages", "6x4x1x128"],
+            f"--stages: the run in {root / 'run'} was started with {STAGES}",
+        ),
         (["--lr-scale", 0.5], "--lr-scale: the run in"),
         (["--layers", 7], "--layers: the run in"),
         (["--sandwich"], "--sandwich: the run in"),
@@ -396,7 +400,10 @@ def test_held_out_texts_are_listed_in_the_manifest_and_asked_for_again(
     assert train(root, *texts, *held_out[2:]) == 2
     assert error(capsys).startswith("--hold-out: ")
     assert train(root, *texts, *held_out[:2]) == 2
-    assert "was prepared with own.txt, got nothing" in error(capsys)
+    assert re.search(r"was prepared with own\.txt [0-9a-f]{8}, got nothing", error(capsys))
+    (root / "own.txt").write_text("The other text. " * 90)
+    assert train(root, *texts, *held_out) == 2
+    assert error(capsys).startswith("--hold-out-text: ")
 
 
 def test_a_run_of_a_version_that_held_out_some_texts_unasked_is_resumed(
@@ -484,7 +491,7 @@ def test_a_config_json_of_another_family_is_trained_and_exported_as_it_is(
     capsys.readouterr()
     assert train(root, *options, length=("--tokens", 1024), model=()) == 2
     assert error(capsys).startswith(
-        f"--config: the run in {root / 'run'} was begun with ernie4_5_moe"
+        f"--config: the run in {root / 'run'} was started with ernie4_5_moe"
     )
     path.write_text(json.dumps({**ERNIE, "tie_word_embeddings": False}))
     assert main(["--out", str(root / "other"), "--config", str(path)]) == 2

@@ -34,13 +34,15 @@ def refusal(config: ModelConfig, device: torch.device, dtype: str) -> str | None
         return f"they compute in float32, and dtype is {dtype}"
     if not native.levels():
         return native.missing()
-    for what, there in (
-        ("dense layers", bool(config.dense_layers)),
-        ("shared experts", bool(config.shared_hidden)),
-        ("norms over all heads", config.qk_norm == "all"),
-    ):
-        if there:
-            return f"they have no {what}, and this architecture has"
+    missing = ""
+    if config.dense_layers:
+        missing = "dense layers"
+    elif config.shared_hidden:
+        missing = "shared experts"
+    elif config.qk_norm == "all":
+        missing = "norms over all heads"
+    if missing:
+        return f"they have no {missing}, and this architecture has"
     return training.refusal(config.hidden_size, config.head_dim, config.expert_hidden)
 
 

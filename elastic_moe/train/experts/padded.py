@@ -119,8 +119,8 @@ def run_experts_padded(
     E = experts.gate_proj.shape[0]
     bins = topk_ids.flatten().long() + 1
     counts = bins.new_zeros(E + 1).scatter_add_(0, bins, torch.ones_like(bins))[1:]  # (E,)
-    told = torch.stack((counts.max(), topk_ids.max(), channels.min(), channels.max()))
-    most, last, c, widest = told.tolist()
+    extremes = torch.stack((counts.max(), topk_ids.max(), channels.min(), channels.max()))
+    most, last, c, widest = extremes.tolist()
     if c != widest:
         raise TrainingError("padded experts need one width for the whole batch.")
     used = last + 1  # a pool is the first experts: the others get no places

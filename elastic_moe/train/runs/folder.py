@@ -39,7 +39,7 @@ def has_started(folder: Path) -> bool:
 def check_folder(folder: Path) -> None:
     """Refuse a folder that holds something else than a run, which training would write over.
 
-    A run that was stopped while its text was prepared may go on.
+    A run that was stopped while its text was prepared may be resumed.
 
     Raises:
         OptionError: it does, or is no folder.
@@ -57,7 +57,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _is_leftover(path: Path) -> bool:
-    """Whether a run that was stopped before it began may have left it."""
+    """Whether a run that was stopped before its first step may have left it."""
     if path.name == "data" and path.is_dir():
         return all(p.name in (TOKENIZER, TOKENS) or _is_half(p) for p in path.iterdir())
     return path.name == LOCK or _is_half(path)
@@ -75,7 +75,7 @@ def check_config(folder: Path, raw: Mapping[str, Any] | None, option: str) -> No
         option: that it came from.
 
     Raises:
-        OptionError: the run was begun with another one, or without one, or with one that is not
+        OptionError: the run was started with another one, or without one, or with one that is not
             given now.
     """
     path = folder / CONFIG
@@ -83,14 +83,16 @@ def check_config(folder: Path, raw: Mapping[str, Any] | None, option: str) -> No
     wanted = None if raw is None else json.loads(json.dumps(raw))
     if there == wanted or (there is None and not has_started(folder)):
         return
-    remedy = "Repeat the command that began it, or begin another one in another folder with --out."
+    remedy = (
+        "Repeat the command that started it, or start another one in another folder with --out."
+    )
     if raw is None:
         raise OptionError(
             f"{option}: {path} says what the run in {folder} trains, got none. {remedy} If it was "
-            f"begun without {option}, delete that file."
+            f"started without {option}, delete that file."
         )
     how = "without one" if there is None else f"with another configuration ({path})"
-    raise OptionError(f"{option}: the run in {folder} was begun {how}. {remedy}")
+    raise OptionError(f"{option}: the run in {folder} was started {how}. {remedy}")
 
 
 def to_record(
@@ -150,7 +152,7 @@ def _config_name(raw: Mapping[str, Any]) -> str:
 
 
 def check_recorded(folder: Path, now: Mapping[str, Any]) -> None:
-    """Refuse options that the run of a folder was not begun with.
+    """Refuse options that the run of a folder was not started with.
 
     Raises:
         OptionError: names the first that differs, with both values.
@@ -159,22 +161,23 @@ def check_recorded(folder: Path, now: Mapping[str, Any]) -> None:
     if not path.is_file():
         return
     try:
-        begun = json.loads(path.read_text(encoding="utf-8"))
-        names = dict.fromkeys([*now, *begun])
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        names = dict.fromkeys([*now, *recorded])
     except (ValueError, TypeError) as error:
         raise OptionError(
             f"{path} is torn: {error}. Delete it, and only what the state says is compared."
         ) from None
     for name in names:
-        if name in _LATER and name not in begun:  # an earlier version began the run
+        if name in _LATER and name not in recorded:  # an earlier version started the run
             continue
-        before, value = begun.get(name), now.get(name)
+        before, value = recorded.get(name), now.get(name)
         if name == "from" and value is not None and before == str(Path(value).resolve()):
             continue  # a path that is gone cannot be told from an id
         if before != value:
             raise OptionError(
-                f"{flag(name)}: the run in {folder} was begun {_begun(before)}, got {_got(value)}. "
-                f"Repeat the command that began it, or begin another one in "
+                f"{flag(name)}: the run in {folder} was started {_started(before)}, "
+                f"got {_got(value)}. "
+                f"Repeat the command that started it, or start another one in "
                 f"another folder with --out."
             )
 
@@ -185,7 +188,7 @@ def write_record(folder: Path, now: Mapping[str, Any]) -> None:
         write_text(folder / OPTIONS, json.dumps(now, indent=1) + "\n")
 
 
-def _begun(value: Any) -> str:
+def _started(value: Any) -> str:
     if value is None or value is False:
         return "without it"
     return "with it" if value is True else f"with {value}"

@@ -48,7 +48,7 @@ def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
         if wrong:
             raise TrainingError(
                 f"{path}, line {number}: {wrong}. Restore the file, or delete it: the state does "
-                f"not need it, and only what it tells of times and losses is lost."
+                f"not need it, and only times and losses of past steps are lost."
             )
         found.append((line, record))
     return found

@@ -1,4 +1,4 @@
-"""Events of a run, for whoever prints a line or draws a bar: steps, notices, the end."""
+"""Events of a run, for printed lines and progress bars: steps, notices, the end."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class StateSaved:
 
 @dataclass(frozen=True, slots=True)
 class NextCommand:
-    """How to go on once the loop has ended."""
+    """The command that comes next, once the loop has ended."""
 
     text: str
 

@@ -1,7 +1,7 @@
 """How many steps fit into a given time: a few are timed, on a trainer that is thrown away.
 
 The number is fixed before the first step, so that the rates decay as the plan says and the run ends
-by itself. Should the machine become slower, the run stops at its time and the same command goes on.
+by itself. Should the machine become slower, the run stops at its time; the same command resumes it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _LEAST_TIMED = 3
 _BESIDE = ".timing-"
 _OVERHEAD = 0.25  # of a step's time at the full network: what no smaller sub-network saves
 _DRAWS = 200
-_RECENT = 8  # steps, whose longest tells how long the next may take
-_END_SECONDS = 3.0  # checkpoint, log and picture of a small model
+_RECENT = 8  # steps, the longest is the estimate of the next
+_END_SECONDS = 3.0  # checkpoint, log and picture of a model of few parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +79,20 @@ def measure_pace(
         split=0.0,
     )
     trainer = make_trainer(whole)
-    began = time.monotonic()
+    started = time.monotonic()
     times: list[float] = []
     while len(times) < _TIMED_STEPS:
-        step_began = time.monotonic()
+        step_started = time.monotonic()
         trainer.train_step()
-        times.append(time.monotonic() - step_began)
-        if len(times) >= _LEAST_TIMED and time.monotonic() - began > seconds * _TIMED_SHARE:
+        times.append(time.monotonic() - step_started)
+        if len(times) >= _LEAST_TIMED and time.monotonic() - started > seconds * _TIMED_SHARE:
             break
     for half in folder.glob(f"{_BESIDE}*"):  # what a kill left of an earlier one
         shutil.rmtree(half, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=_BESIDE, dir=folder) as beside:
-        save_began = time.monotonic()
+        save_started = time.monotonic()
         trainer.save(Path(beside) / "state")
-        save_seconds = time.monotonic() - save_began
+        save_seconds = time.monotonic() - save_started
     return Pace(statistics.median(times[1:]), save_seconds)  # the first one warms up
 
 
@@ -119,7 +119,7 @@ def fit_steps(
 def mean_cost(plan: TrainingPlan, shape: ModelShape) -> float:
     """Of a step, in steps of the full network: by operations, with an overhead that stays.
 
-    The plan's first stage tells, for some steps that it would draw.
+    An estimate from draws of the plan's first stage.
     """
     stage = plan.stages[0]
     longer = replace(plan, stages=(Stage(_DRAWS, stage.layers, stage.pieces, stage.length),))
@@ -166,7 +166,7 @@ class StepPace:
         return max(self.recent) * self._work(step) if self.recent else self.first_seconds
 
     def fits(self, step: int, deadline: float) -> bool:
-        """Whether a step may be begun, and done before a time of the monotonic clock."""
+        """Whether a step may start, and be done before a time of the monotonic clock."""
         now = time.monotonic()
         return now < deadline and now + self.expected(step) <= deadline
 

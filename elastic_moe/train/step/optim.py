@@ -31,7 +31,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, matrix by matrix.
 
     Parameters may be matrices or stacks of matrices. Matrices of one shape are worked on together,
-    whichever parameters they belong to: one by one, small ones cost mostly calls.
+    whichever parameters they belong to: one by one, the calls would cost more than the products.
 
     A parameter without a gradient in this step (of a layer that did not run) keeps its value and
     its momentum. Parts of one that has a gradient (experts outside the pool or that no token chose,

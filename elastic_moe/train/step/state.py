@@ -1,4 +1,4 @@
-"""Saving and resuming a training run: one safetensors file, and what the run was begun with."""
+"""Saving and resuming a training run: a safetensors file with its plan, model and data."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def load_state(
     except (SafetensorError, OSError) as error:
         raise TrainingError(
             f"{path} cannot be read: {error}. Put a whole copy in its place. Without it, the same "
-            f"command begins at step 0."
+            f"command starts at step 0."
         ) from None
     return {name: torch.as_tensor(t) for name, t in tensors.items()}, progress
 
@@ -102,13 +102,13 @@ def check_same_run(
             if saved.get(field) != fields.get(field):
                 raise TrainingError(
                     f"{path} was trained with another {part}: {field} = {saved.get(field)!r}, "
-                    f"got {fields.get(field)!r}. Repeat the command that began the run, or begin "
+                    f"got {fields.get(field)!r}. Repeat the command that started the run, or start "
                     f"another one in another folder."
                 )
 
 
 def check_parent(path: Path, progress: Mapping[str, Any], parent: str | None) -> None:
-    """Compare the weights that a state's run began with (None: random ones) with those wanted now.
+    """Compare the first weights of a state's run (None: random ones) with those wanted now.
 
     Raises:
         TrainingError: they differ.
@@ -116,8 +116,8 @@ def check_parent(path: Path, progress: Mapping[str, Any], parent: str | None) ->
     if progress["parent"] != parent:
         saved, wanted = ("random weights" if p is None else p for p in (progress["parent"], parent))
         raise TrainingError(
-            f"{path} began with {saved}, not with {wanted}. Repeat the command that began the run, "
-            f"or begin another one in another folder."
+            f"{path} started with {saved}, not with {wanted}. Repeat the command that started it, "
+            f"or start another one in another folder."
         )
 
 

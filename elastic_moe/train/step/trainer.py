@@ -58,10 +58,10 @@ class Trainer:
     """A model, its optimisers and its place in the plan.
 
     Attributes:
-        device: where all tensors live; a run may go on on another.
+        device: where all tensors live; a run may resume on another.
         backend: "cpu" where steps run on the C++ kernels, "reference" for PyTorch; "auto" takes the
             former where it can. Their results differ in the last bits.
-        parent: what the weights were that the run began with, in the words of who called `adopt`;
+        parent: a name of the weights that the run started with, as given to `adopt`;
             None for random ones.
 
     Raises:

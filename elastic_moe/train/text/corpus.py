@@ -23,7 +23,7 @@ from typing import Any, overload
 from elastic_moe.errors import CorpusError
 
 LIBRARY, TEXTS = "library", "texts"  # the kinds of files; manifests before had "novels" for texts
-# Folders of the library; and what begins with "test".
+# Folders of the library; those named test* as well.
 LEFT_OUT_OF_LIBRARY = ("pydoc_data", "idlelib", "site-packages", "dist-packages", "encodings")
 _HEAD_BYTES = 8192
 # Content is compared by windows: 50 letters and digits from each 'th' on, so that case, line ends,
@@ -265,8 +265,8 @@ def _visible(root: Path, skipped: Counter[str], leave_out: Path | None) -> Itera
 
 def _is_run(folder: Path, own: Path | None) -> bool:
     """Whether a folder holds a training: logs, configurations and token ids are no texts."""
-    began = all((folder / name).is_file() for name in ("plan.json", "log.jsonl"))
-    return began or (own is not None and folder.resolve() == own.resolve())
+    started = all((folder / name).is_file() for name in ("plan.json", "log.jsonl"))
+    return started or (own is not None and folder.resolve() == own.resolve())
 
 
 def _list_files(

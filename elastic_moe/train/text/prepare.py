@@ -234,58 +234,60 @@ def check_options(
 
     Args:
         library: whether the Python library is read.
-        files: texts besides it.
+        files: texts besides it; of a `Listing`, its hold-out is compared as well.
         vocab_size: of the model.
 
     Raises:
         CorpusError: names the option, what the folder has and what was asked for.
     """
-    own = "one trained on the text"
-    had = {f["name"]: f["sha256"] for f in manifest["files"] if f["corpus"] != LIBRARY}
-    got = {f.name: f.sha256 for f in files}
-    held_out = manifest.get("held_out")
-    if held_out is None:  # an earlier version, which held out some files unasked and listed none
-        got = {name: sha256 for name, sha256 in got.items() if name in had}
-    changed = sorted(name for name in had | got if had.get(name) != got.get(name))
-    first = f" (the first that differs: {changed[0]})" if changed else ""
-    same_tokenizer = manifest["tokenizer_given"] == (tokenizer is not None) and (
-        tokenizer is None or manifest["tokenizer_sha256"] == tokenizer_sha256(tokenizer)
-    )
+
+    def compare(option: str, was: Any, now: Any) -> None:
+        if was != now:
+            raise _changed(folder, option, was, now)
+
+    compare("--seed", manifest["seed"], seed)
     had_library = any(f["corpus"] == LIBRARY for f in manifest["files"])
-    has = {True: "the Python library", False: "no Python library"}
-    options = [
-        ("--seed", seed == manifest["seed"], str(manifest["seed"]), str(seed)),
-        ("--with-library", library == had_library, has[had_library], has[library]),
-        ("--corpus", not changed, f"{len(had)} texts", f"{len(got)} texts{first}"),
-        (
-            "--tokenizer",
-            same_tokenizer,
-            "a given one" if manifest["tokenizer_given"] else own,
-            "another one" if tokenizer is not None else own,
-        ),
-    ]
+    words = {True: "the Python library", False: "no Python library"}
+    compare("--with-library", words[had_library], words[library])
+    held_out = manifest.get("held_out")
     if held_out is not None and isinstance(files, Listing):
         asked = _held_out(files)
-        for key, option in (("patterns", "--hold-out"), ("texts", "--hold-out-text")):
-            same = held_out[key] == asked[key]
-            options.insert(2, (option, same, _names(held_out[key]), _names(asked[key])))
+        compare("--hold-out", _names(held_out["patterns"]), _names(asked["patterns"]))
+        compare("--hold-out-text", _names(held_out["texts"]), _names(asked["texts"]))
+    _check_files(folder, manifest, files)
+    given, own = manifest["tokenizer_given"], "one trained on the text"
+    if given != (tokenizer is not None) or (
+        tokenizer is not None and manifest["tokenizer_sha256"] != tokenizer_sha256(tokenizer)
+    ):
+        now = own if tokenizer is None else "another one"
+        raise _changed(folder, "--tokenizer", "a given one" if given else own, now)
     if "vocab_size" in manifest:  # which earlier versions did not write
-        had_size = manifest["vocab_size"]
-        options.append(("--vocab-size", vocab_size == had_size, str(had_size), str(vocab_size)))
+        compare("--vocab-size", manifest["vocab_size"], vocab_size)
     mixed = manifest.get("mixture", {})
     mixed = {"text_fraction": mixed.get("novel_fraction"), **mixed}  # its name before
     for field, option in MIXTURE_OPTIONS.items():
         read = files if field == "text_fraction" else library
-        share, share_now = mixed.get(field), getattr(mixture, field)
-        if read and share is not None:
-            options.append((option, share == share_now, str(share), str(share_now)))
-    for option, same, was, is_now in options:
-        if not same:
-            restore = "Restore the texts and repeat" if option == "--corpus" else "Repeat"
-            raise CorpusError(
-                f"{option}: {folder} was prepared with {was}, got {is_now}. "
-                f"{restore} the command that began the run, or name another folder with --out."
-            )
+        if read and mixed.get(field) is not None:
+            compare(option, mixed[field], getattr(mixture, field))
+
+
+def _check_files(folder: Path, manifest: Mapping[str, Any], files: Sequence[SourceFile]) -> None:
+    had = {f["name"]: f["sha256"] for f in manifest["files"] if f["corpus"] != LIBRARY}
+    got = {f.name: f.sha256 for f in files}
+    if "held_out" not in manifest:  # an earlier version, which held out some files unasked
+        got = {name: sha256 for name, sha256 in got.items() if name in had}
+    changed = sorted(name for name in had | got if had.get(name) != got.get(name))
+    if changed:
+        now = f"{len(got)} texts (the first that differs: {changed[0]})"
+        remedy = "Restore the texts and repeat"
+        raise _changed(folder, "--corpus", f"{len(had)} texts", now, remedy)
+
+
+def _changed(folder: Path, option: str, was: Any, now: Any, remedy: str = "Repeat") -> CorpusError:
+    return CorpusError(
+        f"{option}: {folder} was prepared with {was}, got {now}. "
+        f"{remedy} the command that started the run, or name another folder with --out."
+    )
 
 
 def _held_out(files: Sequence[SourceFile]) -> dict[str, Any]:
@@ -296,8 +298,9 @@ def _held_out(files: Sequence[SourceFile]) -> dict[str, Any]:
 
 
 def _names(held_out: Sequence[Any]) -> str:
-    """Of patterns, or of texts."""
-    return ", ".join(x if isinstance(x, str) else x["name"] for x in held_out) or "nothing"
+    """Of patterns, or of texts with the beginning of their sums."""
+    names = (x if isinstance(x, str) else f"{x['name']} {x['sha256'][:8]}" for x in held_out)
+    return ", ".join(names) or "nothing"
 
 
 def open_stream(folder: Path, seed: int) -> TokenStream:

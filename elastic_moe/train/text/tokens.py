@@ -102,7 +102,7 @@ class TokenStream:
     than a piece are its consecutive parts. Every sequence starts with BOS, then predicts
     its own tokens: inputs are BOS, t0 .. t(n-2), targets t0 .. t(n-1).
 
-    `source` tells what the tokens are, such as the sha256 of their manifest: a run that is resumed
+    `source` identifies the tokens, such as the sha256 of their manifest: a run that is resumed
     must read the same.
     """
 

@@ -170,9 +170,9 @@ def test_steps_whose_bits_depend_on_the_threads_say_when_those_are_others(
 
 def test_a_run_that_goes_on_with_other_kernels_says_so(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
-    begun = Trainer(NATIVE, PLAN, stream(), backend="cpu")
-    begun.train_step()
-    begun.save(path)
+    earlier = Trainer(NATIVE, PLAN, stream(), backend="cpu")
+    earlier.train_step()
+    earlier.save(path)
     assert Trainer(NATIVE, PLAN, stream(), backend="cpu").load(path) is None
     note = Trainer(NATIVE, PLAN, stream(), backend="reference").load(path)
     assert note is not None

@@ -47,7 +47,7 @@ def test_a_configuration_that_is_refused_leaves_no_trace(
     before = contents(root / "run")
     refused = ("--config", olmoe(root))
     assert train(root, *refused, length=SHORT, model=()) == 2
-    told = f"--config: the run in {root / 'run'} was begun without"
+    told = f"--config: the run in {root / 'run'} was started without"
     assert error(capsys).startswith(f"{told} it, got olmoe sha256:")
     (root / "run" / "options.json").unlink()  # what the state says is still compared
     assert train(root, *refused, length=SHORT, model=()) == 2
@@ -71,18 +71,18 @@ def test_a_configuration_is_asked_for_again(root: Path, capsys: pytest.CaptureFi
     again = ("--config", root / "olmoe.json")
     assert train(root, *again, "--minutes", 0, length=SHORT, model=()) == 0
     assert train(root, length=SHORT) == 2  # of equal sizes
-    assert f"was begun with {recorded}, got none" in error(capsys)
+    assert f"was started with {recorded}, got none" in error(capsys)
     assert train(root, "--config", olmoe(root, rms_norm_eps=1e-4), length=SHORT, model=()) == 2
-    assert f"was begun with {recorded}, got olmoe sha256:" in error(capsys)
+    assert f"was started with {recorded}, got olmoe sha256:" in error(capsys)
     (root / "run" / "options.json").unlink()
     assert train(root, length=SHORT) == 2
     assert "config.json says what the run in" in error(capsys)
     assert train(root, "--config", olmoe(root, rms_norm_eps=1e-4), length=SHORT, model=()) == 2
-    assert "was begun with another configuration" in error(capsys)
+    assert "was started with another configuration" in error(capsys)
     assert train(root, "--config", olmoe(root), length=SHORT, model=()) == 0
 
 
-def test_a_run_that_an_earlier_version_began_goes_on(root: Path) -> None:
+def test_a_run_that_an_earlier_version_started_resumes(root: Path) -> None:
     assert train(root, "--config", olmoe(root), "--minutes", 0, length=SHORT, model=()) == 0
     path = root / "run" / "options.json"
     options = json.loads(path.read_text())
@@ -102,13 +102,13 @@ def test_a_run_of_minutes_does_not_go_on_as_one_of_tokens(
     assert told("--minutes", 0) is True
     capsys.readouterr()
     assert train(root, length=SHORT) == 2
-    assert "was begun without it, got 1024. Repeat" in error(capsys)
+    assert "was started without it, got 1024. Repeat" in error(capsys)
     shutil.rmtree(root / "run")
     assert train(root, "--sandwich", "--minutes", 0, length=SHORT) == 0
     assert train(root, length=SHORT) == 2
     said = error(capsys)
     assert "--sandwich: " in said
-    assert "begun with it, got none" in said
+    assert "started with it, got none" in said
     shutil.rmtree(root / "run")
     assert told("--minutes", 0, "--tokens", 1024) is False
 

@@ -102,16 +102,16 @@ def test_what_a_kill_left_of_files_is_cleared_away(tmp_path: Path) -> None:
     assert all(path.exists() for path in kept)
 
 
-def test_a_run_resumes_with_the_weights_that_it_began_with_only(tmp_path: Path) -> None:
+def test_a_run_resumes_with_the_weights_that_it_started_with_only(tmp_path: Path) -> None:
     weights = parameters(trainer(replace(PLAN, seed=5)))
-    begun = trainer()
-    begun.adopt(weights, parent="good")
-    run_steps(begun, tmp_path, max_seconds=0)
+    earlier = trainer()
+    earlier.adopt(weights, parent="good")
+    run_steps(earlier, tmp_path, max_seconds=0)
     for wrong, message in ((None, "not with random weights"), ("bad", "not with bad")):
         it = trainer()
         if wrong is not None:
             it.adopt(weights, parent=wrong)
-        with pytest.raises(TrainingError, match=f"began with good, {message}"):
+        with pytest.raises(TrainingError, match=f"started with good, {message}"):
             run_steps(it, tmp_path)
     right = trainer()
     right.adopt(weights, parent="good")
@@ -120,7 +120,7 @@ def test_a_run_resumes_with_the_weights_that_it_began_with_only(tmp_path: Path) 
     run_steps(trainer(), tmp_path / "random", max_seconds=0)
     other = trainer()
     other.adopt(weights, parent="good")
-    with pytest.raises(TrainingError, match="began with random weights, not with good"):
+    with pytest.raises(TrainingError, match="started with random weights, not with good"):
         run_steps(other, tmp_path / "random")
 
 
@@ -158,10 +158,10 @@ def test_a_run_resumes_with_its_own_plan_model_and_data_only(
 
 def test_how_often_states_are_saved_may_change(tmp_path: Path) -> None:
     run_steps(trainer(), tmp_path, max_seconds=0)
-    begun_with = (tmp_path / "plan.json").read_bytes()
+    first_plan = (tmp_path / "plan.json").read_bytes()
     run_steps(trainer(replace(PLAN, save_every_steps=5)), tmp_path)
     assert load_state(tmp_path / STATE)[1]["step"] == 14
-    assert (tmp_path / "plan.json").read_bytes() == begun_with
+    assert (tmp_path / "plan.json").read_bytes() == first_plan
 
 
 def test_the_plan_of_a_state_replays_to_what_was_done(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_a_torn_state_is_refused_in_words_and_left_as_it_is(share: float, tmp_pa
     with pytest.raises(TrainingError) as caught:
         run_steps(trainer(), folder)
     assert str(caught.value).startswith(f"{state} cannot be read: ")
-    assert "Put a whole copy in its place. Without it, the same command begins" in str(caught.value)
+    assert "Put a whole copy in its place. Without it, the same command starts" in str(caught.value)
     assert state.read_bytes() == torn
     state.unlink()
     run_steps(trainer(), folder, max_seconds=0)

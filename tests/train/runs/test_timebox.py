@@ -80,7 +80,7 @@ def test_a_torn_plan_is_told_by_its_file(
     capsys.readouterr()
     assert train(root, length=("--minutes", 1)) == 2
     message = error(capsys)
-    assert re.search(r"plan\.json is torn \(.+\)\. It says how long the run is: begin", message)
+    assert re.search(r"plan\.json is torn \(.+\)\. It says how long the run is: start", message)
 
 
 def test_a_time_box_takes_steps_that_are_split_where_they_have_two_sequences(

@@ -130,9 +130,9 @@ def test_every_step_reads_the_pieces_after_those_of_the_step_before(tmp_path: Pa
         return asked
 
     told: list[int] = []
-    begun, resumed = trainer(plan), trainer(plan)
-    assert pieces(begun, 3) == [(0, 2, 128), (2, 2, 128), (4, 1, 256)]
-    begun.save(tmp_path / "state.safetensors")
+    earlier, resumed = trainer(plan), trainer(plan)
+    assert pieces(earlier, 3) == [(0, 2, 128), (2, 2, 128), (4, 1, 256)]
+    earlier.save(tmp_path / "state.safetensors")
     resumed.load(tmp_path / "state.safetensors")
     assert pieces(resumed, 1) == [(5, 1, 256)]
     assert told == [1024, 2048, 2560, 3072]  # a piece has 512

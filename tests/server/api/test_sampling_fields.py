@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from elastic_moe import SamplingParams
-from elastic_moe.engine import Engine
+from elastic_moe.engine.input_processor import InputProcessor
 from elastic_moe.protocol import ChatRequest, CompletionRequest
 from elastic_moe.server.api.sampling import sampling_params
 from tests.server.conftest import Running
@@ -80,13 +80,15 @@ def test_endpoints_hand_all_of_it_to_the_engine(
     served: Running, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     seen: list[SamplingParams] = []
-    make = Engine._make
+    make = InputProcessor._request
 
-    def watched(engine: Engine, prompt: Any, routing: Any, sampling: Any, sink: Any) -> Any:
+    def watched(
+        inputs: InputProcessor, prompt: Any, routing: Any, sampling: Any, *rest: Any
+    ) -> Any:
         seen.append(sampling)
-        return make(engine, prompt, routing, sampling, sink)
+        return make(inputs, prompt, routing, sampling, *rest)
 
-    monkeypatch.setattr(Engine, "_make", watched)
+    monkeypatch.setattr(InputProcessor, "_request", watched)
     chat = "chat" in path
     own = CHAT if chat else TEXT
     told = {"logprobs": True, "top_logprobs": 2} if chat else {"logprobs": 2}

@@ -82,16 +82,8 @@ void rms_norm_rows(const float* x, const float* gain, int64_t rows, int n, float
 
 namespace elastic_moe {
 
-#if defined(_OPENMP)
-constexpr bool kOpenMP = true;
-#else
-constexpr bool kOpenMP = false;
-#endif
-
 extern const Kernels ELASTIC_MOE_JOIN(kernels_, ELASTIC_MOE_LEVEL) = {
     ELASTIC_MOE_STRING(ELASTIC_MOE_LEVEL),
-    kLanes,
-    kOpenMP,
     &::route,
     &::linear,
     &::experts,

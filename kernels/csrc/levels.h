@@ -15,8 +15,6 @@ namespace elastic_moe {
 // What one level offers.
 struct Kernels {
     const char* level;
-    int vector_floats;  // floats per vector register of this level
-    bool openmp;
     void (*route)(const RouteArgs&);
     void (*linear)(const LinearArgs&);
     void (*experts)(ExpertsArgs&);

@@ -48,10 +48,9 @@ void experts_as(Member& member, ExpertsArgs& args) {
     run_gate_up<Kind>(member, args.plan, [&](int row) {
         return static_cast<const typename Kind::Value*>(args.inputs) + args.input_stride * row;
     });
-    run_down<Kind>(
-        member, args.plan, args.rows, args.ffn.hidden,
-        args.sums + static_cast<int64_t>(member.id) * args.rows * kDownColumns,
-        [&](int row) { return args.out + static_cast<int64_t>(row) * args.ffn.hidden; });
+    run_down<Kind>(member, args.plan, args.rows, args.ffn.hidden,
+                   args.sums + static_cast<int64_t>(member.id) * args.rows * kDownColumns,
+                   [&](int row) { return args.out + static_cast<int64_t>(row) * args.ffn.hidden; });
 }
 
 void experts(ExpertsArgs& args) {

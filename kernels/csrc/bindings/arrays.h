@@ -13,8 +13,8 @@ namespace elastic_moe {
 
 // Row-major, in main memory. A const T takes read-only arrays, too.
 template <class T, int Dimensions>
-using Array = nanobind::ndarray<T, nanobind::ndim<Dimensions>, nanobind::c_contig,
-                                nanobind::device::cpu>;
+using Array =
+    nanobind::ndarray<T, nanobind::ndim<Dimensions>, nanobind::c_contig, nanobind::device::cpu>;
 
 typedef Array<const uint8_t, 1> Bytes;  // packed weights
 typedef Array<const float, 1> Floats;

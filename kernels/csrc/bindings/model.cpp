@@ -188,11 +188,10 @@ void define_model(nb::module_& m) {
                int num_layers, int num_heads, int num_kv_heads, int head_dim, int num_experts,
                int expert_hidden, float rms_norm_eps, const std::string& qk_norm,
                const std::string& rope, bool renormalize, float routing_epsilon) {
-                new (self) NativeModel(
-                    kernels_of(level),
-                    {bf16, vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, head_dim,
-                     num_experts, expert_hidden, rms_norm_eps, qk_norm, rope, renormalize,
-                     routing_epsilon});
+                new (self) NativeModel(kernels_of(level),
+                                       {bf16, vocab_size, hidden_size, num_layers, num_heads,
+                                        num_kv_heads, head_dim, num_experts, expert_hidden,
+                                        rms_norm_eps, qk_norm, rope, renormalize, routing_epsilon});
             },
             arg("level"), nb::kw_only(), arg("bf16"), arg("vocab_size"), arg("hidden_size"),
             arg("num_layers"), arg("num_heads"), arg("num_kv_heads"), arg("head_dim"),
@@ -218,12 +217,10 @@ void define_model(nb::module_& m) {
             "prepare",
             [](const NativeModel& self, Table table, SharedAngles angles, Array<uint8_t, 2> blocks,
                int threads) { return self.prepare(table, angles, blocks, threads); },
-            nb::kw_only(), arg("table"), arg("angles"), arg("blocks").noconvert(),
-            arg("threads"))
+            nb::kw_only(), arg("table"), arg("angles"), arg("blocks").noconvert(), arg("threads"))
         .def("step", &NativeModel::step, arg("inputs"), arg("token_ids").noconvert(),
-             arg("positions").noconvert(), arg("sequences").noconvert(),
-             arg("subnets").noconvert(), arg("block_tables").noconvert(),
-             arg("logits_rows").noconvert())
+             arg("positions").noconvert(), arg("sequences").noconvert(), arg("subnets").noconvert(),
+             arg("block_tables").noconvert(), arg("logits_rows").noconvert())
         .def("advance", &NativeModel::advance, arg("inputs"), arg("token_ids"));
 }
 

@@ -17,18 +17,18 @@ namespace elastic_moe {
 // Why a step was refused; the messages are in elastic_moe_kernels/step/checks.py.
 enum StepRefusal {
     kStepFine = 0,
-    kBadToken,      // (row, token id)
-    kBadPosition,   // (row, position)
-    kBadSequence,   // (row, sequence)
-    kSplitSequence, // (row, sequence): its rows are not one run of consecutive positions
-    kBadRowSubnet,  // (row, sub-network)
-    kMixedDepth,    // (row, sub-network): other layers run than for the row before
-    kBadBlock,      // (sequence, block id), in layer `detail`
-    kBadLogitsRow,  // (index, row)
+    kBadToken,       // (row, token id)
+    kBadPosition,    // (row, position)
+    kBadSequence,    // (row, sequence)
+    kSplitSequence,  // (row, sequence): its rows are not one run of consecutive positions
+    kBadRowSubnet,   // (row, sub-network)
+    kMixedDepth,     // (row, sub-network): other layers run than for the row before
+    kBadBlock,       // (sequence, block id), in layer `detail`
+    kBadLogitsRow,   // (index, row)
     kBusy,
-    kBadShapes,     // the arrays do not fit together; Python names the one
-    kNotSingle,     // (row, sequence): a batch that advances has one row of each sequence
-    kBadCount,      // (tokens given, rows)
+    kBadShapes,  // the arrays do not fit together; Python names the one
+    kNotSingle,  // (row, sequence): a batch that advances has one row of each sequence
+    kBadCount,   // (tokens given, rows)
 };
 
 typedef Array<const int32_t, 1> IntArray;
@@ -60,10 +60,10 @@ struct StepInputs {
     Array<uint8_t, 2> blocks;
     int threads = 1;
 
-    Array<float, 2> logits;              // (n, V), or none: only the most likely tokens are wanted
-    Array<const bool, 1> state_layers;   // (L + 1,), or none
-    Array<float, 3> states;              // (copies, T, D)
-    Array<int32_t, 3> trace_ids;         // (L, T, slots), or none
+    Array<float, 2> logits;             // (n, V), or none: only the most likely tokens are wanted
+    Array<const bool, 1> state_layers;  // (L + 1,), or none
+    Array<float, 3> states;             // (copies, T, D)
+    Array<int32_t, 3> trace_ids;        // (L, T, slots), or none
 
     int rows = 0, sequence_count = 0, table_blocks = 0, logits_count = 0;
     const int32_t *token_ids = nullptr, *positions = nullptr;

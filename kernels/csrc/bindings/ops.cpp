@@ -97,8 +97,8 @@ void pack_matrix(const Numbers<2>& matrix, const Array<uint8_t, 1>& packed, int6
                                 static_cast<int64_t>(packed.shape(0))),
             "the packed matrix does not fit.");
     nb::gil_scoped_release release;
-    pack(static_cast<const char*>(matrix.data()), matrix.stride(0), outputs, inputs,
-         bf16 ? 2 : 4, reinterpret_cast<char*>(packed.data()) + start, panel_stride);
+    pack(static_cast<const char*>(matrix.data()), matrix.stride(0), outputs, inputs, bf16 ? 2 : 4,
+         reinterpret_cast<char*>(packed.data()) + start, panel_stride);
 }
 
 // Raise unless the rows of `x` are whole vectors, of which `size` numbers count.
@@ -172,8 +172,7 @@ std::tuple<int64_t, int64_t> experts(int level, const Bytes& weights, int num_ex
         if (pass) workspace.hand_out();
         take_plan(workspace, args.plan, args.rows, static_cast<int64_t>(args.rows) * args.slots,
                   num_experts, channels, args.bf16 ? 2 : 4);
-        args.sums =
-            workspace.take<float>(static_cast<int64_t>(args.rows) * kDownColumns * threads);
+        args.sums = workspace.take<float>(static_cast<int64_t>(args.rows) * kDownColumns * threads);
     }
     kernels_of(level)->experts(args);
     return {args.weight_bytes, args.flops};
@@ -231,16 +230,16 @@ void define_ops(nb::module_& m) {
           arg("min_experts").noconvert(), arg("threshold").noconvert(), arg("pool").noconvert(),
           arg("correction_bias").noconvert().none(), arg("renormalize"), arg("epsilon"),
           arg("topk_ids").noconvert(), arg("topk_weights").noconvert(), arg("threads"));
-    m.def("pack", &pack_matrix, arg("matrix").noconvert(), arg("packed").noconvert(),
-          nb::kw_only(), arg("start"), arg("panel_stride"));
+    m.def("pack", &pack_matrix, arg("matrix").noconvert(), arg("packed").noconvert(), nb::kw_only(),
+          arg("start"), arg("panel_stride"));
     m.def("linear", &linear, arg("level"), nb::kw_only(), arg("matrix").noconvert(),
           arg("x").noconvert(), arg("out").noconvert(), arg("inputs"), arg("threads"));
     m.def("rms_norm", &rms_norm, arg("level"), nb::kw_only(), arg("x").noconvert(),
           arg("gain").noconvert(), arg("eps"), arg("out").noconvert(), arg("threads"));
     m.def("experts", &experts, arg("level"), nb::kw_only(), arg("weights").noconvert(),
           arg("num_experts"), arg("channels"), arg("x").noconvert(), arg("topk_ids").noconvert(),
-          arg("topk_weights").noconvert(), arg("row_channels").noconvert(),
-          arg("out").noconvert(), arg("threads"));
+          arg("topk_weights").noconvert(), arg("row_channels").noconvert(), arg("out").noconvert(),
+          arg("threads"));
     m.def("attention", &attention, arg("level"), nb::kw_only(), arg("kv").noconvert(),
           arg("kv_heads"), arg("scale"), arg("queries").noconvert(), arg("spans").noconvert(),
           arg("block_tables").noconvert(), arg("out").noconvert(), arg("threads"));

@@ -23,7 +23,8 @@ NativeModel::Found NativeModel::check(const StepInputs& in) const {
             return {kBadPosition, t, positions[t]};
         if (sequences[t] < 0 || sequences[t] >= in.sequence_count)
             return {kBadSequence, t, sequences[t]};
-        if (subnets[t] < 0 || subnets[t] >= in.subnet_count()) return {kBadRowSubnet, t, subnets[t]};
+        if (subnets[t] < 0 || subnets[t] >= in.subnet_count())
+            return {kBadRowSubnet, t, subnets[t]};
         if (t && sequences[t] == sequences[t - 1]) {
             if (positions[t] != positions[t - 1] + 1) return {kSplitSequence, t, sequences[t]};
             if (subnets[t] != subnets[t - 1] &&
@@ -35,12 +36,13 @@ NativeModel::Found NativeModel::check(const StepInputs& in) const {
             seen[static_cast<size_t>(sequences[t])] = true;
         }
         if (t + 1 < in.rows && sequences[t + 1] == sequences[t]) continue;
-        const int32_t* const tables =
-            in.block_tables + sequences[t] * L * in.table_blocks;
+        const int32_t* const tables = in.block_tables + sequences[t] * L * in.table_blocks;
         for (int64_t l = 0; l < L; ++l)
-            for (int b = 0; active[subnets[t] * L + l] && b <= positions[t] / kBlockPositions; ++b) {
+            for (int b = 0; active[subnets[t] * L + l] && b <= positions[t] / kBlockPositions;
+                 ++b) {
                 const int32_t block = tables[l * in.table_blocks + b];
-                if (block < 0 || block >= in.kv_blocks()) return {kBadBlock, sequences[t], block, l};
+                if (block < 0 || block >= in.kv_blocks())
+                    return {kBadBlock, sequences[t], block, l};
             }
     }
     const int32_t* const wanted = in.logits_rows;
@@ -60,8 +62,7 @@ bool NativeModel::outputs_fit(const StepInputs& in) const {
         size_t copies = 0;
         fit &= in.state_layers.shape(0) == layers + 1;
         for (size_t l = 0; fit && l <= layers; ++l) copies += in.state_layers.data()[l];
-        fit &= in.states.is_valid() && in.states.shape(0) == copies &&
-               in.states.shape(1) == rows &&
+        fit &= in.states.is_valid() && in.states.shape(0) == copies && in.states.shape(1) == rows &&
                in.states.shape(2) == static_cast<size_t>(weights_.hidden);
     }
     if (in.trace_ids.is_valid())
@@ -79,7 +80,8 @@ void NativeModel::sort_rows(const StepInputs& in) {
     row_lists_.resize(layers);
     subnet_lists_.resize(layers);
     spans_.clear();
-    spans_.reserve(layers * static_cast<size_t>(in.sequence_count));  // so that pointers into it stay
+    spans_.reserve(layers *
+                   static_cast<size_t>(in.sequence_count));  // so that pointers into it stay
     blocks_.resize(static_cast<size_t>(in.sequence_count) * layers);
     for (size_t i = 0; i < blocks_.size(); ++i)
         blocks_[i] = in.block_tables + i * static_cast<size_t>(in.table_blocks);
@@ -126,8 +128,9 @@ void NativeModel::sort_rows(const StepInputs& in) {
             if (n && sequences[here.row[n - 1]] == sequences[t]) {
                 ++spans_.back().rows;
             } else {
-                spans_.push_back({n, 1, positions[t],
-                                  blocks_[static_cast<size_t>(sequences[t]) * layers + static_cast<size_t>(l)]});
+                spans_.push_back(
+                    {n, 1, positions[t],
+                     blocks_[static_cast<size_t>(sequences[t]) * layers + static_cast<size_t>(l)]});
                 ++here.span_count;
             }
         }
@@ -144,7 +147,8 @@ void NativeModel::reserve(const StepInputs& in, StepArgs& a) {
     const int64_t heads = static_cast<int64_t>(weights_.heads) * weights_.head_dim;
     const int64_t kv_heads = static_cast<int64_t>(weights_.kv_heads) * weights_.head_dim;
     a.input_stride = whole_vectors(weights_.hidden);
-    a.own_rows = static_cast<int>(kFewNumbers / weights_.hidden < T ? kFewNumbers / weights_.hidden : T);
+    a.own_rows =
+        static_cast<int>(kFewNumbers / weights_.hidden < T ? kFewNumbers / weights_.hidden : T);
     a.head_stride = whole_vectors(heads);
     workspace_.measure();
     for (int pass = 0; pass < 2; ++pass) {
@@ -152,7 +156,8 @@ void NativeModel::reserve(const StepInputs& in, StepArgs& a) {
         a.stream = workspace_.take<float>(T * weights_.hidden);
         a.normed = workspace_.take<float>(T * weights_.hidden);
         a.inputs = workspace_.take_bytes(T * a.input_stride * value_bytes);
-        a.own_inputs = workspace_.take_bytes(in.threads * a.own_rows * a.input_stride * value_bytes);
+        a.own_inputs =
+            workspace_.take_bytes(in.threads * a.own_rows * a.input_stride * value_bytes);
         a.qkv = workspace_.take<float>(T * (heads + 2 * kv_heads));
         a.queries = workspace_.take_bytes(T * a.head_stride * value_bytes);
         a.attended = workspace_.take_bytes(T * a.head_stride * value_bytes);
@@ -161,9 +166,10 @@ void NativeModel::reserve(const StepInputs& in, StepArgs& a) {
         a.topk_weights = workspace_.take<float>(T * most_slots_);
         a.row_channels = workspace_.take<int32_t>(T);
         a.sums = workspace_.take<float>(T * kDownColumns * in.threads);
-        a.logits = in.logits.is_valid()
-                       ? in.logits.data()
-                       : workspace_.take<float>(static_cast<int64_t>(in.logits_count) * weights_.vocab);
+        a.logits =
+            in.logits.is_valid()
+                ? in.logits.data()
+                : workspace_.take<float>(static_cast<int64_t>(in.logits_count) * weights_.vocab);
         take_plan(workspace_, a.plan, T, T * (most_slots_ + 1), weights_.experts, most_channels_,
                   value_bytes);
     }
@@ -212,7 +218,12 @@ NativeModel::Answer NativeModel::run(StepInputs& in, Prepare prepare) {
     a.sequence_experts = sequence_experts.data();
     kernels_->step(a);
     const Counters& c = a.counters;
-    return {kStepFine, 0, 0, 0, std::move(best_ids), std::move(sequence_experts),
+    return {kStepFine,
+            0,
+            0,
+            0,
+            std::move(best_ids),
+            std::move(sequence_experts),
             {c.weight_bytes, c.kv_bytes, c.flops, c.experts_run, c.rows_routed, c.finite}};
 }
 

@@ -38,9 +38,9 @@ class Fields {
 
     // After the last field: every name that was given is known.
     void finish() const {
-        require(used_ == values_.size(),
-                "got " + std::to_string(values_.size()) + " fields, of which " +
-                    std::to_string(used_) + " are known.");
+        require(used_ == values_.size(), "got " + std::to_string(values_.size()) +
+                                             " fields, of which " + std::to_string(used_) +
+                                             " are known.");
     }
 
   private:
@@ -134,10 +134,9 @@ ExpertsTraining read_experts(const nb::kwargs& values, bool backward) {
     fields.number("min_experts", a.min_experts);
     fields.number("threshold", a.threshold);
     require(a.rows >= 0 && a.hidden >= 1 && a.hidden % kTrainingMultiple == 0 && a.channels >= 1 &&
-                a.channels % kTrainingMultiple == 0 && a.experts >= 1 &&
-                a.experts <= kMaxExperts && a.width >= 1 && a.width <= a.channels &&
-                a.min_experts >= 1 && a.min_experts <= a.top_k && a.top_k <= a.slots &&
-                a.threads >= 1,
+                a.channels % kTrainingMultiple == 0 && a.experts >= 1 && a.experts <= kMaxExperts &&
+                a.width >= 1 && a.width <= a.channels && a.min_experts >= 1 &&
+                a.min_experts <= a.top_k && a.top_k <= a.slots && a.threads >= 1,
             "sizes are out of range.");
     const int64_t T = a.rows, D = a.hidden, E = a.experts, K = a.slots;
     const int64_t matrices = E * a.channels * D;
@@ -282,8 +281,15 @@ void muon(int level, const std::vector<Matrices>& params, const std::vector<Matr
     }
     nb::gil_scoped_release release;
     static thread_local Workspace workspace;
-    MuonArgs args{list.data(), static_cast<int>(list.size()), steps, threads, lr, beta,
-                  weight_decay, nullptr, 0};
+    MuonArgs args{list.data(),
+                  static_cast<int>(list.size()),
+                  steps,
+                  threads,
+                  lr,
+                  beta,
+                  weight_decay,
+                  nullptr,
+                  0};
     args.scratch_size = kernels->muon_scratch(args);
     workspace.measure();
     for (int pass = 0; pass < 2; ++pass) {

@@ -8,9 +8,9 @@ namespace elastic_moe {
 
 // Packed matrices: outputs side by side, see core/values.h.
 constexpr int kPanel = 16;
-constexpr int kStepBytes = 64;                     // of a panel
-constexpr int kUnitBytes = kStepBytes / kPanel;    // of one output: 2 bfloat16 or 1 float32
-constexpr int kVectorValues = 32;                  // rows of matrix inputs are padded to a multiple
+constexpr int kStepBytes = 64;                   // of a panel
+constexpr int kUnitBytes = kStepBytes / kPanel;  // of one output: 2 bfloat16 or 1 float32
+constexpr int kVectorValues = 32;                // rows of matrix inputs are padded to a multiple
 static_assert(kUnitBytes == sizeof(float), "a step holds one float32 of each output");
 static_assert(kVectorValues % kPanel == 0 && kVectorValues * sizeof(uint16_t) % kStepBytes == 0,
               "rows of matrix inputs are whole panels and whole vectors, in bfloat16 too");

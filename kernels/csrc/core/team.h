@@ -104,8 +104,8 @@ class Member {
         }
     }
 
-    // The next piece of this thread's phase, -1 if there is none or the phase is past; with a piece,
-    // `total` is set to how many the phase has.
+    // The next piece of this thread's phase, -1 if there is none or the phase is past; with a
+    // piece, `total` is set to how many the phase has.
     int64_t take(int64_t& total) {
         int64_t ticket = __atomic_load_n(&team_.ticket, __ATOMIC_ACQUIRE);
         for (;;) {

@@ -68,7 +68,8 @@ static __attribute__((noinline)) void tile(const typename Kind::Value* const* x,
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-            for (int c = 0; c < C; ++c) Kind::add(acc[r][c], weights[c], row[r] + step * Kind::kDepth);
+            for (int c = 0; c < C; ++c)
+                Kind::add(acc[r][c], weights[c], row[r] + step * Kind::kDepth);
     }
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c)
@@ -79,8 +80,10 @@ static __attribute__((noinline)) void tile(const typename Kind::Value* const* x,
 template <class Kind, int R>
 static inline void tile_of(const typename Kind::Value* const* x, const typename Kind::Value* w,
                            int64_t stride, int steps, int panels, float* sums, Ahead ahead) {
-    if (panels == tile_panels(R)) return tile<Kind, R, tile_panels(R)>(x, w, stride, steps, sums, ahead);
-    if (tile_panels(R) == 4 && panels == 2) return tile<Kind, R, 2>(x, w, stride, steps, sums, ahead);
+    if (panels == tile_panels(R))
+        return tile<Kind, R, tile_panels(R)>(x, w, stride, steps, sums, ahead);
+    if (tile_panels(R) == 4 && panels == 2)
+        return tile<Kind, R, 2>(x, w, stride, steps, sums, ahead);
     for (int c = 0; c < panels; ++c) {  // few panels are left: one by one
         float one[R * kPanel];
         tile<Kind, R, 1>(x, w + c * stride, stride, steps, one, ahead);

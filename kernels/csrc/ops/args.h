@@ -120,11 +120,11 @@ struct ExpertsArgs {
     const void* inputs;  // (rows, input_stride)
     int64_t input_stride;
     int rows, slots;
-    const int32_t* topk_ids;    // (rows, slots)
-    const float* topk_weights;  // (rows, slots)
-    const int32_t* channels;    // (rows,)
-    float* sums;                // (threads, rows * kDownColumns)
-    float* out;                 // (rows, D), added to
+    const int32_t* topk_ids;      // (rows, slots)
+    const float* topk_weights;    // (rows, slots)
+    const int32_t* channels;      // (rows,)
+    float* sums;                  // (threads, rows * kDownColumns)
+    float* out;                   // (rows, D), added to
     int64_t weight_bytes, flops;  // counted
     int threads;
     bool bf16;

@@ -1,16 +1,16 @@
 // Causal attention over block tables, for decode and prefill alike.
 //
-// Positions are taken in tiles of kTilePositions counted from 0, with a running maximum and sum. A query's
-// result depends on its position and the cache alone: a tile has the same bounds whoever looks at
-// it, and what lies beyond a query's own position contributes exact zeros.
+// Positions are taken in tiles of kTilePositions counted from 0, with a running maximum and sum. A
+// query's result depends on its position and the cache alone: a tile has the same bounds whoever
+// looks at it, and what lies beyond a query's own position contributes exact zeros.
 #pragma once
 
 #include <cmath>
 
-#include "ops/args.h"
-#include "ops/norm.h"
 #include "core/team.h"
 #include "core/tile.h"
+#include "ops/args.h"
+#include "ops/norm.h"
 
 namespace {
 
@@ -24,7 +24,7 @@ using elastic_moe::KVPool;
 using elastic_moe::Span;
 
 constexpr int kFetchPositions = 3 * kBlockPositions;  // how far ahead blocks are fetched
-constexpr int kQueryRows = 16;     // rows (tokens x heads of a group) per piece of work, at least
+constexpr int kQueryRows = 16;  // rows (tokens x heads of a group) per piece of work, at least
 constexpr int kMaxQueryRows = kMaxHeadsPerGroup;
 static_assert(kQueryRows <= kMaxQueryRows, "a piece of work fits its scratch");
 
@@ -63,7 +63,8 @@ static inline void store_kv(const KVPool& kv, const int32_t* blocks, int positio
 template <class Kind>
 static inline void fetch_block(const KVPool& kv, int32_t block, int head) {
     const char* const at = reinterpret_cast<const char*>(keys_at<Kind>(kv, block, head));
-    const int64_t bytes = kv_head_values(kv.head_dim) * static_cast<int64_t>(sizeof(typename Kind::Value));
+    const int64_t bytes =
+        kv_head_values(kv.head_dim) * static_cast<int64_t>(sizeof(typename Kind::Value));
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
 }
 
@@ -98,8 +99,7 @@ static inline void add_values(const KVPool& kv, const int32_t* blocks, int head,
                     value[c].part[i] = Kind::read(v + c * kPanel + i * kLanes);
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
-                const VFloat p =
-                    broadcast(s.scores[row + r][block * kBlockPositions + key]);
+                const VFloat p = broadcast(s.scores[row + r][block * kBlockPositions + key]);
 #pragma GCC unroll 4
                 for (int c = 0; c < C; ++c)
                     for (int i = 0; i < kParts; ++i)
@@ -156,8 +156,7 @@ static void attend(const AttentionArgs& args, const Span& span, int head, int fi
     for (int from = 0; from < kFetchPositions && from <= last; from += kBlockPositions)
         fetch_block<Kind>(kv, span.blocks[from / kBlockPositions], head);
     for (int start = 0; start <= last; start += kTilePositions) {
-        const int positions =
-            last + 1 - start < kTilePositions ? last + 1 - start : kTilePositions;
+        const int positions = last + 1 - start < kTilePositions ? last + 1 - start : kTilePositions;
         const int32_t* const blocks = span.blocks + start / kBlockPositions;
         for (int t = 0; t < tiles.tiles; ++t) {
             const int begin = tiles.begin(t), height = tiles.begin(t + 1) - begin;
@@ -173,8 +172,7 @@ static void attend(const AttentionArgs& args, const Span& span, int head, int fi
                 if (t == 0 && ahead <= last - start)
                     fetch_block<Kind>(kv, blocks[ahead / kBlockPositions], head);
                 float out[kTileRows * kPanel];
-                const Value* const keys =
-                    keys_at<Kind>(kv, blocks[from / kBlockPositions], head);
+                const Value* const keys = keys_at<Kind>(kv, blocks[from / kBlockPositions], head);
                 multiply<Kind>(height, q, keys, 0, steps, 1, out,
                                {reinterpret_cast<const char*>(keys), 0});
                 for (int r = 0; r < height; ++r) {

@@ -1,8 +1,8 @@
 // The memory that an ExpertPlan needs.
 #pragma once
 
-#include "ops/args.h"
 #include "core/workspace.h"
+#include "ops/args.h"
 
 namespace elastic_moe {
 

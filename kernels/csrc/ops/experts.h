@@ -87,8 +87,8 @@ static void plan_experts(ExpertPlan& plan, const Ffn& ffn, const int32_t* topk_i
     if (mixed) order_by_channels(channels, rows, most, plan.tally, plan.order);
     for (int i = 0; i < rows; ++i) {
         const int row = mixed ? plan.order[i] : i;
-        for (int64_t j = static_cast<int64_t>(row) * slots; j < static_cast<int64_t>(row + 1) * slots;
-             ++j) {
+        for (int64_t j = static_cast<int64_t>(row) * slots;
+             j < static_cast<int64_t>(row + 1) * slots; ++j) {
             if (topk_ids[j] < 0) continue;
             const int32_t slot = count[topk_ids[j]]++;
             plan.row[slot] = row;
@@ -122,8 +122,8 @@ static void count_plan(const ExpertPlan& plan, int64_t& bytes, int64_t& flops) {
     for (int j = 0; j < plan.jobs_used; ++j) {
         const ExpertJob& job = plan.jobs[j];
         const int widest = plan.channels[job.begin];
-        const int64_t gate_up = static_cast<int64_t>(2) * groups_of(widest) *
-                                steps_of<Kind>(job.ffn->hidden);
+        const int64_t gate_up =
+            static_cast<int64_t>(2) * groups_of(widest) * steps_of<Kind>(job.ffn->hidden);
         const int64_t down =
             static_cast<int64_t>(groups_of(job.ffn->hidden)) * steps_of<Kind>(widest);
         bytes += (gate_up + down) * kStepBytes;
@@ -158,8 +158,8 @@ static inline void write_hidden(const float* gate, const float* up, int count,
             Kind::write(h + i, VFloat{});
         } else {
             const int left = count - i < kLanes ? count - i : kLanes;
-            Kind::write(h + i, silu(load_partial(gate + i, left, 0.0f)) *
-                                   load_partial(up + i, left, 0.0f));
+            Kind::write(
+                h + i, silu(load_partial(gate + i, left, 0.0f)) * load_partial(up + i, left, 0.0f));
         }
     }
 }
@@ -176,7 +176,8 @@ template <class Kind>
 class GateUpPieces {
   public:
     GateUpPieces(const ExpertPlan& plan, int threads) : plan_(plan), threads_(threads) {
-        for (int j = 0; j < plan.jobs_used; ++j) all_ += groups_of(plan.channels[plan.jobs[j].begin]);
+        for (int j = 0; j < plan.jobs_used; ++j)
+            all_ += groups_of(plan.channels[plan.jobs[j].begin]);
     }
 
     int64_t count() const {
@@ -207,7 +208,8 @@ class GateUpPieces {
     // Groups per piece. Where many rows share the weights there is more to do for each byte, and
     // longer pieces leave more of them to be fetched early.
     int grain(const ExpertJob& job) const {
-        const int64_t bytes = static_cast<int64_t>(2) * steps_of<Kind>(job.ffn->hidden) * kStepBytes;
+        const int64_t bytes =
+            static_cast<int64_t>(2) * steps_of<Kind>(job.ffn->hidden) * kStepBytes;
         int64_t most = (job.end - job.begin > kTileRows ? 4 : 1) * kPieceBytes / bytes;
         const int64_t even = all_ / (4 * threads_);
         if (most > even) most = even;
@@ -293,7 +295,8 @@ static void run_down(Member& member, const ExpertPlan& plan, int rows, int hidde
     member.share(panels, grain, [&](int64_t begin, int64_t end) {
         const int count = static_cast<int>(end - begin);
         const int width = count * kPanel;
-        std::memset(sums, 0, sizeof(float) * static_cast<size_t>(rows) * static_cast<size_t>(width));
+        std::memset(sums, 0,
+                    sizeof(float) * static_cast<size_t>(rows) * static_cast<size_t>(width));
         for (int j = 0; j < plan.jobs_used; ++j) {
             const ExpertJob& job = plan.jobs[j];
             const int64_t stride =
@@ -302,8 +305,7 @@ static void run_down(Member& member, const ExpertPlan& plan, int rows, int hidde
             const int per_tile = tile_panels(tiles.widest());
             for (int panel = 0; panel < count; panel += per_tile) {
                 const int taken = count - panel < per_tile ? count - panel : per_tile;
-                const Value* w =
-                    panels_at<Kind>(job.down, stride, static_cast<int>(begin) + panel);
+                const Value* w = panels_at<Kind>(job.down, stride, static_cast<int>(begin) + panel);
                 const Value* then = w + taken * stride;
                 if (panel + taken >= count && j + 1 < plan.jobs_used)
                     then = panels_at<Kind>(plan.jobs[j + 1].down, stride, static_cast<int>(begin));

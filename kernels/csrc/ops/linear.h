@@ -1,9 +1,9 @@
 // A dense matrix times many rows.
 #pragma once
 
-#include "ops/args.h"
 #include "core/team.h"
 #include "core/tile.h"
+#include "ops/args.h"
 
 namespace {
 
@@ -58,9 +58,7 @@ static void multiply_panels(const Matrix& matrix, const RowTiles& tiles, int beg
     }
 }
 
-static inline int panels_of(const Matrix& matrix) {
-    return (matrix.outputs + kPanel - 1) / kPanel;
-}
+static inline int panels_of(const Matrix& matrix) { return (matrix.outputs + kPanel - 1) / kPanel; }
 
 // Phase: every row times all of `matrix`; a thread that takes part calls `before()` first.
 template <class Kind, class Input, class Output, class Before>

@@ -21,7 +21,8 @@ static inline void pack(const char* from, int64_t row_stride, int64_t outputs, i
         char* const panel = to + first / kPanel * panel_stride * steps * kStepBytes;
         for (int64_t step = 0; step < steps; ++step) {
             char unit[kStepBytes] = {};
-            const size_t bytes = step < whole ? size_t{kUnitBytes} : static_cast<size_t>(value_bytes);
+            const size_t bytes =
+                step < whole ? size_t{kUnitBytes} : static_cast<size_t>(value_bytes);
             for (int64_t lane = 0; lane < lanes; ++lane) {
                 const char* p = rows + (lane * row_stride + step * depth) * value_bytes;
                 if (bytes == kUnitBytes) std::memcpy(unit + kUnitBytes * lane, p, kUnitBytes);

@@ -9,8 +9,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "ops/args.h"
 #include "core/simd.h"
+#include "ops/args.h"
 
 namespace {
 
@@ -95,9 +95,9 @@ static inline bool select_by_rounds(const float* values, float* left, int words,
         for (int word = 0; word < words && index < 0; ++word) {
             uint64_t equal = 0;  // a bit per value
             for (int v = 0; v < kVectors; ++v)
-                equal |= static_cast<uint64_t>(
-                             equal_mask(load(left + word * 64 + v * kLanes), greatest))
-                         << (v * kLanes);
+                equal |=
+                    static_cast<uint64_t>(equal_mask(load(left + word * 64 + v * kLanes), greatest))
+                    << (v * kLanes);
             if (equal) index = word * 64 + __builtin_ctzll(equal);
         }
         if (index < 0) return false;

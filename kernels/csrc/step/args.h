@@ -78,25 +78,25 @@ struct StepArgs {
 
     const int32_t* logits_rows;
     int logits_count;
-    float* logits;               // (logits_count, vocab)
-    int32_t* best_ids;           // (logits_count,) zeros: the most likely token, the first among
-                                 // equals, or -1 if a logit is not a number
-    int64_t* sequence_experts;   // (sequences,) zeros: (token, expert) pairs that ran in all layers
+    float* logits;              // (logits_count, vocab)
+    int32_t* best_ids;          // (logits_count,) zeros: the most likely token, the first among
+                                // equals, or -1 if a logit is not a number
+    int64_t* sequence_experts;  // (sequences,) zeros: (token, expert) pairs that ran in all layers
     const uint8_t* state_layers;  // (L + 1,) whether to copy the stream after that many layers
     float* states;                // (copies, T, D)
     int32_t* trace_ids;           // (L, T, trace_slots) or null: what ran, -1 elsewhere
     int trace_slots;
 
     // Workspace; strides in numbers.
-    float* stream;      // (T, D)
-    float* normed;      // (T, D)
-    void* inputs;       // (T, input_stride)
+    float* stream;  // (T, D)
+    float* normed;  // (T, D)
+    void* inputs;   // (T, input_stride)
     int64_t input_stride;
-    void* own_inputs;   // (threads, own_rows, input_stride)
-    int own_rows;       // as many as have kFewNumbers
-    float* qkv;         // (T, (heads + 2 kv_heads) * d)
-    void* queries;      // (T, head_stride)
-    void* attended;     // (T, head_stride)
+    void* own_inputs;  // (threads, own_rows, input_stride)
+    int own_rows;      // as many as have kFewNumbers
+    float* qkv;        // (T, (heads + 2 kv_heads) * d)
+    void* queries;     // (T, head_stride)
+    void* attended;    // (T, head_stride)
     int64_t head_stride;
     float* router_logits;   // (T, E)
     int32_t* topk_ids;      // (T, K)

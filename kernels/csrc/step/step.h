@@ -61,7 +61,8 @@ static void finish_head(const StepArgs& s, const LayerWeights& layer, int index,
     const int position = s.positions[row];
     const float* const cos = s.cos + static_cast<int64_t>(position) * (d / 2);
     const float* const sin = s.sin + static_cast<int64_t>(position) * (d / 2);
-    const int32_t* const blocks = s.blocks[static_cast<int64_t>(s.sequences[row]) * m.layers + index];
+    const int32_t* const blocks =
+        s.blocks[static_cast<int64_t>(s.sequences[row]) * m.layers + index];
     for (int h = head * group; h < (head + 1) * group; ++h) {
         if (m.qk_norm == QKNorm::kHead) rms_norm(q + h * d, layer.q_norm, d, m.eps, q + h * d);
         rotate(q + h * d, cos, sin, d, m.interleaved);
@@ -92,9 +93,9 @@ static void run_attention_block(Member& member, StepArgs& s, int index) {
     const int group_size = m.heads / m.kv_heads * m.head_dim;
     const int qkv_size = (m.heads + 2 * m.kv_heads) * m.head_dim;
     const bool few = here.rows <= s.own_rows;
-    void* const inputs =
-        few ? row_of<Kind>(s.own_inputs, s.input_stride, static_cast<int64_t>(member.id) * s.own_rows)
-            : s.inputs;
+    void* const inputs = few ? row_of<Kind>(s.own_inputs, s.input_stride,
+                                            static_cast<int64_t>(member.id) * s.own_rows)
+                             : s.inputs;
     const auto norm_row = [&](int n, float* normed) {
         rms_norm(s.stream + static_cast<int64_t>(here.row[n]) * m.hidden, layer.attention_norm,
                  m.hidden, m.eps, normed);
@@ -115,8 +116,8 @@ static void run_attention_block(Member& member, StepArgs& s, int index) {
         });
     // Single tokens of many sequences: nobody else waits for a head's keys. Whole vectors only, as
     // heads of one row are then finished side by side.
-    const bool singly = here.span_count == here.rows && m.qk_norm != QKNorm::kAll &&
-                        group_size % kPanel == 0;
+    const bool singly =
+        here.span_count == here.rows && m.qk_norm != QKNorm::kAll && group_size % kPanel == 0;
     if (!singly)
         each_row(member, here.rows, qkv_size,
                  [&](int n) { finish_row<Kind>(s, layer, index, n, here.row[n]); });
@@ -142,7 +143,8 @@ static void run_attention_block(Member& member, StepArgs& s, int index) {
         member, layer.out, here.rows,
         [&](int n) { return row_of<Kind>(s.attended, s.head_stride, n); },
         [&](int n, int column, int count, const float* sums) {
-            add_panel(s.stream + static_cast<int64_t>(here.row[n]) * m.hidden + column, sums, count);
+            add_panel(s.stream + static_cast<int64_t>(here.row[n]) * m.hidden + column, sums,
+                      count);
         });
 }
 
@@ -183,7 +185,8 @@ static void plan_layer(StepArgs& s, int index) {
     s.plan.slots_used = 0;
     if (layer.experts.experts) {
         for (int n = 0; n < here.rows; ++n)
-            s.row_channels[n] = s.channels[static_cast<int64_t>(here.subnets[n]) * m.layers + index];
+            s.row_channels[n] =
+                s.channels[static_cast<int64_t>(here.subnets[n]) * m.layers + index];
         plan_experts<Kind>(s.plan, layer.experts, s.topk_ids, s.topk_weights, s.row_channels,
                            here.rows, here.slots);
         s.counters.experts_run += s.plan.slots_used;
@@ -193,7 +196,8 @@ static void plan_layer(StepArgs& s, int index) {
                     s.topk_ids[static_cast<int64_t>(n) * here.slots + slot] >= 0;
         s.counters.rows_routed += here.rows;
         if (s.trace_ids) {
-            int32_t* const trace = s.trace_ids + static_cast<int64_t>(index) * s.rows * s.trace_slots;
+            int32_t* const trace =
+                s.trace_ids + static_cast<int64_t>(index) * s.rows * s.trace_slots;
             for (int n = 0; n < here.rows; ++n)
                 std::memcpy(trace + static_cast<int64_t>(here.row[n]) * s.trace_slots,
                             s.topk_ids + static_cast<int64_t>(n) * here.slots,
@@ -203,11 +207,12 @@ static void plan_layer(StepArgs& s, int index) {
     if (layer.everyone.channels) plan_everyone<Kind>(s.plan, layer.everyone, here.rows);
 
     Counters& c = s.counters;
-    const int gains = 2 * m.hidden + (m.qk_norm == QKNorm::kNone   ? 0
-                                      : m.qk_norm == QKNorm::kHead ? 2 * m.head_dim
-                                                                   : (m.heads + m.kv_heads) * m.head_dim);
-    const int normed = 2 * m.hidden +
-                       (m.qk_norm == QKNorm::kNone ? 0 : (m.heads + m.kv_heads) * m.head_dim);
+    const int gains =
+        2 * m.hidden + (m.qk_norm == QKNorm::kNone   ? 0
+                        : m.qk_norm == QKNorm::kHead ? 2 * m.head_dim
+                                                     : (m.heads + m.kv_heads) * m.head_dim);
+    const int normed =
+        2 * m.hidden + (m.qk_norm == QKNorm::kNone ? 0 : (m.heads + m.kv_heads) * m.head_dim);
     c.weight_bytes += matrix_bytes<Kind>(layer.qkv) + matrix_bytes<Kind>(layer.out) +
                       matrix_bytes<Float32>(layer.router) + 4 * gains;
     const int64_t products = static_cast<int64_t>(layer.qkv.outputs) * m.hidden +
@@ -221,8 +226,8 @@ static void plan_layer(StepArgs& s, int index) {
         const int64_t seen = span.rows * static_cast<int64_t>(span.position) +
                              static_cast<int64_t>(span.rows) * (span.rows + 1) / 2;
         c.flops += 4 * seen * m.heads * m.head_dim;
-        c.kv_bytes += 2 * last * m.kv_heads * m.head_dim *
-                      static_cast<int64_t>(sizeof(typename Kind::Value));
+        c.kv_bytes +=
+            2 * last * m.kv_heads * m.head_dim * static_cast<int64_t>(sizeof(typename Kind::Value));
     }
     count_plan<Kind>(s.plan, c.weight_bytes, c.flops);
 }
@@ -237,7 +242,8 @@ static void run_mlp_block(Member& member, StepArgs& s, int index) {
         float* const normed = s.normed + static_cast<int64_t>(n) * m.hidden;
         rms_norm(s.stream + static_cast<int64_t>(here.row[n]) * m.hidden, layer.mlp_norm, m.hidden,
                  m.eps, normed);
-        to_inputs<Kind>(normed, m.hidden, s.input_stride, row_of<Kind>(s.inputs, s.input_stride, n));
+        to_inputs<Kind>(normed, m.hidden, s.input_stride,
+                        row_of<Kind>(s.inputs, s.input_stride, n));
     };
     // The router sees the norm's output itself, never rounded.
     const auto router_input = [&](int n) { return s.normed + static_cast<int64_t>(n) * m.hidden; };
@@ -268,11 +274,9 @@ static void run_mlp_block(Member& member, StepArgs& s, int index) {
     });
     run_gate_up<Kind>(member, s.plan,
                       [&](int n) { return row_of<Kind>(s.inputs, s.input_stride, n); });
-    float* const sums =
-        s.sums + static_cast<int64_t>(member.id) * s.rows * kDownColumns;
-    run_down<Kind>(member, s.plan, here.rows, m.hidden, sums, [&](int n) {
-        return s.stream + static_cast<int64_t>(here.row[n]) * m.hidden;
-    });
+    float* const sums = s.sums + static_cast<int64_t>(member.id) * s.rows * kDownColumns;
+    run_down<Kind>(member, s.plan, here.rows, m.hidden, sums,
+                   [&](int n) { return s.stream + static_cast<int64_t>(here.row[n]) * m.hidden; });
 }
 
 // Copy the stream if somebody asked for it after `layers` layers.
@@ -309,7 +313,8 @@ static void step_as(Member& member, StepArgs& s) {
         float* const normed = s.normed + static_cast<int64_t>(i) * m.hidden;
         rms_norm(s.stream + static_cast<int64_t>(s.logits_rows[i]) * m.hidden, m.final_norm,
                  m.hidden, m.eps, normed);
-        to_inputs<Kind>(normed, m.hidden, s.input_stride, row_of<Kind>(s.inputs, s.input_stride, i));
+        to_inputs<Kind>(normed, m.hidden, s.input_stride,
+                        row_of<Kind>(s.inputs, s.input_stride, i));
     });
     multiply_rows<Kind>(
         member, m.head, s.logits_count,

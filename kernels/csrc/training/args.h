@@ -52,42 +52,42 @@ struct ExpertsTraining {
     float eps, epsilon;
     int threads;
 
-    const float* x;                     // (T, D)
-    const float* norm;                  // (D,)
-    const float* router;                // (E, D)
-    const float *gate, *up, *down;      // (E, F, D) twice, (E, D, F)
-    const float* correction_bias;       // (E,) or null
+    const float* x;                 // (T, D)
+    const float* norm;              // (D,)
+    const float* router;            // (E, D)
+    const float *gate, *up, *down;  // (E, F, D) twice, (E, D, F)
+    const float* correction_bias;   // (E,) or null
     int32_t top_k, min_experts;
     float threshold;
-    const uint8_t* pool;                // (E,)
+    const uint8_t* pool;  // (E,)
 
     // Written forward, read backward.
-    float* norm_scale;      // (T,)
-    float* normed;          // (T, D)
-    float* router_logits;   // (T, E)
-    int32_t* topk_ids;      // (T, slots)
-    float* topk_weights;    // (T, slots)
-    int32_t* place;         // (T, slots) where each choice stands among those of all experts
-    int32_t* token;         // (T * slots,) of each choice
-    float* weight;          // (T * slots,) of each choice
-    int32_t* ends;          // (E,) one past the last choice of each expert
-    float* gate_up;         // (T * slots, 2 * padded width)
-    float* out;             // (T, D)
-    float* balance;         // P sum_e f_e p_e
+    float* norm_scale;     // (T,)
+    float* normed;         // (T, D)
+    float* router_logits;  // (T, E)
+    int32_t* topk_ids;     // (T, slots)
+    float* topk_weights;   // (T, slots)
+    int32_t* place;        // (T, slots) where each choice stands among those of all experts
+    int32_t* token;        // (T * slots,) of each choice
+    float* weight;         // (T * slots,) of each choice
+    int32_t* ends;         // (E,) one past the last choice of each expert
+    float* gate_up;        // (T * slots, 2 * padded width)
+    float* out;            // (T, D)
+    float* balance;        // P sum_e f_e p_e
 
     const float* grad_out;  // (T, D)
     float grad_balance;
-    float* grad_x;          // (T, D)
+    float* grad_x;  // (T, D)
     float *grad_norm, *grad_router, *grad_gate, *grad_up, *grad_down;
 
     // Workspace.
-    float* outputs;       // (T * slots, D)
-    float* weights;       // (threads, packed weights of one expert)
+    float* outputs;  // (T * slots, D)
+    float* weights;  // (threads, packed weights of one expert)
     int64_t weights_size;
-    float* grad_weight;   // (T * slots,)
-    float* grad_logits;   // (T, E)
-    float* partial;       // (blocks, D + E)
-    float* scratch;       // (threads, scratch_size)
+    float* grad_weight;  // (T * slots,)
+    float* grad_logits;  // (T, E)
+    float* partial;      // (blocks, D + E)
+    float* scratch;      // (threads, scratch_size)
     int64_t scratch_size;
 };
 

@@ -7,8 +7,8 @@
 #pragma once
 
 #include "core/team.h"
-#include "training/norm.h"
 #include "training/args.h"
+#include "training/norm.h"
 
 namespace {
 
@@ -35,17 +35,19 @@ static int64_t attention_scratch(const AttentionTraining& a) {
     const int64_t d = round_up(a.head_dim, kColumns);
     // Forward: k^T, v, scores. Backward: k^T, k, v^T, probabilities, gradients of scores, a block
     // of queries and one of gradients.
-    return 4 * n.keys * d + 2 * kBlockRows * n.scores + 2 * kBlockRows * (d + a.hidden + n.all) + 64;
+    return 4 * n.keys * d + 2 * kBlockRows * n.scores + 2 * kBlockRows * (d + a.hidden + n.all) +
+           64;
 }
 
 static int64_t attention_weights(const AttentionTraining& a) {
     const AttentionSizes n(a);
-    return packed_size(a.hidden, n.all) + packed_size(n.all, a.hidden) + packed_size(n.q, a.hidden) +
-           packed_size(a.hidden, n.q);
+    return packed_size(a.hidden, n.all) + packed_size(n.all, a.hidden) +
+           packed_size(n.q, a.hidden) + packed_size(a.hidden, n.q);
 }
 
 // The heads of one row: normed where there are norms, then rotated. `raw` stays.
-static inline void turn_heads(const AttentionTraining& a, int64_t row, const float* raw, float* to) {
+static inline void turn_heads(const AttentionTraining& a, int64_t row, const float* raw,
+                              float* to) {
     const int d = a.head_dim, half = d / 2;
     const int64_t position = row % a.length;
     for (int h = 0; h < a.heads + a.kv_heads; ++h) {
@@ -88,7 +90,8 @@ static inline void softmax_rows(float* scores, int64_t row, int64_t first, int64
 }
 
 // One sequence and key/value head: the outputs of its query heads.
-static inline void attend(const AttentionTraining& a, int64_t sequence, int kv_head, float* scratch) {
+static inline void attend(const AttentionTraining& a, int64_t sequence, int kv_head,
+                          float* scratch) {
     const AttentionSizes n(a);
     const int d = a.head_dim, group = a.heads / a.kv_heads;
     const float scale = 1.0f / std::sqrt(static_cast<float>(d));
@@ -169,7 +172,7 @@ static inline void attend_backward(const AttentionTraining& a, int64_t sequence,
     float* const chances = values + packed_size(d, n.keys);
     float* const grads = chances + kBlockRows * n.scores;
     float* const queries = grads + kBlockRows * n.scores;  // a block, packed
-    float* const outs = queries + kBlockRows * wide;     // the gradients of its outputs, packed
+    float* const outs = queries + kBlockRows * wide;       // the gradients of its outputs, packed
     const float* const k = a.rotated + begin * n.turned + n.q + static_cast<int64_t>(kv_head) * d;
     const float* const v = a.qkv + begin * n.all + n.turned + static_cast<int64_t>(kv_head) * d;
     float* const grad_k = a.grad_qkv + begin * n.all + n.q + static_cast<int64_t>(kv_head) * d;
@@ -213,8 +216,8 @@ static inline void attend_backward(const AttentionTraining& a, int64_t sequence,
                     a.grad_qkv + (begin + first) * n.all + head, n.all);
             pack_rows(q, n.turned, rows, d, 0, kBlockRows, queries);
             pack_rows(grad, n.q, rows, d, 0, kBlockRows, outs);
-            product(first + rows, d, rows, {grads, 1, n.scores}, packed(queries, kBlockRows), grad_k,
-                    n.all, true);
+            product(first + rows, d, rows, {grads, 1, n.scores}, packed(queries, kBlockRows),
+                    grad_k, n.all, true);
             product(first + rows, d, rows, {chances, 1, n.scores}, packed(outs, kBlockRows), grad_v,
                     n.all, true);
         }
@@ -273,7 +276,8 @@ static void attention_backward(AttentionTraining& a) {
                 pack_rows(a.o, n.q, a.hidden, n.q, 0, a.hidden, out_weights);
             } else {
                 const int64_t first = i == 0 ? 0 : n.q + (i - 1) * n.kv;
-                pack_rows(of[i], a.hidden, i == 0 ? n.q : n.kv, a.hidden, first, n.all, qkv_weights);
+                pack_rows(of[i], a.hidden, i == 0 ? n.q : n.kv, a.hidden, first, n.all,
+                          qkv_weights);
             }
         });
         share_blocks(member, a.rows, [&](int64_t, int64_t first, int64_t rows) {
@@ -287,7 +291,8 @@ static void attention_backward(AttentionTraining& a) {
             float* const gains = a.partial + block * partial_row;
             zero(gains, partial_row);
             for (int64_t r = first; r < first + rows; ++r) {
-                turn_heads_back(a, r, a.grad_qkv + r * n.all, gains + a.hidden, gains + a.hidden + d);
+                turn_heads_back(a, r, a.grad_qkv + r * n.all, gains + a.hidden,
+                                gains + a.hidden + d);
                 scale_row(a.x + r * a.hidden, a.norm_scale[r], a.norm, a.hidden,
                           a.normed + r * a.hidden);
             }
@@ -302,8 +307,8 @@ static void attention_backward(AttentionTraining& a) {
                               a.grad_q);
         share_matrix_gradient(member, a.grad_qkv + n.q, n.all, a.normed, a.hidden, a.rows, n.kv,
                               a.hidden, a.grad_k);
-        share_matrix_gradient(member, a.grad_qkv + n.turned, n.all, a.normed, a.hidden, a.rows, n.kv,
-                              a.hidden, a.grad_v);
+        share_matrix_gradient(member, a.grad_qkv + n.turned, n.all, a.normed, a.hidden, a.rows,
+                              n.kv, a.hidden, a.grad_v);
         share_matrix_gradient(member, a.grad_out, a.hidden, a.attended, n.q, a.rows, a.hidden, n.q,
                               a.grad_o);
         member.alone([&] {

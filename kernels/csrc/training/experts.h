@@ -2,10 +2,10 @@
 // all of it. An expert's rows are one piece of work, so its gradients need no other thread's.
 #pragma once
 
-#include "ops/route.h"
 #include "core/team.h"
-#include "training/attention.h"
+#include "ops/route.h"
 #include "training/args.h"
+#include "training/attention.h"
 
 namespace {
 
@@ -98,7 +98,8 @@ static inline int32_t first_choice(const ExpertsTraining& a, int64_t e) {
 static inline void gather(const ExpertsTraining& a, const float* from, int64_t begin, int64_t rows,
                           float* to) {
     for (int64_t r = 0; r < rows; ++r)
-        copy(to + r * a.hidden, from + static_cast<int64_t>(a.token[begin + r]) * a.hidden, a.hidden);
+        copy(to + r * a.hidden, from + static_cast<int64_t>(a.token[begin + r]) * a.hidden,
+             a.hidden);
 }
 
 static inline void run_expert(ExpertsTraining& a, int64_t e, float* weights, float* scratch) {
@@ -197,10 +198,10 @@ static inline void run_expert_back(ExpertsTraining& a, int64_t e, float* weights
     const ExpertSizes n(a);
     const int32_t begin = first_choice(a, e), end = a.ends[e];
     const int64_t of = e * a.channels * a.hidden;
-    if (begin == end) return;  // the gradients are zeros already
-    float* const down = weights;                                // (D, c)
-    float* const gate = down + packed_size(a.hidden, n.wide);   // (c, D)
-    float* const up = gate + packed_size(a.width, a.hidden);    // (c, D)
+    if (begin == end) return;                                  // the gradients are zeros already
+    float* const down = weights;                               // (D, c)
+    float* const gate = down + packed_size(a.hidden, n.wide);  // (c, D)
+    float* const up = gate + packed_size(a.width, a.hidden);   // (c, D)
     pack_rows(a.down + of, a.channels, a.hidden, a.width, 0, a.hidden, down);
     pack_rows(a.gate + of, a.hidden, a.width, a.hidden, 0, a.width, gate);
     pack_rows(a.up + of, a.hidden, a.width, a.hidden, 0, a.width, up);

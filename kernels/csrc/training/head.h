@@ -2,8 +2,8 @@
 #pragma once
 
 #include "core/team.h"
-#include "training/norm.h"
 #include "training/args.h"
+#include "training/norm.h"
 
 namespace {
 
@@ -25,7 +25,8 @@ static int64_t head_weights(const HeadLossArgs& a) {
 static inline float cross_entropy(float* logits, int64_t vocab, int64_t target) {
     const int64_t whole = vocab / kLanes * kLanes;
     VFloat tail = broadcast(-INFINITY);
-    if (whole < vocab) tail = load_partial(logits + whole, static_cast<int>(vocab - whole), -INFINITY);
+    if (whole < vocab)
+        tail = load_partial(logits + whole, static_cast<int>(vocab - whole), -INFINITY);
     VFloat best = tail;
     for (int64_t i = 0; i < whole; i += kLanes) best = max(load(logits + i), best);
     const float top = reduce_max(best), wanted = logits[target];
@@ -49,7 +50,8 @@ static inline float cross_entropy(float* logits, int64_t vocab, int64_t target) 
 }
 
 static void head_loss(HeadLossArgs& a) {
-    const int64_t wide = round_up(a.vocab, kColumns), blocks = (a.rows + kBlockRows - 1) / kBlockRows;
+    const int64_t wide = round_up(a.vocab, kColumns),
+                  blocks = (a.rows + kBlockRows - 1) / kBlockRows;
     const float share = 1.0f / static_cast<float>(a.rows);
     float* const columns = a.weights;
     float* const rows_packed = columns + packed_size(a.hidden, a.vocab);
@@ -57,8 +59,8 @@ static void head_loss(HeadLossArgs& a) {
     run_team(a.threads, [&](Member& member) {
         float* const logits = a.scratch + member.id * a.scratch_size;
         member.share(a.vocab, 512, [&](int64_t begin, int64_t end) {
-            pack_rows_as_columns(a.weight + begin * a.hidden, a.hidden, end - begin, a.hidden, begin,
-                                 columns);
+            pack_rows_as_columns(a.weight + begin * a.hidden, a.hidden, end - begin, a.hidden,
+                                 begin, columns);
             pack_rows(a.weight + begin * a.hidden, a.hidden, end - begin, a.hidden, begin, a.vocab,
                       rows_packed);
             if (end == a.vocab) pack_nothing(a.vocab, a.hidden, columns);
@@ -66,8 +68,8 @@ static void head_loss(HeadLossArgs& a) {
         member.share(kHeadParts, 1, [&](int64_t part, int64_t) {
             float* const grad_weight = a.partial + part * a.vocab * a.hidden;
             zero(grad_weight, static_cast<int64_t>(a.vocab) * a.hidden);
-            for (int64_t block = blocks * part / kHeadParts; block < blocks * (part + 1) / kHeadParts;
-                 ++block) {
+            for (int64_t block = blocks * part / kHeadParts;
+                 block < blocks * (part + 1) / kHeadParts; ++block) {
                 const int64_t first = block * kBlockRows;
                 const int64_t rows = a.rows - first < kBlockRows ? a.rows - first : kBlockRows;
                 const float* const x = a.x + first * a.hidden;
@@ -81,14 +83,15 @@ static void head_loss(HeadLossArgs& a) {
                         grad_weight, a.hidden, true);
             }
         });
-        member.share(static_cast<int64_t>(a.vocab) * a.hidden, 4096, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i) {
-                float sum = 0.0f;
-                for (int part = 0; part < kHeadParts; ++part)
-                    sum += a.partial[part * static_cast<int64_t>(a.vocab) * a.hidden + i];
-                a.grad_weight[i] = sum * share;
-            }
-        });
+        member.share(
+            static_cast<int64_t>(a.vocab) * a.hidden, 4096, [&](int64_t begin, int64_t end) {
+                for (int64_t i = begin; i < end; ++i) {
+                    float sum = 0.0f;
+                    for (int part = 0; part < kHeadParts; ++part)
+                        sum += a.partial[part * static_cast<int64_t>(a.vocab) * a.hidden + i];
+                    a.grad_weight[i] = sum * share;
+                }
+            });
         member.share(a.rows * a.hidden, 16384, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) a.grad_x[i] *= share;
         });

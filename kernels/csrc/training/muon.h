@@ -2,8 +2,8 @@
 #pragma once
 
 #include "core/team.h"
-#include "training/norm.h"
 #include "training/args.h"
+#include "training/norm.h"
 
 namespace {
 

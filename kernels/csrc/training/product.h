@@ -68,9 +68,8 @@ static __attribute__((noinline)) void product_tile(const float* a, int64_t row, 
 }
 
 template <int P>
-static inline void product_rows(int rows, const float* a, int64_t row, int64_t step,
-                                const float* b, int64_t b_row, int steps, float* c, int64_t c_row,
-                                bool add) {
+static inline void product_rows(int rows, const float* a, int64_t row, int64_t step, const float* b,
+                                int64_t b_row, int steps, float* c, int64_t c_row, bool add) {
     switch (rows) {
         case 1: return product_tile<1, P>(a, row, step, b, b_row, steps, c, c_row, add);
         case 2: return product_tile<2, P>(a, row, step, b, b_row, steps, c, c_row, add);

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic_moe.errors import RoutingError
+from elastic_moe.routing import is_name
+from elastic_moe.routing.axes import Axis
 
 if TYPE_CHECKING:
     from elastic_moe.config import Routing
@@ -85,14 +88,38 @@ def add_routing(parser: argparse.ArgumentParser) -> None:
     """--routing and --routing-config."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
-        "--routing", metavar="NAME", help="sub-network such as L36-k2-w6-t0.7-p8 (default: full)"
+        "--routing",
+        metavar="NAME",
+        help="sub-network such as L36-k2-w6-t0.7-p8, or a JSON file of one (default: full)",
     )
     group.add_argument(
         "--routing-config",
         metavar="FILE",
         type=Path,
-        help="JSON of an ElasticRoutingConfig, snake_case or camelCase; an absent key is full",
+        help="JSON of a routing_config, of an ElasticRoutingConfig or of an answer's routing; an "
+        "absent key is full",
     )
+
+
+def add_axis(
+    parser: argparse._ActionsContainer, axis: Axis, prefix: str = "", **options: Any
+) -> None:
+    """--PREFIX-AXIS: the help shows one spelling, and every spelling is accepted.
+
+    Args:
+        prefix: such as 'max-'; the value is in `args` as `max_` and the axis's own name.
+        options: of `add_argument`.
+    """
+    shown, *others = axis.option(prefix)
+    dest = f"{prefix}{axis.name}".replace("-", "_")
+    parser.add_argument(shown, dest=dest, **options)
+    if others:
+        parser.add_argument(*others, dest=dest, **{**options, "help": argparse.SUPPRESS})
+
+
+def axis_number(axis: Axis) -> Callable[[str], Any]:
+    """An argparse type: one value of an axis."""
+    return float if axis.kind == "share" else positive_integer
 
 
 def load_engine(args: argparse.Namespace, *, rank: bool = True, **options: Any) -> Engine:
@@ -120,15 +147,31 @@ def load_engine(args: argparse.Namespace, *, rank: bool = True, **options: Any) 
 
 def read_routing(args: argparse.Namespace) -> Routing:
     """What --routing or --routing-config says; None for the full network."""
-    if args.routing_config is None:
-        name: str | None = args.routing
-        return name
-    from elastic_moe.config import ElasticRoutingConfig  # deferred: loads pydantic
+    if args.routing_config is not None:
+        return _read_file(args.routing_config, "--routing-config ")
+    return read_name(args.routing)
+
+
+def read_name(name: str | None) -> Routing:
+    """A sub-network by name, or by the JSON file that stands in place of a name.
+
+    Raises:
+        RoutingError: the file cannot be read, or holds no configuration.
+    """
+    if name is not None and (
+        name.endswith(".json") or (not is_name(name) and Path(name).is_file())
+    ):
+        return _read_file(Path(name))
+    return name
+
+
+def _read_file(path: Path, option: str = "") -> Routing:
+    from elastic_moe.config import RoutingConfig  # deferred: loads pydantic
 
     try:
-        data: Any = json.loads(args.routing_config.read_text(encoding="utf-8"))
+        data: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RoutingError(f"--routing-config {args.routing_config}: {error}.") from error
+        raise RoutingError(f"{option}{path}: {error}.") from error
     if not isinstance(data, dict):
-        raise RoutingError(f"--routing-config {args.routing_config} must hold a JSON object.")
-    return ElasticRoutingConfig.full(**data)
+        raise RoutingError(f"{option}{path} must hold a JSON object.")
+    return RoutingConfig.parse(data)

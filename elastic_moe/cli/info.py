@@ -8,7 +8,9 @@ import sys
 from typing import Any
 
 from elastic_moe.cli.arguments import add_model_name, add_routing, positive_integer, read_routing
+from elastic_moe.routing.axes import AXES, TRAINED, Axis
 
+NOT_TRAINED = "; not trained elastically"
 EXAMPLES = """examples:
   elastic-moe info                                   the bundled model and this install
   elastic-moe info --routing L24-k2                  what half the depth and half the experts cost
@@ -61,17 +63,14 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
             "name": checkpoint_name(folder),
             "path": str(folder),
             "model_type": config.model_type,
-            "num_layers": shape.num_layers,
+            **{axis.size: axis.most(shape) for axis in AXES if axis.size is not None},
             "hidden_size": shape.hidden_size,
             "num_heads": shape.num_heads,
             "num_kv_heads": shape.num_kv_heads,
             "head_dim": shape.head_dim,
             "vocab_size": shape.vocab_size,
             "max_positions": config.max_positions,
-            "num_experts": shape.num_experts,
-            "max_top_k": shape.max_top_k,
             "expert_hidden": shape.expert_hidden,
-            "width_granules": shape.width_granules,
             "total_params": shape.total_params,
             "elastic_moe": config.elastic.to_json() if config.elastic else None,
         },
@@ -122,11 +121,6 @@ def show(info: dict[str, Any]) -> None:
         console.print(title, style="bold")
         console.print(grid)
 
-    def axis(name: str, most: int) -> str:
-        values = trained.get(name)
-        drawn = f"; trained at {_ranges(values)}" if values else "; not trained elastically"
-        return f"1 to {most}{drawn}"
-
     table(
         f"model {model['name']}",
         [
@@ -149,11 +143,8 @@ def show(info: dict[str, Any]) -> None:
     table(
         "elastic axes",
         [
-            ("L  depth", axis("depth", model["num_layers"])),
-            ("k  top_k", axis("top_k", most)),
-            ("w  expert_width", axis("width", model["width_granules"])),
-            ("t  sparsity", f"0 to 1{_drawn_thresholds(trained.get('threshold'))}"),
-            ("p  expert_pool", axis("pool", model["num_experts"])),
+            (f"{axis.letter}  {axis.wire}", _range(axis, model, trained.get(str(axis.trained))))
+            for axis in TRAINED
         ],
     )
     table(
@@ -186,7 +177,18 @@ def show(info: dict[str, Any]) -> None:
     )
 
 
-def _ranges(values: list[float]) -> str:
+def _range(axis: Axis, model: dict[str, Any], drawn: list[float] | None) -> str:
+    """'1 to 48; trained at 8-47, 48' style."""
+    values = f"{axis.least:g} to {axis.most(model):g}"
+    if axis.kind == "share":
+        positive = [value for value in drawn or () if value > 0]
+        return values + (
+            f"; trained at {min(positive)}-{max(positive)}" if positive else NOT_TRAINED
+        )
+    return values + (f"; trained at {_runs(drawn)}" if drawn else NOT_TRAINED)
+
+
+def _runs(values: list[float]) -> str:
     """'8-47, 48' style: runs of consecutive integers joined."""
     numbers = sorted(int(value) for value in values)
     runs: list[list[int]] = []
@@ -196,11 +198,6 @@ def _ranges(values: list[float]) -> str:
         else:
             runs.append([number])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def _drawn_thresholds(values: list[float] | None) -> str:
-    positive = [value for value in values or [] if value > 0]
-    return f"; trained at {min(positive)}-{max(positive)}" if positive else "; not trained"
 
 
 def _backend(backend: dict[str, Any]) -> str:

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic_moe.cli.arguments import (
+    add_axis,
     add_model,
     add_ranking,
     add_routing,
+    axis_number,
     load_engine,
     positive_integer,
     read_routing,
 )
 from elastic_moe.errors import ServerError
+from elastic_moe.routing.axes import TRAINED
 from elastic_moe.server.child_process import exit_with_stdin, url_file
 
 if TYPE_CHECKING:
@@ -28,13 +31,6 @@ if TYPE_CHECKING:
 
 KEYS = "ELASTIC_MOE_API_KEYS"
 ADMIN_KEYS = "ELASTIC_MOE_ADMIN_KEYS"
-LIMITS = {  # option -> field of `Limits`, what is counted
-    "depth": ("depth", "so many layers"),
-    "top-k": ("top_k", "so many experts per token"),
-    "width": ("expert_width", "so many granules of each expert"),
-    "pool": ("expert_pool", "so many experts to choose from"),
-    "sparsity": ("sparsity", "this threshold"),
-}
 BUNDLED_ALIAS = "ernie-5.1-prod"  # what ElasticRoutingConfig() asks for
 
 EXAMPLES = """examples:
@@ -172,11 +168,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_limits(parser: argparse.ArgumentParser) -> None:
     """How far requests may go on each axis."""
     group = parser.add_argument_group("limits of what requests may ask for")
-    for flag, (_, unit) in LIMITS.items():
-        number = float if flag == "sparsity" else positive_integer
-        metavar = "T" if flag == "sparsity" else "N"
-        group.add_argument(f"--min-{flag}", type=number, metavar=metavar, help=f"at least {unit}")
-        group.add_argument(f"--max-{flag}", type=number, metavar=metavar, help=f"at most {unit}")
+    for axis in TRAINED:
+        metavar = "T" if axis.kind == "share" else "N"
+        for prefix, words in (("min-", "at least"), ("max-", "at most")):
+            add_axis(
+                group,
+                axis,
+                prefix,
+                type=axis_number(axis),
+                metavar=metavar,
+                help=f"{words} this many {axis.unit}"
+                if metavar == "N"
+                else f"{words} this {axis.unit}",
+            )
     group.add_argument(
         "--beyond-limits",
         choices=("clamp", "refuse"),
@@ -191,8 +195,8 @@ def read_limits(args: argparse.Namespace) -> Limits:
     from elastic_moe.server.routing.limits import Limits  # deferred: loads pydantic
 
     bounds: dict[str, Any] = {
-        axis: (getattr(args, f"min_{name}"), getattr(args, f"max_{name}"))
-        for name, axis in ((flag.replace("-", "_"), axis) for flag, (axis, _) in LIMITS.items())
+        axis.name: (getattr(args, f"min_{axis.name}"), getattr(args, f"max_{axis.name}"))
+        for axis in TRAINED
     }
     return Limits(refuse=args.beyond_limits == "refuse", **bounds)
 

@@ -16,7 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elastic_moe.cli.arguments import add_model, add_ranking, load_engine, positive_integer
+from elastic_moe.cli.arguments import (
+    add_axis,
+    add_model,
+    add_ranking,
+    load_engine,
+    positive_integer,
+)
+from elastic_moe.routing.axes import TRAINED
 
 if TYPE_CHECKING:
     from elastic_moe.lab.sweeps.schema import SweepResult
@@ -36,16 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of this command."""
     add_model(parser)
     add_ranking(parser)
-    integers, numbers = _list_of(int), _list_of(float)
-    parser.add_argument("--depth", type=integers, metavar="N,N", help="layers 0..N-1 run")
-    parser.add_argument("--top-k", type=integers, metavar="N,N", help="experts per token")
-    parser.add_argument(
-        "--expert-width", type=integers, metavar="N,N", help="granules of each expert"
-    )
-    parser.add_argument("--sparsity", type=numbers, metavar="T,T", help="thresholds in [0, 1]")
-    parser.add_argument(
-        "--expert-pool", type=integers, metavar="N,N", help="experts to choose from"
-    )
+    for axis in TRAINED:
+        share = axis.kind == "share"
+        number = _list_of(float if share else int)
+        values = "T,T" if share else "N,N"
+        add_axis(parser, axis, type=number, metavar=values, help=f"values: {axis.unit}")
     parser.add_argument(
         "--text",
         type=Path,
@@ -79,11 +81,7 @@ def run(args: argparse.Namespace) -> int:
     with _progress() as progress:
         result = sweep(
             engine,
-            depth=args.depth,
-            top_k=args.top_k,
-            expert_width=args.expert_width,
-            sparsity=args.sparsity,
-            expert_pool=args.expert_pool,
+            **{axis.name: getattr(args, axis.name) for axis in TRAINED},
             text=args.text,
             tokens=args.tokens,
             out=args.out,

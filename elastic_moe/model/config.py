@@ -23,8 +23,8 @@ class ElasticBlock:
 
     Attributes:
         width_granules: parts that an expert's hidden channels can be cut into.
-        trained: values of each axis that training drew ('depth', 'top_k', 'width', 'pool',
-            'threshold'); empty for a checkpoint that was not trained elastically.
+        trained: values of each axis that training drew, by `Axis.trained`; empty for a checkpoint
+            that was not trained elastically.
         tokens: training tokens.
         corpus_sha256: of the training manifest.
         parent, subnet: where an extracted checkpoint came from.
@@ -36,14 +36,6 @@ class ElasticBlock:
     corpus_sha256: str | None = None
     parent: str | None = None
     subnet: str | None = None
-
-    def was_trained(self, axis: str, value: float) -> bool:
-        """Whether training drew this value; a threshold counts if it lies among those drawn."""
-        drawn = self.trained.get(axis, ())
-        if axis == "threshold" and drawn and value > 0:
-            positive = [t for t in drawn if t > 0]
-            return bool(positive) and min(positive) <= value <= max(positive)
-        return value in drawn
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -101,7 +101,7 @@ TOP_K = Axis(
     "top_k",
     "k",
     "count",
-    title="Experts per token",
+    title="Top-k",
     unit="experts per token",
     size="max_top_k",
     client="routing_top_k",
@@ -252,8 +252,8 @@ def was_trained(axis: Axis, value: Any, whole: Any, drawn: Iterable[float] | Non
     values = list(drawn or ())
     if value is None or not values:
         return False
-    if axis.kind == "share":
-        values = [each for each in values if each > 0]
-        near = any(math.isclose(value, each, rel_tol=1e-6) for each in values)  # float32, decimals
-        return near or (bool(values) and min(values) <= value <= max(values))
-    return value in values
+    # A share is a float32 in a sub-network and a decimal in a configuration.
+    if any(math.isclose(value, each, rel_tol=1e-6) for each in values):
+        return True
+    positive = [each for each in values if each > 0]
+    return axis.kind == "share" and bool(positive) and min(positive) <= value <= max(positive)

@@ -9,16 +9,9 @@ from typing import Any
 
 from elastic_moe.errors import RoutingError
 from elastic_moe.model.config import ElasticBlock
-from elastic_moe.routing import ModelShape, Subnet, resolve, spell_float32
-
-# Arguments of `resolve`, the letter that names them, and their name among the trained values.
-AXES = {
-    "depth": ("L", "depth"),
-    "top_k": ("k", "top_k"),
-    "expert_width": ("w", "width"),
-    "sparsity_threshold": ("t", "threshold"),
-    "expert_pool": ("p", "pool"),
-}
+from elastic_moe.routing import ModelShape, Subnet, resolve
+from elastic_moe.routing.axes import AXES, DEPTH, TOP_K, TRAINED, count, was_trained
+from elastic_moe.routing.names import write_name
 
 
 @dataclass(slots=True)
@@ -42,26 +35,25 @@ class Grid:
 def default_grid(shape: ModelShape, elastic: ElasticBlock | None, *, quick: bool = False) -> Grid:
     """Depth x top-k at quarters of the model's values, and every other axis alone.
 
-    Width and pool only where the checkpoint was trained for them. `quick`: depth and top-k alone
-    as well, instead of their product.
+    Width, pool and other axes that count only where the checkpoint was trained for them. `quick`:
+    depth and top-k alone as well, instead of their product.
     """
     grid = Grid()
     grid.add(shape, {})
-    depths, top_ks = _quarters(shape.num_layers), _quarters(shape.max_top_k)
-    pairs = [{"depth": d, "top_k": k} for d, k in product(depths, top_ks)]
-    if quick:
-        pairs = [p for p in pairs if p["depth"] == depths[0] or p["top_k"] == top_ks[0]]
-    for values in pairs:
-        grid.add(shape, values)
+    depths, top_ks = _quarters(DEPTH.most(shape)), _quarters(TOP_K.most(shape))
+    for depth, top_k in product(depths, top_ks):
+        if not quick or depth == depths[0] or top_k == top_ks[0]:
+            grid.add(shape, {DEPTH.name: depth, TOP_K.name: top_k})
     trained = elastic.trained if elastic else {}
-    if "width" in trained:
-        for width in _quarters(shape.width_granules):
-            grid.add(shape, {"expert_width": width})
-    for threshold in (0.25, 0.5, 0.75, 1.0):
-        grid.add(shape, {"sparsity_threshold": threshold})
-    if "pool" in trained:
-        for pool in _quarters(shape.num_experts):
-            grid.add(shape, {"expert_pool": pool})
+    for axis in TRAINED:
+        if axis.kind == "share":
+            steps: list[Any] = [0.25, 0.5, 0.75, 1.0]
+        elif axis not in (DEPTH, TOP_K) and axis.trained in trained:
+            steps = _quarters(axis.most(shape))
+        else:
+            continue
+        for value in steps:
+            grid.add(shape, {axis.name: value})
     return grid
 
 
@@ -94,23 +86,16 @@ def groups(subnets: Sequence[Subnet]) -> list[tuple[Subnet, list[Subnet]]]:
 
 def is_trained(subnet: Subnet, elastic: ElasticBlock | None) -> bool:
     """Whether training drew every value that differs from the full network's."""
-    full = resolve(subnet.shape)
-    if subnet == full:
+    if subnet == Subnet.full(subnet.shape):
         return True
     if elastic is None or not subnet.is_prefix:
         return False
-    values: dict[str, tuple[Any, float]] = {"depth": (subnet.depth, subnet.shape.num_layers)}
-    if subnet.shape.moe_layers.intersection(subnet.active_layers):  # else nothing routes
-        pool = subnet.uniform("expert_pool")
-        values |= {
-            "top_k": (subnet.uniform("top_k"), subnet.shape.max_top_k),
-            "width": (subnet.uniform("expert_width"), subnet.shape.width_granules),
-            "threshold": (subnet.uniform("sparsity_threshold"), 0.0),
-            "pool": (len(pool) if pool else None, subnet.shape.num_experts),
-        }
+    values = {DEPTH: subnet.depth}
+    if subnet.routed_layers:
+        values |= {axis: count(subnet.uniform(axis.name)) for axis in TRAINED if axis.per_layer}
     return all(
-        value == whole or (value is not None and elastic.was_trained(axis, value))
-        for axis, (value, whole) in values.items()
+        was_trained(axis, value, axis.whole(subnet.shape), elastic.trained.get(str(axis.trained)))
+        for axis, value in values.items()
     )
 
 
@@ -120,16 +105,5 @@ def _quarters(most: int) -> list[int]:
 
 
 def _spell(values: dict[str, Any]) -> str:
-    parts = []
-    for axis, (letter, _) in AXES.items():
-        if axis in values:
-            value = values[axis]
-            parts.append(
-                letter
-                + (
-                    spell_float32(value)
-                    if isinstance(value, float) and 0 <= value <= 1
-                    else str(value)
-                )
-            )
-    return "-".join(parts) or "full"
+    """A name of values that may be out of range, such as L60-k1-p2."""
+    return write_name({axis: [values[axis.name]] for axis in AXES if axis.name in values})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -14,6 +14,7 @@ from elastic_moe.lab.sweeps.schema import ExpertUse, SweepPoint
 from elastic_moe.lab.sweeps.text import WINDOW, EvaluationSet
 from elastic_moe.model.checkpoints.folder import file_in
 from elastic_moe.routing import Subnet
+from elastic_moe.routing.axes import AXES, DEPTH, TRAINED, count
 
 BYTES_PER_WEIGHT = {"bfloat16": 2, "float32": 4}
 
@@ -27,15 +28,11 @@ def describe_point(
     really ran; `active_params_max` is the bound that holds whatever the threshold drops.
     """
     delta, error = paired_difference(quality, full, text)
-    pool = subnet.uniform("expert_pool")
     experts = quality.mean_experts
-    return {
+    point: dict[str, Any] = {
         "name": subnet.name,
-        "depth": subnet.depth,
-        "top_k": subnet.uniform("top_k"),
-        "expert_width": subnet.uniform("expert_width"),
-        "sparsity_threshold": subnet.uniform("sparsity_threshold"),
-        "expert_pool": len(pool) if pool else None,
+        DEPTH.name: subnet.depth,
+        **{axis.name: count(subnet.uniform(axis.name)) for axis in TRAINED if axis.per_layer},
         "trained": is_trained(subnet, engine.config.elastic),
         "active_params": round(subnet.active_params_at(experts)),
         "active_params_max": subnet.active_params,
@@ -58,6 +55,7 @@ def describe_point(
         "dtype": engine.dtype,
         "pareto": False,
     }
+    return cast(SweepPoint, point)
 
 
 def describe_model(engine: Engine) -> dict[str, Any]:
@@ -66,10 +64,7 @@ def describe_model(engine: Engine) -> dict[str, Any]:
     return {
         "name": engine.name,
         "model_type": config.model_type,
-        "num_layers": shape.num_layers,
-        "num_experts": shape.num_experts,
-        "max_top_k": shape.max_top_k,
-        "width_granules": shape.width_granules,
+        **{axis.size: axis.most(shape) for axis in AXES if axis.size is not None},
         "expert_hidden": shape.expert_hidden,
         "hidden_size": shape.hidden_size,
         "total_params": shape.total_params,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
+from elastic_moe.routing.axes import TRAINED
+
 SCHEMA_VERSION = 1
 
 
@@ -71,4 +73,5 @@ class SweepResult(TypedDict):
     seconds: float
 
 
-POINT_FIELDS = tuple(SweepPoint.__annotations__)
+_AXES = {axis.name: None for axis in TRAINED}  # one without a type above is found here too
+POINT_FIELDS = tuple({**SweepPoint.__annotations__, **_AXES})

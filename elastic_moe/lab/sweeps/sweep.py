@@ -37,6 +37,8 @@ from elastic_moe.lab.sweeps.text import (
 )
 from elastic_moe.lab.view.frontier import mark_pareto
 from elastic_moe.routing import Subnet
+from elastic_moe.routing.axes import KEYS
+from elastic_moe.routing.resolution import canonical
 
 Progress = Callable[[str, int, int], None]
 Notify = Callable[[str], None]
@@ -49,11 +51,6 @@ def _silent(*_: object) -> None:
 def sweep(
     model: str | Path | Engine = "elastic-mini",
     *,
-    depth: Sequence[int] | None = None,
-    top_k: Sequence[int] | None = None,
-    expert_width: Sequence[int] | None = None,
-    sparsity: Sequence[float] | None = None,
-    expert_pool: Sequence[int] | None = None,
     text: str | Path | None = None,
     tokens: int | None = None,
     out: str | Path = "sweep-out",
@@ -61,14 +58,12 @@ def sweep(
     rank_channels: str | Path | None = None,
     progress: Progress = _silent,
     notify: Notify = _silent,
+    **axes: Sequence[Any] | None,
 ) -> SweepResult:
     """Measure a grid of sub-networks and write `sweep.json`, `frontier.png`, `report.html`.
 
     Args:
         model: a bundled name, a folder, or a loaded engine.
-        depth, top_k, expert_width, sparsity, expert_pool: values to combine, each with each; an
-            axis that is not given stays full. With none given: depth x top-k at quarters of the
-            model's own values, and every other axis alone.
         text: a UTF-8 file to score; default is the language reference of the running Python.
         tokens: tokens to score, at most (default 12,032; 1,024 with quick).
         out: folder for the results; a sweep that was interrupted there is continued.
@@ -77,6 +72,9 @@ def sweep(
             on it, in the engine itself where one was passed.
         progress: called with (stage, done, total).
         notify: called with a line about earlier results in `out`, and about an interruption.
+        axes: depth, top_k, expert_width, sparsity, expert_pool or another spelling -> values to
+            combine, each with each; an axis that is not given stays full. With none given: depth x
+            top-k at quarters of the model's own values, and every other axis alone.
 
     Returns:
         The content of `sweep.json`.
@@ -86,6 +84,8 @@ def sweep(
         KeyboardInterrupt: passed on, after the points that are done were written.
     """
     started = time.monotonic()
+    known = canonical(axes)
+    given = {key: known[key] for key in dict.fromkeys(KEYS.values()) if known.get(key) is not None}
     folder = Path(out)
     prepare_folder(folder)
     corpus = read_corpus(Path(text)) if text is not None else language_reference()
@@ -96,14 +96,6 @@ def sweep(
     if tokens is None:
         tokens = 1_024 if quick else 12_032
     text_set = evaluation_set(corpus, engine.tokenizer, tokens)
-    axes = {
-        "depth": depth,
-        "top_k": top_k,
-        "expert_width": expert_width,
-        "sparsity_threshold": sparsity,
-        "expert_pool": expert_pool,
-    }
-    given = {axis: values for axis, values in axes.items() if values is not None}
     shape, elastic = engine.shape, engine.config.elastic
     grid = product_grid(shape, given) if given else default_grid(shape, elastic, quick=quick)
     ranked_on = calibration.name if calibration is not None else None

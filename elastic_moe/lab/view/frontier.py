@@ -7,48 +7,21 @@ its cost and quality. Everything here is pure and needs the standard library onl
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from elastic_moe.lab.sweeps.schema import SweepPoint
+from elastic_moe.routing.axes import THRESHOLD, TRAINED, Axis, was_trained
+from elastic_moe.routing.names import is_listed, split_name
 
 Point = Mapping[str, Any]
 Sweep = Mapping[str, Any]  # as read from a file: any version, perhaps damaged
 
 
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """One elastic axis.
-
-    Attributes:
-        key: the point's field that holds the value.
-        title: the axis in words, for headings.
-        unit: what the value counts, for the axis of a plot.
-        model_key: the field of `sweep["model"]` that holds the full value; None: it is 0.
-        trained_key: the list of trained values in `sweep["model"]["elastic_moe"]["trained"]`.
-    """
-
-    key: str
-    title: str
-    unit: str
-    model_key: str | None
-    trained_key: str
-
-
-AXES = (
-    Axis("depth", "Depth", "layers that run", "num_layers", "depth"),
-    Axis("top_k", "Experts per token", "top-k", "max_top_k", "top_k"),
-    Axis("expert_width", "Expert width", "granules of each expert", "width_granules", "width"),
-    Axis("sparsity_threshold", "Threshold", "share of the best score", None, "threshold"),
-    Axis("expert_pool", "Expert pool", "experts to choose from", "num_experts", "pool"),
-)
-
-
 def full_values(model: Mapping[str, Any]) -> dict[str, Any]:
     """The value of each axis in the full network, by the point's field: `{"depth": 48, ...}`."""
-    return {a.key: 0.0 if a.model_key is None else model[a.model_key] for a in AXES}
+    return {axis.name: axis.whole(model) for axis in TRAINED}
 
 
 def full_point(points: Iterable[Point]) -> Point | None:
@@ -122,23 +95,28 @@ def frontier(points: Sequence[Point], cost: Callable[[Point], float | None] = fl
     return sorted(on_it, key=lambda p: (cost(p) or 0.0, str(p["name"])))
 
 
-# Names say what the five values cannot: layers that are no prefix (Lx...), a floor under the
-# threshold (m2), values that differ from layer to layer (x...).
-_BEYOND_THE_AXES = re.compile(r"(^|-)(Lx|m\d|x)")
-
-
 def changed_axes(point: Point, full: Mapping[str, Any]) -> list[Axis]:
     """The axes in which `point` differs from `full` (a point, or `full_values`).
 
-    None stands for values that differ from layer to layer, in names x...; in other names nothing
-    routes (all layers that run are dense), so there is nothing to differ.
+    None stands for values that differ from layer to layer, where the name has a part of the axis;
+    in other names nothing routes (all layers that run are dense), so nothing differs.
     """
-    mixed = str(point["name"]).startswith("x")
+    parts = split_name(str(point["name"]))
     return [
         axis
-        for axis in AXES
-        if point[axis.key] != full[axis.key] and (mixed or point[axis.key] is not None)
+        for axis in TRAINED
+        if point[axis.name] != full[axis.name]
+        and (point[axis.name] is not None or parts is None or axis.name in parts)
     ]
+
+
+def _is_beyond_numbers(name: str) -> bool:
+    """Whether a name says what a point's numbers cannot: lists, or another axis such as m2."""
+    parts = split_name(name)
+    swept = {axis.name for axis in TRAINED}
+    return parts is None or any(
+        is_listed(part) or axis not in swept for axis, part in parts.items()
+    )
 
 
 def curves(points: Iterable[Point], full: Mapping[str, Any]) -> dict[str, list[Point]]:
@@ -151,14 +129,14 @@ def curves(points: Iterable[Point], full: Mapping[str, Any]) -> dict[str, list[P
     Returns:
         For every axis' key, those points and the full one if it is there, by rising value.
     """
-    result: dict[str, list[Point]] = {axis.key: [] for axis in AXES}
+    result: dict[str, list[Point]] = {axis.name: [] for axis in TRAINED}
     for point in points:
-        if _BEYOND_THE_AXES.search(str(point["name"])):
+        if _is_beyond_numbers(str(point["name"])):
             continue
         changed = changed_axes(point, full)
         if len(changed) <= 1:
-            for axis in changed or AXES:
-                result[axis.key].append(point)
+            for axis in changed or TRAINED:
+                result[axis.name].append(point)
     for key, members in result.items():
         members.sort(key=lambda p: float(p[key]))
     return result
@@ -167,16 +145,12 @@ def curves(points: Iterable[Point], full: Mapping[str, Any]) -> dict[str, list[P
 def untrained_axes(point: Point, model: Mapping[str, Any]) -> set[str]:
     """The keys of the axes whose value in `point` was not trained, as far as the model says."""
     trained = (model.get("elastic_moe") or {}).get("trained") or {}
+    full = full_values(model)
     return {
-        axis.key
-        for axis in changed_axes(point, full_values(model))
-        if not any(_close(point[axis.key], value) for value in trained.get(axis.trained_key) or ())
+        axis.name
+        for axis in changed_axes(point, full)
+        if not was_trained(axis, point[axis.name], full[axis.name], trained.get(str(axis.trained)))
     }
-
-
-def _close(left: Any, right: Any) -> bool:
-    # Thresholds are float32 in a sub-network and decimals in a configuration.
-    return left is not None and right is not None and math.isclose(left, right, rel_tol=1e-6)
 
 
 def use_layers(sweep: Sweep) -> tuple[list[int], list[list[float]]]:
@@ -207,11 +181,11 @@ def threshold_cost_is_measured(points: Sequence[Point], full: Point) -> bool | N
 
     None where the sweep has no point to tell from: a threshold alone that dropped an expert.
     """
-    told = [p for p in points if [a.key for a in changed_axes(p, full)] == ["sparsity_threshold"]]
-    told = [p for p in told if float(p["mean_experts"]) < float(full["mean_experts"])]
-    if not told:
+    sparse = [p for p in points if changed_axes(p, full) == [THRESHOLD]]
+    sparse = [p for p in sparse if float(p["mean_experts"]) < float(full["mean_experts"])]
+    if not sparse:
         return None
-    return any(float(p["flops_per_token"]) < float(full["flops_per_token"]) for p in told)
+    return any(float(p["flops_per_token"]) < float(full["flops_per_token"]) for p in sparse)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,6 @@ from matplotlib.figure import Figure
 
 from elastic_moe.files import write_text
 from elastic_moe.lab.view.frontier import (
-    AXES,
     Point,
     Sweep,
     clean,
@@ -57,6 +56,7 @@ from elastic_moe.lab.view.style import (
     marker_size,
     shape_of,
 )
+from elastic_moe.routing.axes import TRAINED
 
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 REFERENCES = ("clip-path", f"{{{XLINK}}}href")  # attributes that point at an id
@@ -93,11 +93,7 @@ COLUMNS = (
     ("agreement", "how often its likeliest token is the full network's"),
     ("KL", "divergence of its predictions from the full network's, nats per token"),
     ("perplexity", "per token; lower is better"),
-    ("depth", "layers that run"),
-    ("k", "experts per token, at most"),
-    ("width", "granules of each expert that run"),
-    ("threshold", "an expert is dropped below this share of the token's best score"),
-    ("pool", "experts to choose from"),
+    *((axis.title.lower(), axis.unit) for axis in TRAINED),
     ("experts", "mean number of experts that ran, per token and layer"),
     ("params", "active parameters: those that one token uses"),
     ("at most", "upper bound of the active parameters: no expert dropped"),
@@ -202,19 +198,20 @@ def curve_sections(sweep: Sweep) -> list[tuple[str, str, Markup | None]]:
     """(title, the curve in words, drawing or None where the sweep has fewer than two points)."""
     sections: list[tuple[str, str, Markup | None]] = []
     members = curves(sweep["points"], full_values(sweep["model"]))
-    for axis in AXES:
-        on_axis = members[axis.key]
+    for axis in TRAINED:
+        on_axis = members[axis.name]
         if len(on_axis) < 2:
             sections.append((axis.title, "not varied alone in this sweep", None))
             continue
         words = "; ".join(
-            f"{format_value(p[axis.key])}: {p['delta_nats']:+.3f}"
+            f"{format_value(p[axis.name])}: {p['delta_nats']:+.3f}"
             f" ± {format_error(p['standard_error'], 2)}"
             for p in on_axis
             if p["name"] != "full"
         )
         words += " nats/token, ± 2 standard errors"
-        svg = inline_svg(curve_figure(sweep, axis), axis.key, f"{axis.title} alone. {words}", sweep)
+        caption = f"{axis.title} alone. {words}"
+        svg = inline_svg(curve_figure(sweep, axis), axis.name, caption, sweep)
         sections.append((axis.title, words, svg))
     return sections
 
@@ -263,7 +260,7 @@ def table_row(index: int, sweep: Sweep, full: Point | None) -> Row:
     ]
     values = tuple(
         Cell(format_value(value), "" if value is None else float(value), key in untrained)
-        for key, value in ((axis.key, point[axis.key]) for axis in AXES)
+        for key, value in ((axis.name, point[axis.name]) for axis in TRAINED)
     )
     cells = (
         number("bits_per_byte", ".3f"),

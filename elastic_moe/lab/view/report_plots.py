@@ -11,8 +11,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from elastic_moe.lab.view.frontier import (
-    AXES,
-    Axis,
     Sweep,
     curves,
     decode_time,
@@ -31,6 +29,7 @@ from elastic_moe.lab.view.style import (
     VERMILION,
     drawing_style,
 )
+from elastic_moe.routing.axes import TRAINED, Axis
 
 
 def curve_figure(sweep: Sweep, axis: str | Axis) -> Figure:
@@ -38,12 +37,12 @@ def curve_figure(sweep: Sweep, axis: str | Axis) -> Figure:
 
     Args:
         sweep: the content of `sweep.json`.
-        axis: one of `AXES`, or its key.
+        axis: one of `TRAINED`, or its key.
     """
-    axis = axis if isinstance(axis, Axis) else next(a for a in AXES if a.key == axis)
+    axis = axis if isinstance(axis, Axis) else next(a for a in TRAINED if a.name == axis)
     full = full_point(sweep["points"])
-    members = curves(sweep["points"], full or full_values(sweep["model"]))[axis.key]
-    x = [float(p[axis.key]) for p in members]
+    members = curves(sweep["points"], full or full_values(sweep["model"]))[axis.name]
+    x = [float(p[axis.name]) for p in members]
     with drawing_style():
         figure = Figure(figsize=(4.6, 4.4), layout="constrained", dpi=100)
         FigureCanvasAgg(figure)
@@ -95,8 +94,8 @@ def curve_figure(sweep: Sweep, axis: str | Axis) -> Figure:
                 bottom.plot(*zip(*pairs, strict=True), style, color=colour, ms=5, label=label)
         bottom.set_ylim(bottom=0, top=max(108.0, bottom.get_ylim()[1]))
         if bottom.lines:
-            bottom.legend(loc="lower right" if axis.model_key else "lower left", fontsize=9)
-        bottom.set_xticks(x, [format_value(p[axis.key]) for p in members])
+            bottom.legend(loc="lower right" if axis.size else "lower left", fontsize=9)
+        bottom.set_xticks(x, [format_value(p[axis.name]) for p in members])
         return figure
 
 

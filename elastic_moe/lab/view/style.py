@@ -15,6 +15,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from elastic_moe.lab.view.frontier import Point, Sweep, changed_axes, full_values
+from elastic_moe.routing.axes import DEPTH, TOP_K, TRAINED
 
 # One hex string per role: the report replaces each by a CSS variable, so that the same drawing
 # serves a dark page. Blue and vermilion: Okabe and Ito's palette, safe for colour-blind readers.
@@ -31,12 +32,15 @@ DARK = {
 }
 
 # The shape says which axis besides depth and top-k was changed; a hexagon: more than one.
-SHAPES = {"": "o", "expert_width": "s", "sparsity_threshold": "^", "expert_pool": "D", "+": "h"}
+_SHOWN_BY_SHAPE = [axis for axis in TRAINED if axis not in (DEPTH, TOP_K)]
+SHAPES = {
+    "": "o",
+    **{a.name: m for a, m in zip(_SHOWN_BY_SHAPE, "s^Dvp*X", strict=False)},
+    "+": "h",
+}
 SHAPE_NAMES = {
-    "": "depth, top-k",
-    "expert_width": "narrower experts (w)",
-    "sparsity_threshold": "threshold (t)",
-    "expert_pool": "smaller pool (p)",
+    "": f"{DEPTH.title.lower()}, {TOP_K.title.lower()}",
+    **{axis.name: f"{axis.title.lower()} ({axis.letter})" for axis in _SHOWN_BY_SHAPE},
     "+": "several of these",
 }
 
@@ -88,7 +92,7 @@ def depth_colours(depths: Sequence[int], *, dark: bool = False) -> dict[int, str
 
 def shape_of(point: Point, sweep: Sweep) -> str:
     """The key in `SHAPES` for a point: '' for the depth and top-k grid."""
-    keys = [a.key for a in changed_axes(point, full_values(sweep["model"])) if a.key in SHAPES]
+    keys = [a.name for a in changed_axes(point, full_values(sweep["model"])) if a.name in SHAPES]
     return "+" if len(keys) > 1 else "".join(keys)
 
 

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_moe.lab.view.frontier import (
-    AXES,
     clean,
     curves,
     decode_time,
@@ -27,6 +26,7 @@ from elastic_moe.lab.view.frontier import (
     untrained_axes,
 )
 from elastic_moe.lab.view.labels import Box, place_labels
+from elastic_moe.routing.axes import TRAINED
 from tests.lab.view.synthetic import synthetic_point, synthetic_sweep
 
 # Few values, so that ties are common; null and NaN as a timing-free or broken run gives them.
@@ -169,9 +169,9 @@ def test_cleaned_text_is_printable_and_short(text):
 
 def test_axes_name_fields_of_points_and_model():
     sweep = synthetic_sweep()
-    for axis in AXES:
-        assert axis.key in sweep["points"][0]
-        assert axis.trained_key in sweep["model"]["elastic_moe"]["trained"]
+    for axis in TRAINED:
+        assert axis.name in sweep["points"][0]
+        assert axis.trained in sweep["model"]["elastic_moe"]["trained"]
 
 
 PIXELS = st.tuples(st.floats(0, 400), st.floats(0, 300))

@@ -10,7 +10,6 @@ import matplotlib
 import pytest
 
 from elastic_moe.lab.view.frontier import (
-    AXES,
     curves,
     decode_time,
     format_value,
@@ -21,6 +20,7 @@ from elastic_moe.lab.view.frontier import (
 from elastic_moe.lab.view.frontier_plot import frontier_figure, write_frontier_png
 from elastic_moe.lab.view.report_plots import curve_figure, expert_use_figure
 from elastic_moe.lab.view.style import figure_to_svg
+from elastic_moe.routing.axes import TRAINED
 from tests.lab.view.synthetic import synthetic_sweep
 
 
@@ -99,10 +99,10 @@ def test_a_partial_sweep_draws_the_points_that_it_has(tmp_path, count, timings):
     assert (tmp_path / "frontier.png").read_bytes().startswith(PNG)
     for axes in frontier_figure(sweep).axes:
         assert points_drawn(axes) == list(range(count))
-    for axis in AXES:
+    for axis in TRAINED:
         figure = curve_figure(sweep, axis)
         full = full_point(sweep["points"]) or full_values(sweep["model"])
-        values = [format_value(p[axis.key]) for p in curves(sweep["points"], full)[axis.key]]
+        values = [format_value(p[axis.name]) for p in curves(sweep["points"], full)[axis.name]]
         ticks = [tick.get_text() for tick in figure.axes[1].get_xticklabels()]
         assert ticks == values or not count  # without points the axis keeps its own ticks
         assert_is_svg(figure_to_svg(figure))
@@ -116,8 +116,8 @@ def test_without_the_full_network_all_other_points_are_drawn(tmp_path):
     assert (tmp_path / "frontier.png").read_bytes().startswith(PNG)
     for axes in frontier_figure(sweep).axes:
         assert points_drawn(axes) == list(range(len(sweep["points"])))
-    for axis in AXES:
-        assert_is_svg(figure_to_svg(curve_figure(sweep, axis.key)))
+    for axis in TRAINED:
+        assert_is_svg(figure_to_svg(curve_figure(sweep, axis.name)))
 
 
 def test_some_points_untimed_and_a_wide_range(tmp_path):
@@ -169,7 +169,7 @@ def test_a_point_without_one_value_per_axis_draws(tmp_path):
     sweep = synthetic_sweep()
     sweep["points"][3] |= {"name": "x0badcafe", "top_k": None, "expert_pool": None}
     write_frontier_png(sweep, tmp_path / "frontier.png")
-    for axis in AXES:
+    for axis in TRAINED:
         assert "x0badcafe" not in figure_to_svg(curve_figure(sweep, axis))
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from elastic_moe.lab.view.frontier import AXES
 from elastic_moe.lab.view.report import COLUMNS, render_report, summary, write_report
+from elastic_moe.routing.axes import TRAINED
 from tests.lab.view.synthetic import synthetic_sweep
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -89,7 +89,7 @@ def test_ids_are_unique_and_every_reference_has_its_target(page):
 
 def test_every_drawing_has_a_name_and_is_well_formed(page):
     drawings = [ET.fromstring(text) for text in svgs(page)]
-    assert len(drawings) == 2 + len(AXES) + 1
+    assert len(drawings) == 2 + len(TRAINED) + 1
     for drawing in drawings:
         assert drawing.get("role") == "img"
         assert drawing.get("aria-label")

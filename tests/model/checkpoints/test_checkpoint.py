@@ -18,6 +18,7 @@ from torch import Tensor
 
 from elastic_moe.errors import CheckpointError, RequestError
 from elastic_moe.files import replacing, write_bytes, write_text
+from elastic_moe.routing.axes import find, was_trained
 from elastic_moe.model.checkpoints.checkpoint import is_small, load_config
 from elastic_moe.model.checkpoints.folder import find_checkpoint
 from elastic_moe.model.checkpoints.saving import Item, save_checkpoint, write_tensors
@@ -156,7 +157,7 @@ def test_elastic_block_survives_config_json(tmp_path: Path) -> None:
 )
 def test_was_trained(axis: str, value: float, trained: bool) -> None:
     block = ElasticBlock(trained={"depth": (2, 5), "threshold": (0.0, 0.3, 0.7)})
-    assert block.was_trained(axis, value) is trained
+    assert was_trained(find(axis), value, None, block.trained.get(axis)) is trained
 
 
 # Weights that are wrong

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elastic_moe.cli.arguments import add_execution, add_model_name
+from elastic_moe.cli.arguments import add_execution, add_model_name, read_name
 
 if TYPE_CHECKING:
     from elastic_moe.lab.bench.limits import Limits
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         return _run_kernel(args, load_model(folder, dtype=args.dtype), kernel)
     # No engine: a checkpoint can be timed without a tokenizer.
     runner = load_runner(folder, backend=args.backend, dtype=args.dtype)
-    subnet = resolve_routing(runner.config.shape, args.routing)
+    subnet = resolve_routing(runner.config.shape, read_name(args.routing))
     dtype: Any = "bfloat16" if runner.dtype == torch.bfloat16 else "float32"
     ids, source = _ids(folder, runner.config.vocab_size)
     batch, error = Batch(runner), 0.0

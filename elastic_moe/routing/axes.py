@@ -26,6 +26,7 @@ class Axis:
             their ids.
         title: for headings.
         unit: counted by a value; for the axes of plots and for help.
+        part: one of what the value counts, or drops, in words.
         size: attribute of `ModelShape` that holds the largest value; None: it is 1.
         full: value of the whole network; None: the largest.
         cheaper: values in this direction cost less.
@@ -35,6 +36,8 @@ class Axis:
         members: key of the ids where they have their own; otherwise `name` takes both.
         per_layer: whether each layer may have a value of its own.
         trained: key in a checkpoint's `trained`. None: not drawn in training, nor limited or swept.
+        chance: that a draw of training reduces it, unless a run says otherwise. ERNIE 5.0
+            (arXiv:2602.04705) has 25 % for depth, 20 % for pool and top_k.
         bounded_by: name of the axis whose value, or number of members, this one cannot exceed.
         hint: ends the message about a wrong value; {most} is the largest.
     """
@@ -44,6 +47,7 @@ class Axis:
     kind: Literal["count", "share", "set"]
     title: str
     unit: str
+    part: str
     size: str | None = None
     full: int | float | None = None
     cheaper: Literal["lower", "higher"] = "lower"
@@ -53,6 +57,7 @@ class Axis:
     members: str | None = None
     per_layer: bool = True
     trained: str | None = None
+    chance: float = 0.0
     bounded_by: str | None = None
     hint: str = ""
 
@@ -92,10 +97,12 @@ DEPTH = Axis(
     "set",
     title="Depth",
     unit="layers that run",
+    part="layer",
     size="num_layers",
     members="active_layers",
     per_layer=False,
     trained="depth",
+    chance=0.25,
 )
 TOP_K = Axis(
     "top_k",
@@ -103,9 +110,11 @@ TOP_K = Axis(
     "count",
     title="Top-k",
     unit="experts per token",
+    part="expert per token",
     size="max_top_k",
     client="routing_top_k",
     trained="top_k",
+    chance=0.2,
     bounded_by="expert_pool",
     hint="Lower routing_top_k or widen expert_pool.",
 )
@@ -115,6 +124,7 @@ MIN_EXPERTS = Axis(
     "count",
     title="Experts that are never dropped",
     unit="experts per token that no threshold drops",
+    part="expert per token",
     size="max_top_k",
     full=1,
     bounded_by="top_k",
@@ -126,9 +136,11 @@ WIDTH = Axis(
     "count",
     title="Expert width",
     unit="granules of each expert",
+    part="granule",
     size="width_granules",
     spellings=("width",),
     trained="width",
+    chance=0.2,
     hint="The unit is 1/{most} of an expert's channels.",
 )
 THRESHOLD = Axis(
@@ -137,11 +149,13 @@ THRESHOLD = Axis(
     "share",
     title="Threshold",
     unit="share of the best score",
+    part="expert per token",
     full=0.0,
     cheaper="higher",
     wire="sparsity",
     spellings=("threshold",),
     trained="threshold",
+    chance=0.1,
     hint="0 keeps every expert.",
 )
 POOL = Axis(
@@ -150,9 +164,11 @@ POOL = Axis(
     "set",
     title="Expert pool",
     unit="experts to choose from",
+    part="expert",
     size="num_experts",
     spellings=("pool",),
     trained="pool",
+    chance=0.2,
     hint="It counts experts.",
 )
 

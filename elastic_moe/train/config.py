@@ -18,6 +18,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 from elastic_moe.errors import OptionError
 from elastic_moe.files import parse_size
 from elastic_moe.model.checkpoints.config_keys import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE
+from elastic_moe.routing.axes import DEPTH, KEYS, TOP_K, find
 from elastic_moe.train.models import DEFAULT_MODEL, MODELS, SIZES
 from elastic_moe.train.step.plan import BALANCE, DTYPES, PIECE_TOKENS, SAVE_EVERY_STEPS
 from elastic_moe.train.step.sampling import AXES, SamplingPlan
@@ -426,6 +427,9 @@ class TrainConfig:
         self._check_text()
 
     def _check_reduce(self, option: Option) -> None:
+        if self.reduce is not None:  # by any spelling of an axis
+            given = {_key(axis): chance for axis, chance in self.reduce.items()}
+            object.__setattr__(self, "reduce", given)
         for axis, chance in (self.reduce or {}).items():
             if axis not in AXES:
                 raise OptionError(f"reduce must name axes of {', '.join(AXES)}, got {axis!r}.")
@@ -443,8 +447,8 @@ class TrainConfig:
         self._refuse_beside("fixed", ("reduce", *SHARES), "nothing is drawn")
         self._refuse_beside("sandwich", ("full_share", "split"), every_step)
         self._refuse_beside("split", ("full_share",), every_step)
-        self._refuse_share("prefix_share", "depth")
-        self._refuse_share("per_layer_share", "top_k")
+        self._refuse_share("prefix_share", str(DEPTH.trained))
+        self._refuse_share("per_layer_share", str(TOP_K.trained))
 
     def _refuse_share(self, share: str, axis: str) -> None:
         if self._is_given(share) and (self.reduce or {}).get(axis) == 0:
@@ -564,6 +568,11 @@ def flag(name: str) -> str:
 def flag_of_axis(axis: str) -> str:
     """The option of an axis in `reduce`: 'top_k' -> '--reduce-top-k'."""
     return f"--reduce-{axis.replace('_', '-')}"
+
+
+def _key(axis: str) -> str:
+    """The key of an axis in `trained`, from any spelling."""
+    return str(find(axis).trained) if axis in KEYS and find(axis).trained else axis
 
 
 def _check_value(name: str, value: Any, kind: Any, option: Option) -> None:

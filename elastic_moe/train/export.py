@@ -38,6 +38,7 @@ from elastic_moe.model.checkpoints.folder import (
 from elastic_moe.model.checkpoints.saving import MAX_SHARD_BYTES, save_checkpoint
 from elastic_moe.model.config import ElasticBlock, ModelConfig
 from elastic_moe.model.families import read_config, write_config
+from elastic_moe.routing.axes import TRAINED
 from elastic_moe.train.ledger import Ledger, replay
 from elastic_moe.train.models import config_from_json
 from elastic_moe.train.options import add_shard_size
@@ -165,14 +166,7 @@ def trained_axes(
     An axis whose only value was the model's full one is left out. What the weights that a run
     started with were trained for counts where this run reduced the same axis, and so kept it up.
     """
-    shape = config.shape
-    full = {
-        "depth": shape.num_layers,
-        "top_k": shape.max_top_k,
-        "width": shape.width_granules,
-        "pool": shape.num_experts,
-        "threshold": 0.0,
-    }
+    full = {axis.trained: axis.whole(config.shape) for axis in TRAINED}
     before = config.elastic.trained if config.elastic else {}
     return {
         axis: tuple(sorted({*values, *before.get(axis, ())}))

@@ -9,9 +9,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from elastic_moe.routing import ModelShape, Subnet
+from elastic_moe.routing.axes import DEPTH, TRAINED, Axis, count
 from elastic_moe.train.step.plan import TrainingPlan
-
-_ROUTED = ("top_k", "width", "pool", "threshold")  # axes that dense layers do not have
 
 
 @dataclass(slots=True)
@@ -70,15 +69,18 @@ def _values(subnet: Subnet, grown: list[int]) -> dict[str, tuple[float | None, s
     kind = "prefix" if list(subnet.active_layers) == grown[: subnet.depth] else "subset"
     depth = subnet.depth if subnet.is_prefix else None
     values: dict[str, tuple[float | None, str]] = {
-        "depth": (depth, f"{subnet.depth} of {len(grown)} ({kind})")
+        str(DEPTH.trained): (depth, f"{subnet.depth} of {len(grown)} ({kind})")
     }
-    if not subnet.shape.moe_layers.intersection(subnet.active_layers):
-        return values | dict.fromkeys(_ROUTED, (None, "none routes"))
-    top_k, pool = subnet.uniform("top_k"), subnet.uniform("expert_pool")
-    width, threshold = subnet.uniform("expert_width"), subnet.uniform("sparsity_threshold")
-    return values | {
-        "top_k": (top_k, "per layer" if top_k is None else str(top_k)),
-        "width": (width, str(width)),
-        "pool": (len(pool), str(len(pool))),
-        "threshold": (round(threshold, 2), f"{threshold:.2f}"),
-    }
+    for axis in TRAINED:
+        if axis.per_layer:
+            values[str(axis.trained)] = _value(subnet, axis)
+    return values
+
+
+def _value(subnet: Subnet, axis: Axis) -> tuple[float | None, str]:
+    if not subnet.routed_layers:
+        return None, "none routes"
+    value = count(subnet.uniform(axis.name))
+    if value is None:
+        return None, "per layer"
+    return (round(value, 2), f"{value:.2f}") if axis.kind == "share" else (value, str(value))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 from elastic_moe.files import parse_size
+from elastic_moe.routing.axes import find
 from elastic_moe.train.config import SHARD_SIZE, TrainConfig, flag, flag_of_axis, kinds, options
 from elastic_moe.train.step.sampling import AXES, SamplingPlan
 
@@ -62,12 +63,13 @@ def add_reductions(group: argparse._ActionsContainer) -> None:
     """--reduce-depth and its like: one per axis."""
     option, usual = options()["reduce"], SamplingPlan()
     for axis in AXES:
-        group.add_argument(
-            flag_of_axis(axis),
-            type=float,
-            metavar=option.metavar,
-            help=f"{option.help} (default: {getattr(usual, axis):g})",
-        )
+        text = f"{option.help} (default: {getattr(usual, axis):g})"
+        others = [name for name in find(axis).option("reduce-") if name != flag_of_axis(axis)]
+        for flags, shown in (([flag_of_axis(axis)], text), (others, argparse.SUPPRESS)):
+            if flags:
+                group.add_argument(
+                    *flags, dest=f"reduce_{axis}", type=float, metavar=option.metavar, help=shown
+                )
 
 
 def add_shard_size(group: argparse._ActionsContainer) -> None:

@@ -21,6 +21,7 @@ from elastic_moe.errors import (
 )
 from elastic_moe.model.checkpoints.folder import BUNDLED, find_checkpoint
 from elastic_moe.routing import parse_name
+from elastic_moe.routing.axes import TOP_K, TRAINED
 from elastic_moe.train.config import SHARES, TrainConfig, flag_of_axis
 from elastic_moe.train.experts.native import choose_backend
 from elastic_moe.train.export import check_target
@@ -206,15 +207,12 @@ def _check_reductions(config: TrainConfig, model: Model) -> None:
 
 def _irreducible(model: Model) -> dict[str, str]:
     """The axes along which there is nothing to reduce, and the part that the model has one of."""
-    config = model.config
-    sizes = {
-        "depth": (config.num_layers, "layer"),
-        "pool": (config.num_experts, "expert"),
-        "top_k": (config.max_top_k, "expert per token"),
-        "width": (config.width_granules, "granule"),
-        "threshold": (config.max_top_k, "expert per token"),
+    shape = model.config.shape
+    return {
+        str(axis.trained): axis.part
+        for axis in TRAINED
+        if (TOP_K if axis.kind == "share" else axis).most(shape) == 1  # a share drops experts
     }
-    return {axis: part for axis, (most, part) in sizes.items() if most == 1}
 
 
 def _stages(config: TrainConfig, model: Model) -> tuple[Stage, ...] | None:

@@ -44,6 +44,7 @@ from elastic_moe.lab.view.style import (
     marker_size,
     shape_of,
 )
+from elastic_moe.routing.axes import DEPTH, TOP_K
 
 Panel = Literal["both", "speed", "flops"]
 
@@ -97,9 +98,9 @@ def _frontier_of(dots: Sequence[Dot], kind: Panel) -> list[Dot]:
 def _draw_dots(axes: Axes, sweep: Sweep, kind: Panel) -> list[Dot]:
     """Draw every point that has an x and a y. Ids in the SVG are the points' indices."""
     speed = kind == "speed"
-    max_k = int(sweep["model"]["max_top_k"])
+    max_k = int(sweep["model"][str(TOP_K.size)])
     dots = [
-        Dot(p, i, x, y, marker_size(p["top_k"], max_k))
+        Dot(p, i, x, y, marker_size(p[TOP_K.name], max_k))
         for i, p in enumerate(sweep["points"])
         if (x := (decode_speed if speed else flops)(p)) is not None and (y := bits(p)) is not None
     ]
@@ -113,18 +114,18 @@ def _draw_dots(axes: Axes, sweep: Sweep, kind: Panel) -> list[Dot]:
     axes.yaxis.set_inverted(True)
     axes.margins(y=0.09)
 
-    colours = depth_colours([p["depth"] for p in sweep["points"]])
+    colours = depth_colours([p[DEPTH.name] for p in sweep["points"]])
     # A thin thread through each depth's dots, so that the eye can follow top-k.
     for depth, colour in colours.items():
-        grid = [d for d in dots if d.point["depth"] == depth and shape_of(d.point, sweep) == ""]
-        grid.sort(key=lambda d: d.point["top_k"] or 0)
+        grid = [d for d in dots if d.point[DEPTH.name] == depth and shape_of(d.point, sweep) == ""]
+        grid.sort(key=lambda d: d.point[TOP_K.name] or 0)
         axes.plot([d.x for d in grid], [d.y for d in grid], color=colour, lw=1, gid="thread")
     # "post" keeps the cheaper one's quality until the next better one can be paid for.
     edge = _frontier_of(dots, kind)
     xs, ys = [d.x for d in edge], [d.y for d in edge]
     axes.step(xs, ys, where="post", color=INK, lw=1.3, zorder=2.5, gid="frontier")
     for dot in dots:
-        colour, hollow = colours[dot.point["depth"]], not dot.point.get("trained", True)
+        colour, hollow = colours[dot.point[DEPTH.name]], not dot.point.get("trained", True)
         axes.plot(
             [dot.x],
             [dot.y],
@@ -267,12 +268,12 @@ def _legend(figure: Figure, sweep: Sweep) -> None:
         return Line2D([], [], ls="", label=text)
 
     points = sweep["points"]
-    max_k = int(sweep["model"]["max_top_k"])
+    max_k = int(sweep["model"][str(TOP_K.size)])
     rows = [heading("Depth: layers that run")]
-    colours = depth_colours([p["depth"] for p in points])
+    colours = depth_colours([p[DEPTH.name] for p in points])
     rows += [dot(str(d), "", c, max_k) for d, c in sorted(colours.items(), reverse=True)][:12]
     rows += [heading(" "), heading("Size: experts per token")]
-    ks = sorted({p["top_k"] for p in points if p["top_k"]}, reverse=True)
+    ks = sorted({p[TOP_K.name] for p in points if p[TOP_K.name]}, reverse=True)
     rows += [dot(f"top-k {k}", "", MUTED, k) for k in ks][:8]
     shapes = {shape_of(p, sweep) for p in points}
     rows += [heading(" "), heading("Shape: what else changed")]

@@ -56,7 +56,7 @@ from elastic_moe.lab.view.style import (
     marker_size,
     shape_of,
 )
-from elastic_moe.routing.axes import TRAINED
+from elastic_moe.routing.axes import DEPTH, TOP_K, TRAINED
 
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 REFERENCES = ("clip-path", f"{{{XLINK}}}href")  # attributes that point at an id
@@ -117,7 +117,7 @@ def render_report(sweep: Sweep) -> str:
     script = (folder / "report.js").read_text("utf-8")
     points, model = sweep["points"], sweep["model"]
     full = full_point(points)
-    depths = sorted({int(p["depth"]) for p in points}, reverse=True)
+    depths = sorted({int(p[DEPTH.name]) for p in points}, reverse=True)
     speeds = any(decode_speed(p) is not None for p in points)
     panels: list[tuple[Panel, str]] = [("speed", "Against measured decode speed")] * speeds
     panels += [("flops", "Against counted FLOPs per token")]
@@ -134,8 +134,8 @@ def render_report(sweep: Sweep) -> str:
         dark=DARK | {names[c]: dark[d] for d, c in depth_colours(depths).items()},
         depths=[(d, names[depth_colours(depths)[d]]) for d in depths],
         top_ks=[
-            (k, marker_size(k, model["max_top_k"]) / 2)
-            for k in sorted({p["top_k"] for p in points if p["top_k"]}, reverse=True)
+            (k, marker_size(k, model[str(TOP_K.size)]) / 2)
+            for k in sorted({p[TOP_K.name] for p in points if p[TOP_K.name]}, reverse=True)
         ],
         shapes=[
             (s, SHAPE_NAMES[s]) for s in SHAPE_NAMES if s in {shape_of(p, sweep) for p in points}
@@ -323,7 +323,7 @@ def inline_svg(figure: Figure, prefix: str, label: str, sweep: Sweep) -> Markup:
     ET.register_namespace("xlink", XLINK)
     root = ET.fromstring(figure_to_svg(figure))
     points = sweep["points"]
-    depths = [int(p["depth"]) for p in points]
+    depths = [int(p[DEPTH.name]) for p in points]
     variables = {c: n for n, c in LIGHT.items()} | colour_names(depths)
     for parent in list(root.iter()):
         for child in list(parent):

@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, make_dataclass
+from typing import TYPE_CHECKING, Any
 
 from elastic_moe.errors import RoutingError, TrainingError
 from elastic_moe.routing import ModelShape, Subnet, is_name, parse_name, resolve
+from elastic_moe.routing.axes import DEPTH, TOP_K, TRAINED, Axis
 from elastic_moe.routing.subnet import INACTIVE
 
-AXES = ("depth", "top_k", "width", "pool", "threshold")
+# In the order of the draws, which a run's seed fixes: shares last.
+_DRAWN = sorted(TRAINED, key=lambda axis: axis.kind == "share")
+AXES = tuple(str(axis.trained) for axis in _DRAWN)
+
+if TYPE_CHECKING:
+
+    class _Chances:
+        def __init__(self, **chances: Any) -> None: ...
+
+        def __getattr__(self, axis: str) -> float: ...
+
+else:
+    _Chances = make_dataclass(
+        "_Chances",
+        [(axis.trained, float, axis.chance) for axis in _DRAWN],
+        frozen=True,
+        slots=True,
+        kw_only=True,
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingPlan:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingPlan(_Chances):
     """How often steps run a reduced network, and which axes such a step reduces.
 
     Attributes:
         full: None: every step draws each axis on its own, and reduces those that come up. A number:
             this fraction of steps runs the full network, and the others draw until an axis comes
             up, as all do that run the full network anyway.
-        depth, top_k, width, pool, threshold: chance that a draw reduces this axis.
+        of each axis, under its key in `trained`: the chance that a draw reduces it.
         prefix: of the steps with reduced depth, the fraction that keeps the first layers; the
             others keep a random subset.
         per_layer: of the steps with reduced top_k, the fraction that draws k for each layer.
@@ -31,17 +51,9 @@ class SamplingPlan:
 
     Raises:
         TrainingError: a value is out of its range, or two of them contradict each other.
-
-    Source: ERNIE 5.0, arXiv:2602.04705, for full : reduced of depth (75:25), pool and top_k
-    (80:20); it has no width and no threshold.
     """
 
     full: float | None = None
-    depth: float = 0.25
-    top_k: float = 0.20
-    width: float = 0.20
-    pool: float = 0.20
-    threshold: float = 0.10
     prefix: float = 0.75
     per_layer: float = 0.5
     depths: int = 8
@@ -97,37 +109,20 @@ def sample_subnet(
     if plan.fixed:
         return fixed_subnet(shape, plan.fixed, grown)
     if plan.full is not None and not reduced and rng.random() < plan.full:
-        return resolve(shape, active_layers=grown)
+        return resolve(shape, **{str(DEPTH.members): grown})
     axes = _draw_axes(plan, rng)
     while not axes and (reduced or plan.full is not None):
         axes = _draw_axes(plan, rng)
     layers = list(grown)
-    if "depth" in axes:
+    if DEPTH in axes:
         depth = _at_depth(layers, rng.randint(1, plan.depths - 1), plan)
         prefix = rng.random() < plan.prefix
         layers = layers[:depth] if prefix else sorted(rng.sample(layers, depth))
-    pool = shape.num_experts
-    if "pool" in axes:
-        pool = _pool(shape, rng.randint(1, 3))
-    most = min(shape.max_top_k, pool)
-    top_k: int | list[int] = most
-    if "top_k" in axes:
-        if rng.random() < plan.per_layer:
-            top_k = [rng.randint(1, most) for _ in range(shape.num_layers)]
-        else:
-            top_k = rng.randint(1, max(1, most - 1))
-    width = shape.width_granules
-    if "width" in axes:
-        width = rng.randint(_least_width(shape), max(1, width - 1))
-    threshold = round(rng.uniform(0.3, 0.9), 2) if "threshold" in axes else 0.0
-    return resolve(
-        shape,
-        active_layers=layers,
-        top_k=top_k,
-        expert_width=width,
-        sparsity_threshold=threshold,
-        expert_pool=pool,
-    )
+    values: dict[str, Any] = {}
+    for axis in _BY_KIND:
+        most = _most(axis, shape, values)
+        values[axis.name] = _draw(axis, shape, most, plan, rng) if axis in axes else most
+    return resolve(shape, **{str(DEPTH.members): layers}, **values)
 
 
 def smallest_subnet(shape: ModelShape, plan: SamplingPlan, grown: Sequence[int]) -> Subnet:
@@ -135,16 +130,43 @@ def smallest_subnet(shape: ModelShape, plan: SamplingPlan, grown: Sequence[int])
     layers = list(grown)
     if plan.depth:
         layers = layers[: _at_depth(layers, 1, plan)]
-    pool = _pool(shape, 1) if plan.pool else shape.num_experts
-    return resolve(
-        shape,
-        active_layers=layers,
-        top_k=1 if plan.top_k else min(shape.max_top_k, pool),
-        expert_width=_least_width(shape) if plan.width else None,
-        # Of one expert a threshold drops nothing.
-        sparsity_threshold=0.9 if plan.threshold and not plan.top_k else None,
-        expert_pool=pool,
-    )
+    values: dict[str, Any] = {}
+    for axis in _BY_KIND:
+        chance = getattr(plan, str(axis.trained))
+        if axis.kind == "share":  # of one expert it drops nothing
+            values[axis.name] = 0.9 if chance and not plan.top_k else None
+        else:
+            values[axis.name] = _least(axis, shape) if chance else _most(axis, shape, values)
+    return resolve(shape, **{str(DEPTH.members): layers}, **values)
+
+
+# In the order of the draws: what bounds another axis first, shares last.
+_BY_KIND = sorted(
+    (axis for axis in TRAINED if axis.per_layer),
+    key=lambda axis: ("set", "count", "share").index(axis.kind),
+)
+
+
+def _most(axis: Axis, shape: ModelShape, values: Mapping[str, Any]) -> Any:
+    """The value that reduces nothing, under what bounds the axis."""
+    whole = axis.whole(shape)
+    return whole if axis.bounded_by is None else min(whole, values[axis.bounded_by])
+
+
+def _least(axis: Axis, shape: ModelShape) -> int:
+    """The least value that training draws: 1 of top_k, a quarter of others."""
+    return 1 if axis == TOP_K else max(1, int(axis.most(shape)) // 4)
+
+
+def _draw(axis: Axis, shape: ModelShape, most: Any, plan: SamplingPlan, rng: random.Random) -> Any:
+    """A reduced value."""
+    if axis.kind == "share":
+        return round(rng.uniform(0.3, 0.9), 2)
+    if axis.kind == "set":
+        return max(1, int(axis.most(shape)) * rng.randint(1, 3) // 4)
+    if axis == TOP_K and rng.random() < plan.per_layer:
+        return [rng.randint(1, most) for _ in range(shape.num_layers)]
+    return rng.randint(_least(axis, shape), max(1, most - 1))
 
 
 def fixed_subnet(shape: ModelShape, name: str, grown: Sequence[int]) -> Subnet:
@@ -167,18 +189,10 @@ def fixed_subnet(shape: ModelShape, name: str, grown: Sequence[int]) -> Subnet:
     return Subnet(shape, tuple(kept))
 
 
-def _draw_axes(plan: SamplingPlan, rng: random.Random) -> list[str]:
-    return [axis for axis in AXES if rng.random() < getattr(plan, axis)]
+def _draw_axes(plan: SamplingPlan, rng: random.Random) -> list[Axis]:
+    return [axis for axis in _DRAWN if rng.random() < getattr(plan, str(axis.trained))]
 
 
 def _at_depth(layers: Sequence[int], parts: int, plan: SamplingPlan) -> int:
     """A reduced depth, below that of the layers where they are more than one."""
     return max(1, min(round(len(layers) * parts / plan.depths), len(layers) - 1))
-
-
-def _pool(shape: ModelShape, quarters: int) -> int:
-    return max(1, shape.num_experts * quarters // 4)
-
-
-def _least_width(shape: ModelShape) -> int:
-    return max(1, shape.width_granules // 4)

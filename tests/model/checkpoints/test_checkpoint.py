@@ -18,7 +18,6 @@ from torch import Tensor
 
 from elastic_moe.errors import CheckpointError, RequestError
 from elastic_moe.files import replacing, write_bytes, write_text
-from elastic_moe.routing.axes import find, was_trained
 from elastic_moe.model.checkpoints.checkpoint import is_small, load_config
 from elastic_moe.model.checkpoints.folder import find_checkpoint
 from elastic_moe.model.checkpoints.saving import Item, save_checkpoint, write_tensors
@@ -28,6 +27,7 @@ from elastic_moe.model.families import read_config, write_config
 from elastic_moe.model.reference.loading import load_model
 from elastic_moe.model.text.tokenizer import Tokenizer
 from elastic_moe.routing import Subnet
+from elastic_moe.routing.axes import find, was_trained
 from tests.model.random_models import TINY, tiny_model, tokens
 
 

@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_name(parser)
     add_execution(parser)
     parser.add_argument(
-        "--routing", metavar="NAME", help="sub-network such as L36-k2-w6-t0.7-p8 (default: full)"
+        "--routing",
+        metavar="NAME",
+        help="sub-network such as L36-k2-w6-t0.7-p8, or a JSON file of one (default: full)",
     )
     parser.add_argument(
         "--kernel",

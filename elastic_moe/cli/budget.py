@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from elastic_moe.cli.arguments import add_download
+from elastic_moe.cli.arguments import add_download, read_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=_refinement,
         metavar="NAME[:TOKENS]",
-        help="a sub-network to extract, such as L24-k2, and the tokens it is then trained on "
-        "alone, such as 500k or 1M (default: none); may be repeated",
+        help="a sub-network to extract, such as L24-k2 or a JSON file of one, and the tokens it is "
+        "then trained on alone, such as 500k or 1M (default: none); may be repeated",
     )
     parser.add_argument(
         "--began-with",
@@ -77,14 +77,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
+    from elastic_moe.config import resolve_routing  # deferred: loads pydantic
     from elastic_moe.lab.cost.budget import make_budget  # deferred: loads torch
     from elastic_moe.lab.cost.training import read_training
-    from elastic_moe.routing import parse_name
 
     training = read_training(args.trained, download=args.download)
     budget = make_budget(
         training,
-        [(parse_name(training.whole_shape, name), tokens) for name, tokens in args.refine],
+        [
+            (resolve_routing(training.whole_shape, read_name(name)), tokens)
+            for name, tokens in args.refine
+        ],
         earlier=[read_training(name, download=args.download) for name in args.began_with],
         networks=args.networks,
         scratch_tokens=args.scratch_tokens,

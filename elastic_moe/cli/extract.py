@@ -31,7 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_download(parser)
     parser.add_argument(
-        "routing", metavar="NAME", nargs="?", help="the sub-network, such as L36-k2-w6-p8"
+        "routing",
+        metavar="NAME",
+        nargs="?",
+        help="the sub-network, such as L36-k2-w6-p8, or a JSON file of one",
     )
     parser.add_argument(
         "--routing-config",

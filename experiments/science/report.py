@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from elastic_moe.errors import BenchmarkError, ElasticMoEError
+from elastic_moe.routing.axes import TOP_K, TRAINED
 from experiments.science.runs import SPLITS
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
-AXES = {"none": "", "top_k": "k", "depth": "depth", "pool": "pool", "width": "width"}
+# Key in `trained` -> the axis in words.
+AXES = {str(a.trained): a.letter if a == TOP_K else str(a.trained) for a in TRAINED} | {"none": ""}
 NOTHING, ONE_SEED = "–", "†"
 
 Summary = Mapping[str, Any]

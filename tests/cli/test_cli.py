@@ -137,6 +137,37 @@ def test_routing_config_files_take_absent_keys_as_full(
         assert run(*common, "--routing-config", str(path)) == 2
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"activeLayers": [0, 1, 2], "routingTopK": 1}',
+        '{"depth": 3, "top_k": 1, "min_experts": 1}',
+        '{"name": "k1-L3", "model": "tiny", "mean_experts": 0.5}',
+    ],
+)
+def test_a_json_file_stands_wherever_a_name_does(
+    text: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, other = tmp_path / "routing.json", tmp_path / "routing"
+    path.write_text(text)
+    other.write_text(text)
+    for file in (str(path), str(other)):
+        assert run("info", str(tiny_folder), "--routing", file, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["subnet"]["name"] == "L3-k1"
+    ask = ["generate", str(tiny_folder), "--prompt", "x", "--max-tokens", "1", "--json"]
+    assert run(*ask, "--routing", str(path)) == 0
+    told = json.loads(capsys.readouterr().out)["routing"]
+    assert told["name"] == "L3-k1"
+    path.write_text(json.dumps(told))  # an answer, given back
+    assert run("extract", str(tiny_folder), str(path), "--out", str(tmp_path / "out")) == 0
+    assert capsys.readouterr().out.startswith("L3-k1 of ")
+
+
+def test_a_json_file_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("info", "--routing", "no/such.json") == 2
+    assert "no/such.json" in capsys.readouterr().err
+
+
 def test_sweep_prints_the_frontier_table(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,237 @@
+"""The table of axes holds alone: a new row is found everywhere, and nothing else spells an axis."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic_moe.routing.axes import AXES, KEYS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+ROW = """
+CAPACITY = Axis(
+    "expert_capacity",
+    "c",
+    "count",
+    title="Capacity",
+    unit="tokens of each expert",
+    part="token",
+    size="num_experts",
+    spellings=("capacity",),
+    trained="capacity",
+    chance=0.5,
+)
+
+AXES: """
+
+# Runs in a fresh interpreter on the temporary tree; prints what each place makes of the new axis.
+PROBE = """
+import sys
+sys.meta_path = [f for f in sys.meta_path if "editable" not in type(f).__module__]
+import argparse, json, random
+from elastic_moe import config, protocol
+from elastic_moe.cli import serve, sweep
+from elastic_moe.errors import RoutingError
+from elastic_moe.lab.sweeps.grid import default_grid, is_trained, product_grid
+from elastic_moe.model.config import ElasticBlock
+from elastic_moe.protocol.routing import values
+from elastic_moe.routing import ModelShape, parse_name, resolve
+from elastic_moe.server.routing.limits import Limits
+from elastic_moe.train.config import TrainConfig
+from elastic_moe.train.export import trained_axes
+from elastic_moe.train.ledger import _values
+from elastic_moe.train.options import add_arguments
+from elastic_moe.train.step.sampling import SamplingPlan, sample_subnet, smallest_subnet
+
+shape = ModelShape(4, 8, 2, 1, 4, 16, 8, 2, 8, frozenset(range(4)), width_granules=4)
+elastic = ElasticBlock(4, trained={"capacity": (2, 8)})
+
+def help_of(add):
+    parser = argparse.ArgumentParser()
+    add(parser)
+    return parser, " ".join(parser.format_help().split())
+
+def refusal(**values):
+    try:
+        resolve(shape, **values)
+    except RoutingError as error:
+        return str(error)
+
+serving, serve_help = help_of(serve.add_arguments)
+_, sweep_help = help_of(sweep.add_arguments)
+training, train_help = help_of(add_arguments)
+limits = serve.read_limits(serving.parse_args(["--max-capacity", "3"]))
+two = resolve(shape, capacity=2)
+always = SamplingPlan(capacity=1.0, depth=0, top_k=0, width=0, pool=0, threshold=0)
+drawn = [sample_subnet(shape, always, range(4), random.Random(seed)) for seed in range(20)]
+print(json.dumps({
+    "name": two.name,
+    "parsed": parse_name(shape, "c2-L3").layers[0].expert_capacity,
+    "per layer": parse_name(shape, "c2x1,3x3").name,
+    "range": refusal(expertCapacity=9),
+    "serve": serve_help,
+    "sweep": sweep_help,
+    "train": train_help,
+    "limited": limits.apply(resolve(shape)).name,
+    "limit": limits["expert_capacity"],
+    "grid": [subnet.name for subnet in default_grid(shape, elastic).subnets],
+    "product": [subnet.name for subnet in product_grid(shape, {"expert_capacity": [1, 2]}).subnets],
+    "trained": [is_trained(resolve(shape, capacity=c), elastic) for c in (2, 3)],
+    "schema": sorted(config.RoutingConfig.model_json_schema()["properties"]),
+    "answer schema": sorted(protocol.AppliedRouting.model_json_schema()["properties"]),
+    "answer": values(two)["expert_capacity"],
+    "client": config.ElasticRoutingConfig.full(expertCapacity=2).resolve(shape).name,
+    "wire": config.RoutingConfig.parse({"capacity": 2}).resolve(shape).name,
+    "reduce": TrainConfig(reduce={"capacity": 0.25}).chance("capacity"),
+    "drawn": sorted({subnet.name for subnet in drawn}),
+    "smallest": smallest_subnet(shape, always, range(4)).name,
+    "ledger": _values(two, [0, 1, 2, 3])["capacity"],
+    "fingerprints": len({subnet.fingerprint for subnet in (two, resolve(shape))}),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def seventh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a tree says whose table has one row more; nothing else of it is changed."""
+    root = tmp_path_factory.mktemp("tree")
+    leave = shutil.ignore_patterns("__pycache__", "bundled")
+    shutil.copytree(ROOT / "elastic_moe", root / "elastic_moe", ignore=leave)
+    table = root / "elastic_moe" / "routing" / "axes.py"
+    text = table.read_text(encoding="utf-8")
+    for before, after in (
+        ("\nAXES: ", ROW),
+        ("POOL)", "POOL, CAPACITY)"),
+        ("= ()\n\n\nPER_LAYER", "= ()\n    expert_capacity: int = 0\n\n\nPER_LAYER"),
+    ):
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    table.write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(ROOT / "kernels")])},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_a_new_axis_is_in_names_and_their_refusals(seventh: dict[str, Any]) -> None:
+    assert seventh["name"] == "c2"
+    assert seventh["parsed"] == 2
+    assert seventh["per layer"] == "c2x1,3x3"
+    assert "expert_capacity must be an integer in [1, 8], got 9" in seventh["range"]
+    assert seventh["fingerprints"] == 2
+
+
+def test_a_new_axis_is_in_every_help(seventh: dict[str, Any]) -> None:
+    assert "--min-expert-capacity N" in seventh["serve"]
+    assert "--max-expert-capacity N at most this many tokens of each expert" in seventh["serve"]
+    assert "--expert-capacity N,N" in seventh["sweep"]
+    assert "--reduce-capacity X" in seventh["train"]
+    assert "(default: 0.5)" in seventh["train"]
+
+
+def test_a_new_axis_is_limited(seventh: dict[str, Any]) -> None:
+    assert seventh["limit"] == [None, 3]
+    assert seventh["limited"] == "c3"
+
+
+def test_a_new_axis_is_in_the_grid_of_a_sweep(seventh: dict[str, Any]) -> None:
+    assert {"c2", "c4", "c6"} <= set(seventh["grid"])
+    assert seventh["product"] == ["full", "c1", "c2"]
+    assert seventh["trained"] == [True, False]
+
+
+def test_a_new_axis_is_on_the_wire(seventh: dict[str, Any]) -> None:
+    assert {"expert_capacity", "expertCapacity", "capacity"} <= set(seventh["schema"])
+    assert "expert_capacity" in seventh["answer schema"]
+    assert seventh["answer"] == 2
+    assert seventh["client"] == seventh["wire"] == "c2"
+
+
+def test_a_new_axis_is_trained(seventh: dict[str, Any]) -> None:
+    assert seventh["reduce"] == 0.25
+    assert set(seventh["drawn"]) <= {f"c{n}" for n in range(2, 8)}
+    assert len(seventh["drawn"]) > 2
+    assert seventh["smallest"] == "c2"
+    assert seventh["ledger"] == [2, "2"]
+
+
+# --- nothing else spells an axis
+
+TABLE = "elastic_moe/routing/axes.py"
+# Other meanings of the same word.
+OTHERS = {
+    "elastic_moe/engine/sampling_params.py": {"top_k"},  # of sampling
+    "elastic_moe/train/config.py": {"top_k"},  # size of a new model
+    "elastic_moe/train/models.py": {"top_k"},  # size of a new model
+    "elastic_moe/lab/view/report.py": {"width"},  # of a drawing
+    "elastic_moe/cli/info.py": {"active_layers"},  # key of its JSON
+}
+OWN_PROPERTY = {"elastic_moe/routing/subnet.py": {"depth"}}  # a message of `at_depth`
+
+
+def strings(path: Path) -> list[tuple[int, str]]:
+    """(line, text) of the strings of a file that are no docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docs = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    return [
+        (node.lineno, node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs
+    ]
+
+
+def test_no_other_file_spells_an_axis() -> None:
+    found = []
+    for path in sorted((ROOT / "elastic_moe").rglob("*.py")):
+        place = path.relative_to(ROOT).as_posix()
+        if place == TABLE:
+            continue
+        allowed = OTHERS.get(place, set()) | OWN_PROPERTY.get(place, set())
+        found += [
+            f"{place}:{line}: {text!r}"
+            for line, text in strings(path)
+            if text in KEYS and text not in allowed
+        ]
+    assert found == []
+
+
+def test_no_other_file_has_a_table_of_letters() -> None:
+    letters = {axis.letter for axis in AXES}
+    found = []
+    for path in sorted((ROOT / "elastic_moe").rglob("*.py")):
+        if path.relative_to(ROOT).as_posix() == TABLE:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Dict, ast.Tuple, ast.List, ast.Set)):
+                inside = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+                if len(inside & letters) >= 3:
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert found == []
+
+
+def test_the_exceptions_are_needed() -> None:
+    for place, words in (OTHERS | OWN_PROPERTY).items():
+        assert words <= {text for _, text in strings(ROOT / place)}, place

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from elastic_moe.cli.arguments import add_model_name, add_routing, positive_integer, read_routing
-from elastic_moe.routing.axes import AXES, TRAINED, Axis
+from elastic_moe.routing.axes import AXES, DEPTH, TRAINED, Axis
 
 NOT_TRAINED = "; not trained elastically"
 EXAMPLES = """examples:
@@ -77,7 +77,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
         "subnet": {
             "name": subnet.name,
             "fingerprint": subnet.fingerprint,
-            "active_layers": list(subnet.active_layers),
+            str(DEPTH.members): list(subnet.active_layers),
             "active_params": subnet.active_params,
             "context": args.context,
             "flops_per_token": flops,
@@ -150,7 +150,7 @@ def show(info: dict[str, Any]) -> None:
     table(
         f"sub-network {subnet['name']}",
         [
-            ("layers", f"{len(subnet['active_layers'])} of {model['num_layers']}"),
+            ("layers", f"{len(subnet[str(DEPTH.members)])} of {model['num_layers']}"),
             ("active parameters", format_si(subnet["active_params"])),
             (
                 "cost",

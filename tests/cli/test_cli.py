@@ -165,7 +165,7 @@ def test_a_json_file_stands_wherever_a_name_does(
 
 def test_a_json_file_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("info", "--routing", "no/such.json") == 2
-    assert "no/such.json" in capsys.readouterr().err
+    assert "no/such.json: [Errno 2] No such file" in capsys.readouterr().err
 
 
 def test_sweep_prints_the_frontier_table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -198,6 +199,7 @@ def test_jittered_routing_is_below_what_was_asked_and_told(running: Running) -> 
         if same["routing"]["name"] == routing["name"]:
             assert same["choices"] == done["choices"]
     assert len(set(names)) > 3
+    assert any(re.search(r"(^|-)k\d", name) for name in names)  # depth is not all
     plan(running, {"routing_jitter": 0.9}, seed=3)
     again = []
     for _ in range(12):

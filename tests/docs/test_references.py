@@ -89,6 +89,8 @@ def as_path(word: str) -> str | None:
     path = word.split("::")[0].rstrip("/")
     if not path or not PATH.fullmatch(path) or path in ELSEWHERE or path in NOT_PATHS:
         return None
+    if re.search(r"\bNAME\b", path):  # a placeholder
+        return None
     first = path.split("/")[0]
     if first in top_level() and ("/" in word or "." in path):
         return path
@@ -286,7 +288,8 @@ CHECKS: tuple[Check, ...] = (
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_the_documentation_obeys(check: Check) -> None:
-    assert [finding for page in pages() for finding in check(page)] == []
+    findings = [finding for page in pages() for finding in check(page)]
+    assert not findings, "\n".join(findings)
 
 
 # --- every check finds what it is for

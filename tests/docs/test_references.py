@@ -89,7 +89,7 @@ def as_path(word: str) -> str | None:
     path = word.split("::")[0].rstrip("/")
     if not path or not PATH.fullmatch(path) or path in ELSEWHERE or path in NOT_PATHS:
         return None
-    if re.search(r"\bNAME\b", path):  # a placeholder
+    if re.search(r"(?<![A-Za-z])NAME(?![A-Za-z])", path):  # a placeholder
         return None
     first = path.split("/")[0]
     if first in top_level() and ("/" in word or "." in path):

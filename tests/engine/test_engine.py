@@ -7,12 +7,16 @@ import json
 import multiprocessing
 import shutil
 import threading
+import tomllib
+from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import get_overloads, get_type_hints
 
 import pytest
 import torch
 
-from elastic_moe import ElasticRoutingConfig, Engine, SamplingParams
+from elastic_moe import Completion, Delta, ElasticRoutingConfig, Engine, SamplingParams
+from elastic_moe.engine.streams import DeltaStream
 from elastic_moe.errors import ContextLengthError, EngineError, RequestError, RoutingError
 from elastic_moe.model.checkpoints.saving import save_checkpoint
 from elastic_moe.model.reference.loading import load_model
@@ -251,3 +255,21 @@ def test_logits_that_are_no_numbers_end_the_generation(
     engine = Engine.from_pretrained(tmp_path / "huge", dtype="float32", backend=backend)
     with pytest.raises(EngineError, match="the logits after 3 tokens are not numbers"):
         engine.generate([1, 2, 3], sampling=SamplingParams(max_tokens=2, temperature=temperature))
+
+
+def test_calls_say_what_they_return() -> None:
+    """To a type checker: `tests/interop/engine_types.py`, which `mypy --strict` reads."""
+    returned = {
+        name: [get_type_hints(overload)["return"] for overload in get_overloads(method)]
+        for name, method in vars(Engine).items()
+        if name in ("generate", "agenerate", "stream", "astream")
+    }
+    both = [Completion, list[Completion]]
+    assert returned["generate"] == returned["agenerate"] == both
+    assert returned["stream"] == [DeltaStream] * 2
+    assert returned["astream"] == [AsyncGenerator[Delta]] * 2
+    types = Path(__file__).parents[1] / "interop" / "engine_types.py"
+    checked = tomllib.loads((types.parents[2] / "pyproject.toml").read_text())["tool"]["mypy"]
+    assert checked["strict"] is True
+    assert any(types.is_relative_to(types.parents[2] / folder) for folder in checked["files"])
+    assert all(f"engine.{name}(" in types.read_text() for name in returned)

@@ -100,7 +100,7 @@ def block_bytes(kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
 
 
 def new_blocks(count: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> KVBlocks:
-    """Room for `count` blocks, not filled."""
+    """`count` blocks, not initialised."""
     data = torch.empty(count, block_bytes(kv_heads, head_dim, dtype), dtype=torch.uint8)
     return KVBlocks(data, kv_heads, head_dim, dtype)
 

@@ -46,7 +46,7 @@ class Member {
         int64_t total = 0;
         if (leads_) {
             total = count();
-            if (!total) return;  // nobody else will notice
+            if (!total) return;  // no other thread will notice
             __atomic_store_n(&team_.total, total, __ATOMIC_RELAXED);
             __atomic_store_n(&team_.done, 0, __ATOMIC_RELAXED);
             __atomic_store_n(&team_.ticket, phase_ << 32 | total, __ATOMIC_RELEASE);
@@ -60,13 +60,13 @@ class Member {
         while (now >= 0) {
             const int64_t next = take(total);
             work(now, next);
-            // Nobody is left in a phase that is done: this thread opens the next one.
+            // No thread is left in a phase that is done: this thread opens the next one.
             leads_ = __atomic_add_fetch(&team_.done, 1, __ATOMIC_ACQ_REL) == total;
             now = next;
         }
     }
 
-    // After the last phase, which nobody may have noticed: let the others go.
+    // After the last phase, which no other thread may have noticed: let the others go.
     void finish() {
         alone([] {});
     }

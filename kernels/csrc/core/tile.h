@@ -20,7 +20,7 @@ constexpr int kTileRows = 2;  // 2 rows x 1 panel of four registers
 constexpr int tile_panels(int rows) { return rows == 0 ? 2 : 1; }
 #endif
 constexpr int kTilePanels = tile_panels(1);
-constexpr int kTileSums = kTileRows * 4 * kPanel;  // room for the sums of any tile
+constexpr int kTileSums = kTileRows * 4 * kPanel;  // the sums of the largest tile
 
 // How far ahead of its use a weight is fetched into the cache by tiles of few rows, which wait for
 // memory; what is read past the end of a matrix belongs to the next one, or to nothing: a prefetch

@@ -37,7 +37,7 @@ class Workspace {
             size_ = used_;
         }
 #if defined(__SANITIZE_ADDRESS__)
-        // Between the pieces is nobody's, and what was not written is no number.
+        // Memory between the pieces is poisoned, and memory not written holds NaN.
         ASAN_UNPOISON_MEMORY_REGION(data_, size_);
         std::memset(data_, 0xFF, size_);
         ASAN_POISON_MEMORY_REGION(data_, size_);

@@ -219,7 +219,7 @@ class GateUpPieces {
     const ExpertPlan& plan_;
     const int threads_;
     int64_t all_ = 0;     // groups
-    int index_ = 0;       // of the job that was looked at last
+    int index_ = 0;       // of the last job found
     int64_t before_ = 0;  // pieces of earlier jobs
 };
 
@@ -283,7 +283,7 @@ static void run_gate_up(Member& member, const ExpertPlan& plan, Input input) {
 }
 
 // Phase two: target(row)[d] += sum over the row's experts, ascending, of weight * (down h)[d]. A
-// piece of work is some panels of outputs, for all experts: nobody else adds to them. `sums` is
+// piece of work is some panels of outputs, for all experts: no other piece adds to them. `sums` is
 // this thread's, rows x kDownColumns floats.
 template <class Kind, class Target>
 static void run_down(Member& member, const ExpertPlan& plan, int rows, int hidden, float* sums,

@@ -1,5 +1,5 @@
-// The router: softmax over the pool, the k best, threshold, weights. The definition of what is
-// right is reference.py; this file is compiled once per instruction-set level.
+// The router: softmax over the pool, the k best, threshold, weights. It is tested against
+// reference.py; this file is compiled once per instruction-set level.
 //
 // A row's result depends on its logits and its sub-network alone: a row is worked on by one
 // thread, and every reduction has the association that the size of its pool gives it. A pool is
@@ -42,7 +42,7 @@ static inline Key make_key(float value, int index) {
 
 static inline int key_index(Key key) { return static_cast<int>(~static_cast<uint32_t>(key)); }
 
-// Put `key` in its place among `count` keys that are sorted best first; there is room for one more.
+// Put `key` in its place among `count` keys that are sorted best first; `keys` holds one more.
 static inline void insert_sorted(Key* keys, int count, Key key) {
     int i = count;
     for (; i > 0 && keys[i - 1] < key; --i) keys[i] = keys[i - 1];
@@ -108,7 +108,7 @@ static inline bool select_by_rounds(const float* values, float* left, int words,
 }
 
 // The k best of n values, best first. `values` is padded to full vectors with something that is
-// greater than none of them; 1 <= k <= n. `left` is room for a copy.
+// greater than none of them; 1 <= k <= n. `left` takes a copy.
 static inline void select_best(const float* values, int n, int k, float* left, Key* keys) {
     const int words = (n + 63) / 64;
     if (k * words * (64 / kLanes) <= kRoundsLimit) {

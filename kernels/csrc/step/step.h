@@ -114,7 +114,7 @@ static void run_attention_block(Member& member, StepArgs& s, int index) {
             float normed[kFewNumbers];
             for (int n = 0; few && n < here.rows; ++n) norm_row(n, normed);
         });
-    // Single tokens of many sequences: nobody else waits for a head's keys. Whole vectors only, as
+    // Single tokens of many sequences: no other row waits for a head's keys. Whole vectors only, as
     // heads of one row are then finished side by side.
     const bool singly =
         here.span_count == here.rows && m.qk_norm != QKNorm::kAll && group_size % kPanel == 0;
@@ -279,7 +279,7 @@ static void run_mlp_block(Member& member, StepArgs& s, int index) {
                    [&](int n) { return s.stream + static_cast<int64_t>(here.row[n]) * m.hidden; });
 }
 
-// Copy the stream if somebody asked for it after `layers` layers.
+// Copy the stream if it is wanted after `layers` layers.
 static inline void copy_state(Member& member, StepArgs& s, int layers, int64_t& copies) {
     if (!s.state_layers || !s.state_layers[layers]) return;
     const int64_t size = s.model->hidden;

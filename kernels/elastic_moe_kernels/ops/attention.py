@@ -74,7 +74,7 @@ def attention(
             f"covers positions 0 to {most - 1}. Give it more blocks."
         )
     begins = torch.arange(width, dtype=torch.int32, device=device) * BLOCK_POSITIONS  # (B,)
-    read = (begins < ends.unsqueeze(1)) & runs.unsqueeze(1)  # (S, B): the others are not looked at
+    read = (begins < ends.unsqueeze(1)) & runs.unsqueeze(1)  # (S, B): no other entry is read
     check_range(
         "block_tables", block_tables.masked_fill(~read, 0), 0, max(len(blocks) - 1, 0), "the blocks"
     )

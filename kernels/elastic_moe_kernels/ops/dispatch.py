@@ -76,7 +76,7 @@ def _why_not_cpu() -> str:
 def warn_if_degraded() -> None:
     """Warn, once per process, if the C++ kernels are not installed or lack OpenMP.
 
-    For whoever chose the implementation by "auto": it works all the same, but slower.
+    "auto" then runs the reference, or one thread: the results are right, but slow.
     """
     if native.missing():
         problem = (

@@ -131,7 +131,7 @@ def _check(
     epsilon: float,
     correction_bias: Tensor | None,
 ) -> None:
-    """What can be told without reading the tensors; about 2 microseconds."""
+    """Checks that read no tensor; about 2 microseconds."""
     if not isinstance(table, LayerTable):
         raise KernelError(f"table must be a LayerTable, got {type(table).__name__}.")
     device = table.pool.device
@@ -176,7 +176,7 @@ def _unfit_for_cpu(router_logits: Tensor, correction_bias: Tensor | None) -> str
 
 
 def _check_values(table: LayerTable, subnet_of_row: Tensor, correction_bias: Tensor | None) -> None:
-    """What the C++ kernel checks in its own pass, for the reference.
+    """The checks that the C++ kernel makes in its own pass, for the reference.
 
     Not on other devices, where looking would stop the queue (an index out of range is reported
     by the device itself), and not while torch.compile traces.

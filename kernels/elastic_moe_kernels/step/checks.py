@@ -1,4 +1,4 @@
-"""What a step is handed, looked at before the native code takes any address."""
+"""Checks of a step's arguments, before the native code takes any address."""
 
 from __future__ import annotations
 

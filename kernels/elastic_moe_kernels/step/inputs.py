@@ -44,7 +44,7 @@ class PreparedStep:
     native inputs the table, the rotary angles and the cache.
 
     Decoding is a long row of steps that differ in a token and a position per sequence: what they
-    share is looked at and handed over once.
+    share is checked and handed over once.
     """
 
     def __init__(

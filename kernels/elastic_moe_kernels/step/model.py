@@ -79,7 +79,7 @@ class CpuModel:
     # Weights
 
     def reserve(self, size_bytes: int) -> None:
-        """Make room for all packed weights on huge pages; `packed_bytes` tells how much."""
+        """Allocate huge pages for all packed weights; `packed_bytes` gives the size."""
         self._arena = Arena(size_bytes)
 
     def set_layer(self, index: int, tensors: LayerTensors) -> None:
@@ -177,7 +177,7 @@ class CpuModel:
         return block_bytes(self.dims.num_kv_heads, self.dims.head_dim, self.dtype)
 
     def new_blocks(self, count: int) -> Tensor:
-        """Room for `count` blocks of keys and values, (count, block_bytes) uint8."""
+        """`count` blocks of keys and values, not initialised: (count, block_bytes) uint8."""
         return torch.empty(count, self.block_bytes, dtype=torch.uint8)
 
     # Running
@@ -213,7 +213,7 @@ class CpuModel:
             table: the sub-networks.
             blocks: from `new_blocks`.
             block_tables: (S, L, B): block i of a row holds positions 16i..16i+15 of one sequence in
-                one layer; entries of layers that do not run are not looked at.
+                one layer; entries of layers that do not run are not read.
             logits_rows: (n,) rows to give logits of.
             states_after: ascending layer counts in [0, L] after which to copy the stream.
             trace: whether to return which experts ran.

@@ -11,7 +11,7 @@ from elastic_moe_kernels.table import FIRST_ROWS, GrowingTable, SubnetColumns, S
 
 from elastic_moe.routing import Subnet, resolve
 from tests.kernels.compare import assert_same_bits
-from tests.kernels.steps import Piece, Runner, make_model, runner_of, subnets_of, table_of
+from tests.kernels.step.steps import Piece, Runner, make_model, runner_of, subnets_of, table_of
 
 MODEL = make_model(torch.float32)
 SHAPE = MODEL.shape

@@ -22,7 +22,7 @@ from elastic_moe.model.reference.loading import load_model
 from elastic_moe.model.reference.transformer import ElasticTransformer
 from elastic_moe.model.rotary import rotary_angles
 from elastic_moe.routing import Subnet, resolve
-from tests.kernels.steps import table_of
+from tests.kernels.step.steps import table_of
 from tests.model.random_models import TINY, tiny_model, tokens
 from tests.model.transformers_models import ARCHITECTURES, VOCAB, their_model
 

@@ -8,7 +8,7 @@ from elastic_moe_kernels import ops, reference
 from elastic_moe_kernels.packing import unpack_experts
 
 from tests.kernels.compare import assert_as_good, assert_same_bits
-from tests.kernels.expert_cases import CASES, ExpertsCase, pack_stacked, union_bytes
+from tests.kernels.ops.expert_cases import CASES, ExpertsCase, pack_stacked, union_bytes
 
 MIXED = ExpertsCase(45, 9, 50, 64, 3, widths=(64, 7, 40, 16, 33), dropped=1)
 

@@ -19,7 +19,7 @@ from elastic_moe.model.rotary import rotary_angles
 from elastic_moe.routing import Subnet, resolve
 from elastic_moe.train.step.optim import Muon
 from tests.conftest import TINY
-from tests.kernels.steps import table_of
+from tests.kernels.step.steps import table_of
 
 # Sizes that are no power of two, and granules of 12 channels.
 CONFIG = replace(

@@ -14,7 +14,7 @@ from elastic_moe_kernels.constants import MAX_EXPERTS
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.table import LayerTable, SubnetTable
 
-from tests.kernels.cases import Entry, make_table
+from tests.kernels.ops.route_cases import Entry, make_table
 
 IMPLEMENTATIONS = ("reference", "cpu", "auto")
 

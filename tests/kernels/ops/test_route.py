@@ -8,7 +8,7 @@ from elastic_moe_kernels import native, ops, reference
 from elastic_moe_kernels.ops.route import route_native
 from torch import Tensor
 
-from tests.kernels.cases import CASES, MIXED, Case, Entry, comparable, make_table
+from tests.kernels.ops.route_cases import CASES, MIXED, Case, Entry, comparable, make_table
 
 
 def bits(topk_ids: Tensor, topk_weights: Tensor) -> tuple[list[list[int]], list[list[int]]]:

@@ -10,7 +10,7 @@ from elastic_moe_kernels.step import BatchArrays, PreparedStep
 
 from elastic_moe.model.reference.transformer import ElasticTransformer
 from tests.kernels.compare import assert_same_bits
-from tests.kernels.steps import Piece, Runner, arrays_of, make_model, runner_of, subnets_of
+from tests.kernels.step.steps import Piece, Runner, arrays_of, make_model, runner_of, subnets_of
 
 F32 = torch.float32
 PROMPTS = [(1, 2, 3), (4,), (5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19)]

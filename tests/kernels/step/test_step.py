@@ -14,8 +14,8 @@ from torch import Tensor
 
 from elastic_moe.routing import resolve
 from tests.kernels.compare import assert_as_good, assert_same_bits
-from tests.kernels.expert_cases import union_bytes
-from tests.kernels.steps import (
+from tests.kernels.ops.expert_cases import union_bytes
+from tests.kernels.step.steps import (
     ARCHITECTURES,
     Piece,
     Runner,

@@ -8,7 +8,7 @@ from elastic_moe_kernels.ops.route import route_native
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.cases import Case, Entry, comparable
+from tests.kernels.ops.route_cases import Case, Entry, comparable
 
 
 @st.composite

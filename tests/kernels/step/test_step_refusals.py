@@ -13,7 +13,7 @@ from elastic_moe_kernels.step import CpuModel, LayerTensors, ModelDims
 from elastic_moe_kernels.table import SubnetTable
 
 from elastic_moe.routing import resolve
-from tests.kernels.steps import Runner, make_model, runner_of, table_of
+from tests.kernels.step.steps import Runner, make_model, runner_of, table_of
 
 MODEL = make_model(torch.float32)  # 5 layers, 61 tokens, 128 positions
 SUBNETS = [resolve(MODEL.shape), resolve(MODEL.shape, depth=2), resolve(MODEL.shape, top_k=1)]

@@ -11,7 +11,7 @@ from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.kv_blocks import KVBlocks, new_blocks
 from elastic_moe_kernels.packing import pack_matrix
 
-from tests.kernels.expert_cases import ExpertsCase
+from tests.kernels.ops.expert_cases import ExpertsCase
 
 IMPLEMENTATIONS = ("reference", "cpu", "auto")
 CASE = ExpertsCase(rows=3, experts=4, hidden=6, channels=5, k=2)

@@ -35,7 +35,8 @@ class Axis:
         spellings: accepted beside name, wire and client. Each is accepted in camelCase too.
         members: key of the ids where they have their own; otherwise `name` takes both.
         per_layer: whether each layer may have a value of its own.
-        trained: key in a checkpoint's `trained`. None: not drawn in training, nor limited or swept.
+        trained: key in a checkpoint's `trained`, one of the spellings. None: not drawn in training,
+            nor limited or swept.
         chance: that a draw of training reduces it, unless a run says otherwise. ERNIE 5.0
             (arXiv:2602.04705) has 25 % for depth, 20 % for pool and top_k.
         bounded_by: name of the axis whose value, or number of members, this one cannot exceed.

@@ -110,8 +110,8 @@ def seventh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     text = table.read_text(encoding="utf-8")
     for before, after in (
         ("\nAXES: ", ROW),
-        ("POOL)", "POOL, CAPACITY)"),
-        ("= ()\n\n\nPER_LAYER", "= ()\n    expert_capacity: int = 0\n\n\nPER_LAYER"),
+        (")  # a name's order", ", CAPACITY)  # a name's order"),
+        ("\n\n\nPER_LAYER", "\n    expert_capacity: int = 0\n\n\nPER_LAYER"),
     ):
         assert text.count(before) == 1, before
         text = text.replace(before, after)

@@ -151,7 +151,7 @@ class Subnet:
     # Costs are per token. With a threshold they are upper bounds, unless the measured mean number
     # of experts per token and active MoE layer is given.
 
-    @property
+    @cached_property
     def active_params(self) -> int:
         """Parameters that one token uses, at most: with the head, without the look-up."""
         return round(self.active_params_at(None))
@@ -160,9 +160,10 @@ class Subnet:
         """Parameters that one token uses if `mean_experts` experts run; None: the upper bound."""
         shape = self.shape
         total = float(shape.hidden_size + shape.vocab_size * shape.hidden_size)  # final norm, head
+        per_layer = shape.attention_params + 2 * shape.hidden_size
         for index in self.active_layers:
             layer = self.layers[index]
-            total += shape.attention_params + 2 * shape.hidden_size
+            total += per_layer
             if index not in shape.moe_layers:
                 total += 3 * shape.hidden_size * shape.dense_hidden
                 continue

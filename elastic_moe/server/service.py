@@ -8,17 +8,14 @@ from typing import Any
 
 from elastic_moe.engine import Engine
 from elastic_moe.engine.outputs import AppliedRouting, Usage
-from elastic_moe.errors import RoutingError
 from elastic_moe.protocol.faults import FaultPlan
-from elastic_moe.protocol.routing import RoutingConfig, values
-from elastic_moe.routing import Subnet
+from elastic_moe.protocol.routing import values
 from elastic_moe.server.api.logprobs import LogprobWriter
-from elastic_moe.server.errors import ApiError
-from elastic_moe.server.middleware.fault_selection import FaultSelector, Injection
+from elastic_moe.server.middleware.fault_selection import FaultSelector
 from elastic_moe.server.observe.metrics import Metrics
 from elastic_moe.server.observe.request_history import RequestHistory
 from elastic_moe.server.routing.profiles import ProfileBook
-from elastic_moe.server.routing.request import ResolvedRouting, RoutingRequest
+from elastic_moe.server.routing.request import ResolvedRouting, RoutingPolicy
 from elastic_moe.server.settings import ServerSettings
 
 
@@ -28,8 +25,7 @@ class Service:
 
     Attributes:
         created: start of the server, in seconds since 1970.
-        default: the sub-network of requests that ask for none.
-        profiles: routing and sampling that requests may ask for by name.
+        routing: the sub-networks that requests may ask for.
         faults: fault injection; None without --inject.
         requests: the last requests; kept with fault injection only.
         logprobs: writes log-probabilities with the texts of their tokens.
@@ -40,9 +36,8 @@ class Service:
     engine: Engine
     settings: ServerSettings
     created: int
-    default: Subnet
+    routing: RoutingPolicy
     logprobs: LogprobWriter
-    profiles: ProfileBook
     faults: FaultSelector | None
     requests: RequestHistory
     metrics: Metrics = field(default_factory=Metrics)
@@ -55,6 +50,7 @@ class Service:
         limits.check(shape)
         default = engine.resolve(settings.routing)
         limits.apply(default)
+        names = tuple(dict.fromkeys((engine.name, *settings.aliases)))
         faults = None
         if settings.inject != "off":
             faults = FaultSelector()
@@ -63,17 +59,13 @@ class Service:
             engine,
             settings,
             int(time.time()),
-            default,
+            RoutingPolicy(
+                engine, names, default, ProfileBook.open(settings.profiles, shape), limits
+            ),
             LogprobWriter(engine.tokenizer),
-            ProfileBook.open(settings.profiles, shape),
             faults,
             RequestHistory(),
         )
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Model names that requests may use."""
-        return tuple(dict.fromkeys((self.engine.name, *self.settings.aliases)))
 
     @property
     def fingerprint(self) -> str:
@@ -84,66 +76,7 @@ class Service:
 
     def check_model(self, model: str) -> None:
         """Raise `ApiError` or `RoutingError` unless requests may ask for this name."""
-        self.routing_request(model, None, None)
-
-    def routing_request(
-        self,
-        model: str,
-        config: RoutingConfig | None,
-        profile: str | None,
-        injection: Injection | None = None,
-    ) -> RoutingRequest:
-        """The routing that a model's name, a `routing_config` and a profile ask for.
-
-        Raises:
-            ApiError: there is no such model, or the profile is pinned.
-            ProfileNotFoundError: there is no such profile.
-            RoutingError: they mean different sub-networks, or the model does not have one.
-        """
-        name, at, suffix = model.partition("@")
-        if name not in self.names:
-            raise ApiError(
-                404,
-                f"the model {model[:80]!a} does not exist; there are {', '.join(self.names)}.",
-                param="model",
-                code="model_not_found",
-            )
-        by_name = None
-        if at and suffix in self.profiles:
-            if profile not in (None, suffix):
-                raise ApiError(
-                    400,
-                    f"the model's name asks for the profile {suffix}, and profile for "
-                    f"{profile[:80]!a}. Ask in one place.",
-                    param="profile",
-                )
-            profile = suffix
-        elif at:
-            by_name = self.engine.resolve(suffix)
-        by_config = None if config is None else config.resolve(self.engine.shape)
-        if by_name is not None and by_config not in (None, by_name):
-            raise RoutingError(
-                f"the model's name asks for {by_name.name} and routing_config for "
-                f"{by_config.name}. Ask in one place."
-            )
-        own = by_config or by_name
-        found = None if profile is None else self.profiles.get(profile)
-        if own is not None and found and found.pinned and own != found.routing.resolve(own.shape):
-            raise ApiError(
-                400,
-                f"the profile {profile} is pinned: requests that name it cannot bring a "
-                f"sub-network of their own, got {own.name}.",
-                param="routing_config",
-                code="profile_pinned",
-            )
-        return RoutingRequest(
-            self.settings.limits,
-            own or self.default,
-            explicit=own is not None,
-            profile_name=profile,
-            profile=found,
-            injection=injection,
-        )
+        self.routing.request(model, None, None)
 
     def applied(self, routing: ResolvedRouting, applied: AppliedRouting) -> dict[str, Any]:
         """`protocol.AppliedRouting` of a request that has ended."""

@@ -35,7 +35,7 @@ def add_endpoints(app: FastAPI, service: Service) -> None:
 
 
 def _add_profiles(app: FastAPI, service: Service) -> None:
-    profiles = service.profiles
+    profiles = service.routing.profiles
 
     @app.get("/admin/profiles")
     async def list_profiles() -> ProfileList:

@@ -38,7 +38,7 @@ async def create_embeddings(service: Service, body: EmbeddingRequest, request: R
         ApiError, ElasticMoEError: the request is invalid, or the engine failed.
     """
     injection = request.scope.get(INJECTION)
-    request_routing = service.routing_request(
+    request_routing = service.routing.request(
         body.model, body.routing_config, body.profile, injection
     )
     inputs, hidden_size = body.inputs(), service.engine.config.hidden_size

@@ -45,7 +45,7 @@ class GenerationHandler(Generic[B]):
 
     def __init__(self, service: Service, body: B, request: Request) -> None:
         injection: Injection | None = request.scope.get(INJECTION)
-        self._routing_request = service.routing_request(
+        self._routing_request = service.routing.request(
             body.model, body.routing_config, body.profile, injection
         )
         self.service, self.body = service, self._routing_request.with_sampling(body)

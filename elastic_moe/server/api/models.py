@@ -14,7 +14,7 @@ def add_endpoints(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models() -> ModelList:
         """The names that requests may ask for."""
-        return ModelList(data=[model_card(service, name) for name in service.names])
+        return ModelList(data=[model_card(service, name) for name in service.routing.names])
 
     @app.get("/v1/models/{model}")
     async def model(model: str) -> ModelCard:
@@ -38,6 +38,6 @@ def model_card(service: Service, name: str) -> ModelCard:
             num_experts=shape.num_experts,
             width_granules=shape.width_granules,
             trained={axis: list(values) for axis, values in trained.items()},
-            profiles=list(service.profiles.all()),
+            profiles=list(service.routing.profiles.all()),
         ),
     )

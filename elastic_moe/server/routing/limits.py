@@ -65,11 +65,16 @@ class Limits:
         """
         layers = list(subnet.layers)
         self._fit_depth(subnet, layers)
+        fitted: dict[LayerSubnet, LayerSubnet] = {}  # most layers are alike
         for index, layer in enumerate(layers):
             if layer.active and index in subnet.shape.moe_layers:
-                layers[index] = self._fit_layer(layer, subnet.shape)
+                if layer not in fitted:
+                    fitted[layer] = self._fit_layer(layer, subnet.shape)
+                layers[index] = fitted[layer]
+        if tuple(layers) == subnet.layers:
+            return subnet  # its name and keys are known
         allowed = Subnet(subnet.shape, tuple(layers))
-        if self.refuse and allowed != subnet:
+        if self.refuse:
             parts = [
                 f"{axis} {asked} (nearest that is allowed: {applied})"
                 for axis, (asked, applied) in changes(subnet, allowed).items()

@@ -8,13 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from elastic_moe.engine import Engine
+from elastic_moe.errors import RoutingError
 from elastic_moe.protocol.profiles import Profile
-from elastic_moe.protocol.routing import changes
+from elastic_moe.protocol.routing import RoutingConfig, changes
 from elastic_moe.protocol.sampling import SamplingRequest
 from elastic_moe.routing import Subnet
 from elastic_moe.server.errors import ApiError
 from elastic_moe.server.middleware.fault_selection import Injection
 from elastic_moe.server.routing.limits import Limits
+from elastic_moe.server.routing.profiles import ProfileBook
 
 R = TypeVar("R", bound=SamplingRequest)
 
@@ -105,3 +108,81 @@ class RoutingRequest:
                     param=knob,
                 )
         return body.model_copy(update=filled)
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingPolicy:
+    """The sub-networks that requests to a server may ask for.
+
+    Attributes:
+        engine: resolves names and configurations.
+        names: of the model, that requests may use.
+        default: the sub-network of requests that ask for none.
+        profiles: routing and sampling that requests may ask for by name.
+        limits: of the operator.
+    """
+
+    engine: Engine
+    names: tuple[str, ...]
+    default: Subnet
+    profiles: ProfileBook
+    limits: Limits
+
+    def request(
+        self,
+        model: str,
+        config: RoutingConfig | None,
+        profile: str | None,
+        injection: Injection | None = None,
+    ) -> RoutingRequest:
+        """The routing that a model's name, a `routing_config` and a profile ask for.
+
+        Raises:
+            ApiError: there is no such model, or the profile is pinned.
+            ProfileNotFoundError: there is no such profile.
+            RoutingError: they mean different sub-networks, or the model does not have one.
+        """
+        name, at, suffix = model.partition("@")
+        if name not in self.names:
+            raise ApiError(
+                404,
+                f"the model {model[:80]!a} does not exist; there are {', '.join(self.names)}.",
+                param="model",
+                code="model_not_found",
+            )
+        by_name = None
+        if at and suffix in self.profiles:
+            if profile not in (None, suffix):
+                raise ApiError(
+                    400,
+                    f"the model's name asks for the profile {suffix}, and profile for "
+                    f"{profile[:80]!a}. Ask in one place.",
+                    param="profile",
+                )
+            profile = suffix
+        elif at:
+            by_name = self.engine.resolve(suffix)
+        by_config = None if config is None else config.resolve(self.engine.shape)
+        if by_name is not None and by_config not in (None, by_name):
+            raise RoutingError(
+                f"the model's name asks for {by_name.name} and routing_config for "
+                f"{by_config.name}. Ask in one place."
+            )
+        own = by_config or by_name
+        found = None if profile is None else self.profiles.get(profile)
+        if own is not None and found and found.pinned and own != found.routing.resolve(own.shape):
+            raise ApiError(
+                400,
+                f"the profile {profile} is pinned: requests that name it cannot bring a "
+                f"sub-network of their own, got {own.name}.",
+                param="routing_config",
+                code="profile_pinned",
+            )
+        return RoutingRequest(
+            self.limits,
+            own or self.default,
+            explicit=own is not None,
+            profile_name=profile,
+            profile=found,
+            injection=injection,
+        )

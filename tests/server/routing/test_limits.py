@@ -52,7 +52,7 @@ def test_what_runs_is_within_the_limits_and_else_as_asked(served: Running, seed:
         knobs.pop("min_experts", None)
         knobs.pop("minExperts", None)
     config = RoutingConfig.model_validate(knobs)
-    asked = service.routing_request("tiny", config, None).resolve(1).subnet
+    asked = service.routing.request("tiny", config, None).resolve(1).subnet
     runs = limits.apply(asked)
     assert is_within(runs.depth, limits["depth"])
     for index in runs.active_layers:

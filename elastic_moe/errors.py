@@ -118,4 +118,4 @@ class NotGrownError(TrainingError):
 
 
 class OptionError(TrainingError):
-    """Options of a run do not go together, or are not those that it was begun with."""
+    """Options of a run do not go together, or are not those of its start."""

@@ -65,6 +65,11 @@ class Axis:
     def __post_init__(self) -> None:
         object.__setattr__(self, "wire", self.wire or self.name)
         object.__setattr__(self, "client", self.client or self.name)
+        if self.trained is not None and self.trained not in self.snake:
+            raise ValueError(
+                f"axis {self.name}: trained must be one of its spellings {', '.join(self.snake)}, "
+                f"got {self.trained}. Add it to spellings."
+            )
 
     @property
     def snake(self) -> tuple[str, ...]:

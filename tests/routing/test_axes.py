@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from elastic_moe.routing.axes import AXES, KEYS
+from elastic_moe.routing.axes import AXES, KEYS, Axis
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -219,3 +219,10 @@ def test_no_other_file_has_a_table_of_letters() -> None:
                 if len(inside & letters) >= 3:
                     found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert found == []
+
+
+def test_a_key_of_trained_values_must_be_a_spelling() -> None:
+    row = {"title": "Floor", "unit": "score", "part": "expert", "spellings": ("floor",)}
+    assert Axis("score_floor", "f", "share", **row, trained="floor").trained == "floor"
+    with pytest.raises(ValueError, match="trained must be one of its spellings score_floor, floor"):
+        Axis("score_floor", "f", "share", **row, trained="least")

@@ -89,15 +89,15 @@ try:
     refusal = ""
 except ops.KernelError as error:
     refusal = str(error)
-native = ops.backends()[1]
+backend = ops.backends()[1]
 print(json.dumps({
     "where": elastic_moe_kernels.__file__,
     "ids": ids.tolist(),
     "warnings": [str(w.message) for w in caught],
     "refusal": refusal,
-    "available": native.available,
-    "levels": native.levels,
-    "detail": native.detail,
+    "available": backend.available,
+    "levels": backend.levels,
+    "detail": backend.detail,
     "reason": native.build_info().reason,
     "openmp": native.build_info().openmp,
 }))

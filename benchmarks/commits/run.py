@@ -14,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -124,6 +125,8 @@ def main() -> int:
     show(found)
     record = {
         "case": "commits",
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": found["new"],
         **found,
         "geometric_mean": geometric_mean(found),
         "same_commit": same["cases"],

@@ -26,11 +26,12 @@ help:  ## list the targets
 	touch $@
 
 # Editable: changed Python files count at once. What is compiled is installed again when one of
-# these changes. The build tools come from .venv, so they are the pinned ones.
+# these changes. The build tools come from .venv, so they are the pinned ones. The define goes by
+# the environment, as pip before 23.1 has no option -C.
 .venv/.installed: .venv/.torch .venv/.modules pyproject.toml kernels/CMakeLists.txt \
 		kernels/build_info.py.in $(wildcard kernels/csrc/*.* kernels/csrc/*/*.*)
 	$(PIP_INSTALL) cmake nanobind ninja scikit-build-core
-	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]' -C cmake.define.ELASTIC_MOE_WERROR=ON
+	SKBUILD_CMAKE_DEFINE=ELASTIC_MOE_WERROR=ON $(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
 	touch $@
 
 # Which modules there are: an editable install finds those that it knew of. Written when it changes.

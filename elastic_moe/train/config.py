@@ -1,8 +1,7 @@
 """What a user asks of a training run: every field with its default, unit, range and option.
 
 The command line is made from these fields (`options.py`): an option is described here and nowhere
-else. Loads neither torch nor numpy. It is
-long because every option is explained here.
+else. Loads neither torch nor numpy. The file is long because every option is explained here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The arithmetic behind the pictures of a sweep: the Pareto frontier, the curves, the numbers.
 
 A sweep is the content of `sweep.json`; a point is one entry of its `points`: one sub-network with
-its cost and quality. Everything here is pure and needs the standard library only.
+its cost and quality. Needs the standard library only. `mark_pareto` writes into its points; all
+else changes nothing.
 """
 
 from __future__ import annotations

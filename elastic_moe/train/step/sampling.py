@@ -12,7 +12,7 @@ from elastic_moe.routing import ModelShape, Subnet, is_name, parse_name, resolve
 from elastic_moe.routing.axes import DEPTH, TOP_K, TRAINED, Axis
 from elastic_moe.routing.subnet import INACTIVE
 
-# In the order of the draws, which a run's seed fixes: shares last.
+# The order in which a draw decides which axes it reduces, fixed by a run's seed: shares last.
 _DRAWN = sorted(TRAINED, key=lambda axis: axis.kind == "share")
 AXES = tuple(str(axis.trained) for axis in _DRAWN)
 
@@ -140,7 +140,7 @@ def smallest_subnet(shape: ModelShape, plan: SamplingPlan, grown: Sequence[int])
     return resolve(shape, **{str(DEPTH.members): layers}, **values)
 
 
-# In the order of the draws: what bounds another axis first, shares last.
+# The order in which their values are drawn: sets, then the counts that they bound, then shares.
 _BY_KIND = sorted(
     (axis for axis in TRAINED if axis.per_layer),
     key=lambda axis: ("set", "count", "share").index(axis.kind),

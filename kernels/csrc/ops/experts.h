@@ -21,7 +21,7 @@ using elastic_moe::kDownPanels;
 
 static inline int groups_of(int channels) { return (channels + kPanel - 1) / kPanel; }
 
-// Bytes of one expert: both parts.
+// Values of one expert's gate and up together.
 template <class Kind>
 static inline int64_t gate_up_values(const Ffn& ffn) {
     return static_cast<int64_t>(2) * groups_of(ffn.channels) * steps_of<Kind>(ffn.hidden) * kPanel *

@@ -77,11 +77,12 @@ def expand(text: str) -> Iterator[str]:
 
 
 @cache
-def top_level() -> frozenset[str]:
-    return frozenset(path.name for path in ROOT.iterdir() if not path.name.startswith(".")) | {
-        ".ci",
-        ".github",
-    }
+def top_level(root: Path = ROOT) -> frozenset[str]:
+    """Files and folders of the repository; what commands write there is in .gitignore."""
+    lines = (root / ".gitignore").read_text(encoding="utf-8").split()
+    written = {line.strip("/") for line in lines}
+    there = {path.name for path in root.iterdir() if not path.name.startswith(".")}
+    return frozenset(there - written) | {".ci", ".github"}
 
 
 def as_path(word: str) -> str | None:
@@ -330,3 +331,11 @@ def test_a_bad_page_is_found_out(check: Check, finding: str, text: str) -> None:
 
 def test_every_check_has_a_bad_page() -> None:
     assert {check for check, *_ in BAD} == set(CHECKS)
+
+
+def test_folders_that_commands_write_are_not_of_the_repository(tmp_path: Path) -> None:
+    """`make sweep` leaves a sweep-out/, and pages name files below it that other commands write."""
+    for name in ("docs", "sweep-out", "runs", "build"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".gitignore").write_text("/sweep-out/\n/runs/\nbuild/\n*.so\n")
+    assert top_level(tmp_path) == {"docs", ".ci", ".github"}

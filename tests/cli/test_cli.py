@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -34,6 +35,17 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) ->
         run("--help")
     out = capsys.readouterr().out
     assert all(command in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("given", [None, "77"])
+def test_waiting_threads_sleep_soon_in_every_command(
+    given: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    if given:
+        monkeypatch.setenv("GOMP_SPINCOUNT", given)
+    assert main(["info", "--json"]) == 0
+    assert os.environ["GOMP_SPINCOUNT"] == (given or "3000")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,10 @@ from typing import Any
 
 import pytest
 
+from elastic_moe.routing import ModelShape
 from elastic_moe.routing.axes import AXES, KEYS, Axis
+from elastic_moe.train.step.plan import Stage, TrainingPlan
+from elastic_moe.train.step.sampling import SamplingPlan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,11 +36,19 @@ CAPACITY = Axis(
 
 AXES: """
 
+SHAPE = ModelShape(4, 8, 2, 1, 4, 16, 8, 2, 8, frozenset(range(4)), width_granules=4)
+# The plan of a run from before the new axis, which never reduces one of the axes that it knows.
+OLD_PLAN: dict[str, Any] = TrainingPlan(
+    stages=(Stage(steps=200, layers=4, pieces=1, length=256),),
+    sampling=SamplingPlan(full=0.2, width=0.0, threshold=0.5),
+).to_json()
+
 # Runs in a fresh interpreter on the temporary tree; prints what each place makes of the new axis.
 PROBE = """
 import sys
 sys.meta_path = [f for f in sys.meta_path if "editable" not in type(f).__module__]
 import argparse, json, random
+from dataclasses import replace
 from elastic_moe import config, protocol
 from elastic_moe.cli import serve, sweep
 from elastic_moe.errors import RoutingError
@@ -50,9 +61,10 @@ from elastic_moe.train.config import TrainConfig
 from elastic_moe.train.export import trained_axes
 from elastic_moe.train.ledger import _values
 from elastic_moe.train.options import add_arguments
+from elastic_moe.train.step.plan import TrainingPlan
 from elastic_moe.train.step.sampling import SamplingPlan, sample_subnet, smallest_subnet
 
-shape = ModelShape(4, 8, 2, 1, 4, 16, 8, 2, 8, frozenset(range(4)), width_granules=4)
+shape = SHAPE
 elastic = ElasticBlock(4, trained={"capacity": (2, 8)})
 
 def help_of(add):
@@ -73,6 +85,7 @@ limits = serve.read_limits(serving.parse_args(["--max-capacity", "3"]))
 two = resolve(shape, capacity=2)
 always = SamplingPlan(capacity=1.0, depth=0, top_k=0, width=0, pool=0, threshold=0)
 drawn = [sample_subnet(shape, always, range(4), random.Random(seed)) for seed in range(20)]
+plan = TrainingPlan.from_json(OLD_PLAN)
 print(json.dumps({
     "name": two.name,
     "parsed": parse_name(shape, "c2-L3").layers[0].expert_capacity,
@@ -93,6 +106,10 @@ print(json.dumps({
     "wire": config.RoutingConfig.parse({"capacity": 2}).resolve(shape).name,
     "reduce": TrainConfig(reduce={"capacity": 0.25}).chance("capacity"),
     "drawn": sorted({subnet.name for subnet in drawn}),
+    "old draws": [plan.subnet(shape, step).name for step in range(200)],
+    "old fixed": replace(plan, sampling=SamplingPlan(fixed="L2")) == TrainingPlan.from_json(
+        {**OLD_PLAN, "sampling": {"fixed": "L2"}}
+    ),
     "smallest": smallest_subnet(shape, always, range(4)).name,
     "ledger": _values(two, [0, 1, 2, 3])["capacity"],
     "fingerprints": len({subnet.fingerprint for subnet in (two, resolve(shape))}),
@@ -116,8 +133,9 @@ def seventh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         assert text.count(before) == 1, before
         text = text.replace(before, after)
     table.write_text(text, encoding="utf-8")
+    probe = PROBE.replace("SHAPE", repr(SHAPE)).replace("OLD_PLAN", repr(OLD_PLAN))
     done = subprocess.run(
-        [sys.executable, "-c", PROBE],
+        [sys.executable, "-c", probe],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(ROOT / "kernels")])},
         cwd=root,
         capture_output=True,
@@ -170,6 +188,15 @@ def test_a_new_axis_is_trained(seventh: dict[str, Any]) -> None:
     assert len(seventh["drawn"]) > 2
     assert seventh["smallest"] == "c2"
     assert seventh["ledger"] == [2, "2"]
+
+
+def test_a_new_axis_changes_no_draw_of_a_plan_that_does_not_know_it(
+    seventh: dict[str, Any],
+) -> None:
+    plan = TrainingPlan.from_json(OLD_PLAN)
+    assert seventh["old draws"] == [plan.subnet(SHAPE, step).name for step in range(200)]
+    assert len(set(seventh["old draws"])) > 20
+    assert seventh["old fixed"] is True
 
 
 # --- nothing else spells an axis

@@ -28,7 +28,7 @@ OPTIONS = "options.json"
 LOCK = ".lock"
 _TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
 # What `options.json` of earlier versions lacks; the state and config.json are compared anyway.
-_LATER = ("config", "balance", "split", *SHARES)
+_LATER = ("config", "balance", "split", *SHARES, *(f"reduce_{axis}" for axis in AXES))
 
 
 def has_started(folder: Path) -> bool:

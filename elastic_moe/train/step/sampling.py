@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from elastic_moe.errors import RoutingError, TrainingError
 from elastic_moe.routing import ModelShape, Subnet, is_name, parse_name, resolve
-from elastic_moe.routing.axes import DEPTH, TOP_K, TRAINED, Axis
+from elastic_moe.routing.axes import DEPTH, POOL, THRESHOLD, TOP_K, TRAINED, WIDTH, Axis
 from elastic_moe.routing.subnet import INACTIVE
 
 # The order in which a draw decides which axes it reduces, fixed by a run's seed: shares last.
 _DRAWN = sorted(TRAINED, key=lambda axis: axis.kind == "share")
 AXES = tuple(str(axis.trained) for axis in _DRAWN)
+# They take a random number at chance 0 too: the plans of checkpoints that exist replay so. Any
+# other axis takes none then, so a row in the table of axes changes no draw of those plans.
+_ALWAYS_TAKE_A_NUMBER = (DEPTH, TOP_K, WIDTH, THRESHOLD, POOL)
 
 if TYPE_CHECKING:
 
@@ -190,7 +193,12 @@ def fixed_subnet(shape: ModelShape, name: str, grown: Sequence[int]) -> Subnet:
 
 
 def _draw_axes(plan: SamplingPlan, rng: random.Random) -> list[Axis]:
-    return [axis for axis in _DRAWN if rng.random() < getattr(plan, str(axis.trained))]
+    chances = {axis: getattr(plan, str(axis.trained)) for axis in _DRAWN}
+    return [
+        axis
+        for axis, chance in chances.items()
+        if (chance > 0 or axis in _ALWAYS_TAKE_A_NUMBER) and rng.random() < chance
+    ]
 
 
 def _at_depth(layers: Sequence[int], parts: int, plan: SamplingPlan) -> int:

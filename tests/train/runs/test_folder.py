@@ -86,7 +86,14 @@ def test_a_run_that_an_earlier_version_started_resumes(root: Path) -> None:
     assert train(root, "--config", olmoe(root), "--minutes", 0, length=SHORT, model=()) == 0
     path = root / "run" / "options.json"
     options = json.loads(path.read_text())
-    for later in ("config", "balance", "full_share", "prefix_share", "per_layer_share"):
+    for later in (
+        "config",
+        "balance",
+        "full_share",
+        "prefix_share",
+        "per_layer_share",
+        "reduce_pool",
+    ):
         del options[later]
     path.write_text(json.dumps(options))
     assert train(root, "--config", olmoe(root), length=SHORT, model=()) == 0
@@ -95,11 +102,11 @@ def test_a_run_that_an_earlier_version_started_resumes(root: Path) -> None:
 def test_a_run_of_minutes_does_not_go_on_as_one_of_tokens(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def told(*length: object) -> bool:
+    def recorded(*length: object) -> bool:
         train(root, *length, length=("--batch-tokens", 512, "--length", 128))
         return json.loads((root / "run" / "options.json").read_text())["minutes"]
 
-    assert told("--minutes", 0) is True
+    assert recorded("--minutes", 0) is True
     capsys.readouterr()
     assert train(root, length=SHORT) == 2
     assert "was started without it, got 1024. Repeat" in error(capsys)
@@ -110,7 +117,7 @@ def test_a_run_of_minutes_does_not_go_on_as_one_of_tokens(
     assert "--sandwich: " in said
     assert "started with it, got none" in said
     shutil.rmtree(root / "run")
-    assert told("--minutes", 0, "--tokens", 1024) is False
+    assert recorded("--minutes", 0, "--tokens", 1024) is False
 
 
 @pytest.mark.parametrize("name", ["config.json", "log.jsonl", "log.csv", "data/mine.txt", "x"])

@@ -87,6 +87,12 @@ def test_draws_stay_what_they_were_when_checkpoints_were_trained_with_them(
     assert hashlib.sha256(names.encode()).hexdigest().startswith(digest)
 
 
+def test_an_axis_that_is_never_reduced_leaves_the_draws_of_the_others_as_they_were() -> None:
+    """By names, which a new axis does not change."""
+    names = " ".join(subnet.name for subnet in draw(SamplingPlan(depth=0.0, pool=0.0), 400))
+    assert hashlib.sha256(names.encode()).hexdigest().startswith("37ba2fb93e70")
+
+
 def test_a_fixed_network_runs_every_step_cut_to_the_layers_that_have_grown() -> None:
     assert set(draw(SamplingPlan(fixed="p8"), 20)) == {resolve(SHAPE, expert_pool=8)}
     assert set(draw(SamplingPlan(fixed="full"), 20)) == {Subnet.full(SHAPE)}

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from elastic_moe.lab.view.frontier import changed_axes, full_point
 from elastic_moe.routing import ModelShape
 from elastic_moe.routing.axes import AXES, KEYS, Axis
 from elastic_moe.train.step.plan import Stage, TrainingPlan
@@ -36,6 +37,7 @@ CAPACITY = Axis(
 
 AXES: """
 
+OLD_SWEEP = ROOT / "benchmarks" / "results" / "sweep-elastic-mini.json"
 SHAPE = ModelShape(4, 8, 2, 1, 4, 16, 8, 2, 8, frozenset(range(4)), width_granules=4)
 # The plan of a run from before the new axis, which never reduces one of the axes that it knows.
 OLD_PLAN: dict[str, Any] = TrainingPlan(
@@ -49,10 +51,14 @@ import sys
 sys.meta_path = [f for f in sys.meta_path if "editable" not in type(f).__module__]
 import argparse, json, random
 from dataclasses import replace
+from pathlib import Path
 from elastic_moe import config, protocol
 from elastic_moe.cli import serve, sweep
 from elastic_moe.errors import RoutingError
 from elastic_moe.lab.sweeps.grid import default_grid, is_trained, product_grid
+from elastic_moe.lab.sweeps.results import _read
+from elastic_moe.lab.view.frontier import changed_axes, full_point, untrained_axes
+from elastic_moe.lab.view.report import render_report
 from elastic_moe.model.config import ElasticBlock
 from elastic_moe.protocol.routing import values
 from elastic_moe.routing import ModelShape, parse_name, resolve
@@ -86,6 +92,9 @@ two = resolve(shape, capacity=2)
 always = SamplingPlan(capacity=1.0, depth=0, top_k=0, width=0, pool=0, threshold=0)
 drawn = [sample_subnet(shape, always, range(4), random.Random(seed)) for seed in range(20)]
 plan = TrainingPlan.from_json(OLD_PLAN)
+sweep = _read(Path(OLD_SWEEP))
+whole_points = sweep["points"]
+whole = full_point(whole_points)
 print(json.dumps({
     "name": two.name,
     "parsed": parse_name(shape, "c2-L3").layers[0].expert_capacity,
@@ -107,6 +116,11 @@ print(json.dumps({
     "reduce": TrainConfig(reduce={"capacity": 0.25}).chance("capacity"),
     "drawn": sorted({subnet.name for subnet in drawn}),
     "old draws": [plan.subnet(shape, step).name for step in range(200)],
+    "old sweep": [
+        [p["expert_capacity"], [a.name for a in changed_axes(p, whole)]] for p in sweep["points"]
+    ],
+    "old untrained": sorted({a for p in whole_points for a in untrained_axes(p, sweep["model"])}),
+    "old report": "Capacity" in render_report(json.loads(Path(OLD_SWEEP).read_bytes())),
     "old fixed": replace(plan, sampling=SamplingPlan(fixed="L2")) == TrainingPlan.from_json(
         {**OLD_PLAN, "sampling": {"fixed": "L2"}}
     ),
@@ -133,7 +147,8 @@ def seventh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         assert text.count(before) == 1, before
         text = text.replace(before, after)
     table.write_text(text, encoding="utf-8")
-    probe = PROBE.replace("SHAPE", repr(SHAPE)).replace("OLD_PLAN", repr(OLD_PLAN))
+    probe = PROBE.replace("OLD_SWEEP", repr(str(OLD_SWEEP)))
+    probe = probe.replace("SHAPE", repr(SHAPE)).replace("OLD_PLAN", repr(OLD_PLAN))
     done = subprocess.run(
         [sys.executable, "-c", probe],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(ROOT / "kernels")])},
@@ -197,6 +212,17 @@ def test_a_new_axis_changes_no_draw_of_a_plan_that_does_not_know_it(
     assert seventh["old draws"] == [plan.subnet(SHAPE, step).name for step in range(200)]
     assert len(set(seventh["old draws"])) > 20
     assert seventh["old fixed"] is True
+
+
+def test_a_new_axis_is_full_in_a_sweep_that_does_not_know_it(seventh: dict[str, Any]) -> None:
+    points = json.loads(OLD_SWEEP.read_bytes())["points"]
+    assert [value for value, _ in seventh["old sweep"]] == [16] * len(points)
+    full = full_point(points)
+    assert full is not None
+    changed = [[axis.name for axis in changed_axes(point, full)] for point in points]
+    assert [axes for _, axes in seventh["old sweep"]] == changed
+    assert "expert_capacity" not in seventh["old untrained"]
+    assert seventh["old report"] is True
 
 
 # --- nothing else spells an axis

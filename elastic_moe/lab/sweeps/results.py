@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from elastic_moe.errors import ElasticMoEError
 from elastic_moe.lab.sweeps.schema import (
@@ -16,8 +16,10 @@ from elastic_moe.lab.sweeps.schema import (
     ExpertUse,
     SweepPoint,
     SweepResult,
+    with_every_axis,
 )
 from elastic_moe.routing import shorten
+from elastic_moe.routing.axes import TRAINED
 
 RESULT, PREVIOUS = "sweep.json", "sweep.previous.json"
 
@@ -111,8 +113,8 @@ def _read(path: Path) -> SweepResult:
     problem = _problem(data)
     if problem:
         raise ElasticMoEError(f"{path} is no sweep: {problem}. Move it away or use --out.")
-    sweep: SweepResult = data
-    return sweep
+    known = data["schema_version"] == SCHEMA_VERSION
+    return cast(SweepResult, with_every_axis(data) if known else data)
 
 
 def _problem(data: Any) -> str:
@@ -128,8 +130,11 @@ def _problem(data: Any) -> str:
         return f"points must be a list of objects, got {shorten(points)}"
     if data["schema_version"] != SCHEMA_VERSION:
         return ""
+    if not isinstance(data.get("model"), dict):
+        return f"model must be an object, got {shorten(data.get('model'))}"
+    axes = {axis.name for axis in TRAINED}  # added after the file was written, if it lacks one
     for i, point in enumerate(points):
-        lacking = [key for key in POINT_FIELDS if key not in point]
+        lacking = [key for key in POINT_FIELDS if key not in point and key not in axes]
         if lacking:
             return f"points[{i}] lacks {', '.join(lacking)}"
     return ""

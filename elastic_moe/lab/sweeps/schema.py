@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypedDict
 
 from elastic_moe.routing.axes import TRAINED
@@ -12,10 +13,11 @@ SCHEMA_VERSION = 1
 class SweepPoint(TypedDict):
     """One sub-network: its choice of the axes, cost, quality and speed.
 
-    An axis is None where layers differ. Costs are those of a token with a whole window (512) of
-    context; `..._max` holds whatever the threshold drops. Losses, `delta_nats` (mean difference to
-    the full network), its paired standard error and `kl_to_full` are in nats per token. Speeds are
-    None until they are measured, the error where there is one window alone.
+    An axis is None where layers differ, and absent in a file from before it was added. Costs are
+    those of a token with a whole window (512) of context; `..._max` holds whatever the threshold
+    drops. Losses, `delta_nats` (mean difference to the full network), its paired standard error and
+    `kl_to_full` are in nats per token. Speeds are None until they are measured, the error where
+    there is one window alone.
     """
 
     name: str
@@ -73,5 +75,19 @@ class SweepResult(TypedDict):
     seconds: float
 
 
-_AXES = {axis.name: None for axis in TRAINED}  # one without a type above is found here too
-POINT_FIELDS = tuple({**SweepPoint.__annotations__, **_AXES})
+POINT_FIELDS = tuple(dict.fromkeys((*SweepPoint.__annotations__, *(a.name for a in TRAINED))))
+
+
+def full_values(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The value of each axis in the full network, by the point's field: `{"depth": 48, ...}`.
+
+    None where the entry `model` lacks the size, as before an axis was added that needs it.
+    """
+    unknown = {axis for axis in TRAINED if axis.full is None and axis.size not in (None, *model)}
+    return {axis.name: None if axis in unknown else axis.whole(model) for axis in TRAINED}
+
+
+def with_every_axis(sweep: Mapping[str, Any]) -> dict[str, Any]:
+    """A sweep as read from a file; axes that were added since are full in each point."""
+    full = full_values(sweep["model"])
+    return {**sweep, "points": [{**full, **point} for point in sweep["points"]]}

@@ -1,8 +1,8 @@
 """The arithmetic behind the pictures of a sweep: the Pareto frontier, the curves, the numbers.
 
 A sweep is the content of `sweep.json`; a point is one entry of its `points`: one sub-network with
-its cost and quality. Needs the standard library only. `mark_pareto` writes into its points; all
-else changes nothing.
+its cost and quality, and a value for each axis (`with_every_axis`). Needs the standard library
+only. `mark_pareto` writes into its points; all else changes nothing.
 """
 
 from __future__ import annotations
@@ -12,17 +12,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from elastic_moe.lab.sweeps.schema import SweepPoint
+from elastic_moe.lab.sweeps.schema import SweepPoint, full_values
 from elastic_moe.routing.axes import THRESHOLD, TRAINED, Axis, was_trained
 from elastic_moe.routing.names import is_listed, split_name
 
 Point = Mapping[str, Any]
 Sweep = Mapping[str, Any]  # as read from a file: any version, perhaps damaged
-
-
-def full_values(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The value of each axis in the full network, by the point's field: `{"depth": 48, ...}`."""
-    return {axis.name: axis.whole(model) for axis in TRAINED}
 
 
 def full_point(points: Iterable[Point]) -> Point | None:
@@ -137,7 +132,8 @@ def curves(points: Iterable[Point], full: Mapping[str, Any]) -> dict[str, list[P
         changed = changed_axes(point, full)
         if len(changed) <= 1:
             for axis in changed or TRAINED:
-                result[axis.name].append(point)
+                if point[axis.name] is not None:
+                    result[axis.name].append(point)
     for key, members in result.items():
         members.sort(key=lambda p: float(p[key]))
     return result

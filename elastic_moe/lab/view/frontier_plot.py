@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from elastic_moe.files import write_bytes
+from elastic_moe.lab.sweeps.schema import with_every_axis
 from elastic_moe.lab.view.frontier import (
     SI_PREFIXES,
     Point,
@@ -69,6 +70,7 @@ def frontier_figure(sweep: Sweep, panel: Panel = "both") -> Figure:
             legend; the others draw one of them alone, for a page that has its own title and legend.
             Without timings "both" draws the FLOPs alone.
     """
+    sweep = with_every_axis(sweep)
     points = sweep["points"]
     kinds: list[Panel] = [panel]
     if panel == "both":

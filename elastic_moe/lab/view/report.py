@@ -23,6 +23,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from elastic_moe.files import write_text
+from elastic_moe.lab.sweeps.schema import full_values, with_every_axis
 from elastic_moe.lab.view.frontier import (
     Point,
     Sweep,
@@ -37,7 +38,6 @@ from elastic_moe.lab.view.frontier import (
     format_speed,
     format_value,
     full_point,
-    full_values,
     pick,
     ranking,
     threshold_cost_is_measured,
@@ -108,6 +108,7 @@ def write_report(sweep: Sweep, path: str | Path) -> None:
 
 def render_report(sweep: Sweep) -> str:
     """The page as text. The template holds the words; here are the numbers and the drawings."""
+    sweep = with_every_axis(sweep)
     folder = resources.files("elastic_moe.lab.view")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -10,6 +10,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from elastic_moe.lab.sweeps.schema import full_values, with_every_axis
 from elastic_moe.lab.view.frontier import (
     Sweep,
     curves,
@@ -18,7 +19,6 @@ from elastic_moe.lab.view.frontier import (
     flops,
     format_value,
     full_point,
-    full_values,
     use_layers,
 )
 from elastic_moe.lab.view.style import (
@@ -40,6 +40,7 @@ def curve_figure(sweep: Sweep, axis: str | Axis) -> Figure:
         axis: one of `TRAINED`, or its key.
     """
     axis = axis if isinstance(axis, Axis) else next(a for a in TRAINED if a.name == axis)
+    sweep = with_every_axis(sweep)
     full = full_point(sweep["points"])
     members = curves(sweep["points"], full or full_values(sweep["model"]))[axis.name]
     x = [float(p[axis.name]) for p in members]

@@ -14,7 +14,8 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from elastic_moe.lab.view.frontier import Point, Sweep, changed_axes, full_values
+from elastic_moe.lab.sweeps.schema import full_values
+from elastic_moe.lab.view.frontier import Point, Sweep, changed_axes
 from elastic_moe.routing.axes import DEPTH, TOP_K, TRAINED
 
 # One hex string per role: the report replaces each by a CSS variable, so that the same drawing

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elastic_moe.lab.sweeps.schema import full_values
 from elastic_moe.lab.view.frontier import (
     clean,
     curves,
@@ -18,7 +19,6 @@ from elastic_moe.lab.view.frontier import (
     format_value,
     frontier,
     full_point,
-    full_values,
     mark_pareto,
     pareto_flags,
     pick,

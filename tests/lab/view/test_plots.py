@@ -9,13 +9,13 @@ from xml.etree import ElementTree
 import matplotlib
 import pytest
 
+from elastic_moe.lab.sweeps.schema import full_values
 from elastic_moe.lab.view.frontier import (
     curves,
     decode_time,
     format_value,
     frontier,
     full_point,
-    full_values,
 )
 from elastic_moe.lab.view.frontier_plot import frontier_figure, write_frontier_png
 from elastic_moe.lab.view.report_plots import curve_figure, expert_use_figure

@@ -8,7 +8,7 @@ from typing import Any
 
 from elastic_moe.engine import Engine
 from elastic_moe.engine.outputs import AppliedRouting, Usage
-from elastic_moe.protocol.faults import FaultPlan
+from elastic_moe.protocol.admin.faults import FaultPlan
 from elastic_moe.protocol.routing import values
 from elastic_moe.server.api.logprobs import LogprobWriter
 from elastic_moe.server.middleware.fault_selection import FaultSelector

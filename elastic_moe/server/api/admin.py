@@ -7,10 +7,10 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Header, Query, Response
 
 from elastic_moe.errors import ProfileNotFoundError
+from elastic_moe.protocol.admin.faults import FaultPlan, FaultState
+from elastic_moe.protocol.admin.profiles import NamedProfile, Profile, ProfileList
+from elastic_moe.protocol.admin.requests import RequestRecords
 from elastic_moe.protocol.errors import ErrorResponse
-from elastic_moe.protocol.faults import FaultPlan, FaultState
-from elastic_moe.protocol.profiles import NamedProfile, Profile, ProfileList
-from elastic_moe.protocol.requests import RequestRecords
 from elastic_moe.server.errors import ApiError, as_api_error
 from elastic_moe.server.middleware.etags import check_match, etag
 from elastic_moe.server.middleware.fault_selection import FaultSelector

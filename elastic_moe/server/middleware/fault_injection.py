@@ -6,7 +6,7 @@ import asyncio
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from elastic_moe.protocol.faults import Effects
+from elastic_moe.protocol.admin.faults import Effects
 from elastic_moe.server.errors import ApiError
 from elastic_moe.server.middleware.fault_selection import (
     FORCE_TEXT,

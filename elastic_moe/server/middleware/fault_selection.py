@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 from pydantic import ValidationError
 
-from elastic_moe.protocol.faults import Effects, FaultPlan, FaultRule, FaultState, RuleCount
+from elastic_moe.protocol.admin.faults import Effects, FaultPlan, FaultRule, FaultState, RuleCount
 from elastic_moe.routing import Subnet, shorten
 from elastic_moe.server.errors import ApiError
 from elastic_moe.server.routing.limits import Limits

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from typing import Any
 
-from elastic_moe.protocol.requests import RequestRecord
+from elastic_moe.protocol.admin.requests import RequestRecord
 from elastic_moe.server.observe.access_record import AccessRecord
 
 MAX_RECORDS = 10_000

@@ -22,7 +22,7 @@ from elastic_moe.errors import (
     ServerError,
 )
 from elastic_moe.files import write_text
-from elastic_moe.protocol.profiles import Profile, TopKStep
+from elastic_moe.protocol.admin.profiles import Profile, TopKStep
 from elastic_moe.routing import ModelShape, is_name, shorten
 from elastic_moe.routing.axes import DEPTH, TOP_K
 from elastic_moe.server.middleware.etags import check_match, etag

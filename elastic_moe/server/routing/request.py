@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from elastic_moe.engine import Engine
 from elastic_moe.errors import RoutingError
-from elastic_moe.protocol.profiles import Profile
+from elastic_moe.protocol.admin.profiles import Profile
 from elastic_moe.protocol.routing import RoutingConfig, changes
 from elastic_moe.protocol.sampling import SamplingRequest
 from elastic_moe.routing import Subnet

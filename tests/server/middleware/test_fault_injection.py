@@ -12,7 +12,7 @@ from urllib.parse import quote
 import httpx2
 import pytest
 
-from elastic_moe.protocol.faults import FaultPlan
+from elastic_moe.protocol.admin.faults import FaultPlan
 from elastic_moe.server.middleware.fault_selection import FaultSelector
 from tests.server.conftest import Running
 from tests.server.raw import leave

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from elastic_moe.errors import ServerError
-from elastic_moe.protocol.profiles import Profile
+from elastic_moe.protocol.admin.profiles import Profile
 from elastic_moe.routing.axes import TOP_K
 from elastic_moe.server.settings import ServerSettings
 from tests.server.conftest import Running

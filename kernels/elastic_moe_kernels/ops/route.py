@@ -94,16 +94,17 @@ def route_native(
             is not there.
     """
     shape = len(router_logits), table.max_top_k
+    columns = table.arrays()
     topk_ids = np.empty(shape, dtype=np.int32)
     topk_weights = np.empty(shape, dtype=np.float32)
     refusal, where, value = native.extension().route(
         native.level_index(level),
         router_logits=array(router_logits),
         subnet_of_row=subnet_of_row.numpy(),
-        top_k=table.top_k.numpy(),
-        min_experts=table.min_experts.numpy(),
-        threshold=table.threshold.numpy(),
-        pool=table.pool.numpy(),
+        top_k=columns["top_k"],
+        min_experts=columns["min_experts"],
+        threshold=columns["threshold"],
+        pool=columns["pool"],
         correction_bias=None if correction_bias is None else array(correction_bias),
         renormalize=renormalize,
         epsilon=epsilon,

@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from elastic_moe_kernels.columns import SubnetColumns
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.step.weights import LayerTensors, ModelDims
-from elastic_moe_kernels.table import SubnetColumns, SubnetTable
 
 Ints = NDArray[np.int32]
 
@@ -93,9 +93,7 @@ def check_states(states_after: Sequence[int], layers: int) -> list[int]:
     return wanted
 
 
-def check_table(
-    dims: ModelDims, table: SubnetTable | SubnetColumns, routing_layers: Iterable[int]
-) -> None:
+def check_table(dims: ModelDims, table: SubnetColumns, routing_layers: Iterable[int]) -> None:
     """Raise `KernelError` unless the table belongs to such a model.
 
     Args:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from elastic_moe_kernels import native
 from elastic_moe_kernels.arrays import array
+from elastic_moe_kernels.columns import SUBNET_COLUMNS, SubnetColumns
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.kv_blocks import block_bytes
 from elastic_moe_kernels.ops.linear import linear_native
@@ -40,7 +41,7 @@ from elastic_moe_kernels.step.checks import (
 from elastic_moe_kernels.step.inputs import BatchArrays, PreparedStep, WantedOutputs
 from elastic_moe_kernels.step.outputs import StepResult
 from elastic_moe_kernels.step.weights import LayerTensors, ModelDims, check_dims
-from elastic_moe_kernels.table import GrowingTable, SubnetColumns, SubnetTable
+from elastic_moe_kernels.table import GrowingTable
 
 
 class CpuModel:
@@ -73,7 +74,7 @@ class CpuModel:
         self._ends: tuple[Tensor, PackedMatrix] | None = None  # final norm and head
         self._angles: tuple[Tensor, Tensor] | None = None
         self._native_angles: Any = None
-        self._last_table: tuple[SubnetTable | SubnetColumns, Any] | None = None
+        self._last_table: tuple[SubnetColumns, Any] | None = None
         self._routing_layers: set[int] = set()
 
     # Weights
@@ -194,7 +195,7 @@ class CpuModel:
         positions: Ints,
         sequences: Ints,
         subnets: Ints,
-        table: SubnetTable | SubnetColumns,
+        table: SubnetColumns,
         blocks: Tensor,
         block_tables: Ints,
         logits_rows: Ints,
@@ -231,7 +232,7 @@ class CpuModel:
     def prepare(
         self,
         arrays: BatchArrays,
-        table: SubnetTable | SubnetColumns,
+        table: SubnetColumns,
         blocks: Tensor,
         *,
         logits: bool = True,
@@ -285,7 +286,7 @@ class CpuModel:
             raise KernelError("weights are missing: ends. Call set_ends.")
         return self._ends
 
-    def _columns_of(self, table: SubnetTable | SubnetColumns) -> Any:
+    def _columns_of(self, table: SubnetColumns) -> Any:
         """The columns that the native step reads. A table is checked once, and remembered."""
         if self._last_table is not None and self._last_table[0] is table:
             return self._last_table[1]
@@ -299,7 +300,7 @@ class CpuModel:
             )
         check_table(self.dims, table, sorted(self._routing_layers))
         columns = native.extension().SubnetColumns(
-            **{name: array(getattr(table, name).contiguous()) for name in SubnetColumns._fields}
+            **{name: array(getattr(table, name).contiguous()) for name in SUBNET_COLUMNS}
         )
         self._last_table = table, columns
         return columns

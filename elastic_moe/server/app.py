@@ -26,6 +26,7 @@ from elastic_moe.server.api import (
     models,
     tokenize,
 )
+from elastic_moe.server.api.generation import generating_paths
 from elastic_moe.server.disconnect import ClientDisconnected
 from elastic_moe.server.middleware.access_log import AccessLog
 from elastic_moe.server.middleware.auth import Authentication
@@ -93,7 +94,7 @@ def create_app(engine: Engine, settings: ServerSettings | None = None) -> FastAP
     )
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(Authentication, api_keys=settings.api_keys, admin_keys=settings.admin_keys)
-    app.add_middleware(AccessLog, service=service)
+    app.add_middleware(AccessLog, service=service, limited_paths=generating_paths(app))
 
     app.add_exception_handler(errors.ApiError, errors.handle_failure)
     app.add_exception_handler(ElasticMoEError, errors.handle_failure)

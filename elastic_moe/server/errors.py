@@ -74,17 +74,16 @@ class ApiError(Exception):
         return Response(content, self.status, self.headers, "application/json")
 
 
-def as_api_error(error: BaseException, *, param: str | None = None, status: int = 400) -> ApiError:
+def as_api_error(error: BaseException, *, status: int = 400) -> ApiError:
     """Any failure as an `ApiError`; one that is not the client's fault becomes a 500.
 
     Args:
-        param: the part of the request that holds the prompt.
         status: of a profile that does not exist.
     """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ContextLengthError):
-        return ApiError(400, str(error), param=param, code="context_length_exceeded")
+        return ApiError(400, str(error), code="context_length_exceeded")
     if isinstance(error, RoutingError):
         return ApiError(400, str(error), param="routing_config", code="invalid_routing")
     if isinstance(error, ProfileNotFoundError):

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
 from elastic_moe.engine import SamplingParams
-from elastic_moe.engine.outputs import Choice, Delta
-from elastic_moe.errors import ContextLengthError
+from elastic_moe.engine.outputs import Choice, Completion, Delta
 from elastic_moe.protocol.chat import ChatChunk, ChatCompletion, ChatRequest, Message
 from elastic_moe.routing import shorten
-from elastic_moe.server.api.generation import GenerationHandler, describe_answer, json_response
+from elastic_moe.server.api.generation import EventWriter, GenerationHandler, describe_answer
 from elastic_moe.server.api.sampling import sampling_params
 from elastic_moe.server.errors import ApiError
-from elastic_moe.server.service import Service, usage
-from elastic_moe.server.sse import EventStream, TextEvent, event
+from elastic_moe.server.service import Service
+from elastic_moe.server.sse import TextEvent, event
 from elastic_moe.server.tools.choice import ToolOptions
 from elastic_moe.server.tools.response import ToolCallWriter
 
@@ -77,29 +75,12 @@ class ChatHandler(GenerationHandler[ChatRequest]):
     """Answers one chat request, as a whole or as a stream."""
 
     id_prefix = "chatcmpl"
+    object_name, chunk_object_name = "chat.completion", "chat.completion.chunk"
 
-    async def respond(self) -> Response:
-        """The response.
-
-        Raises:
-            ApiError, ElasticMoEError: the request is invalid, or the engine failed.
-        """
+    def __init__(self, service: Service, body: ChatRequest, request: Request) -> None:
+        super().__init__(service, body, request)
         self._check_template_variables()
-        self._tools = ToolOptions.from_request(self.body, self.service.engine.tokenizer)
-        prompt = await asyncio.to_thread(self._encode)
-        params = self._sampling_params(len(prompt))
-        self.resolve_routing(len(prompt) + params.max_tokens)
-        if self.body.stream:
-            return EventStream(self._events(prompt, params), self.headers)
-        (completion,) = await self.generate([prompt], params)
-        writer = self._tool_writer()
-        body = {
-            **self.envelope("chat.completion"),
-            "choices": [self._choice(choice, writer) for choice in completion.choices],
-            "usage": usage(completion.usage),
-            "routing": self.service.applied(self.routing, completion.routing),
-        }
-        return json_response(body, self.headers)
+        self._tools = ToolOptions.from_request(self.body, service.engine.tokenizer)
 
     def _check_template_variables(self) -> None:
         reserved = sorted(RESERVED_VARIABLES & (self.body.chat_template_kwargs or {}).keys())
@@ -110,16 +91,18 @@ class ChatHandler(GenerationHandler[ChatRequest]):
                 param="chat_template_kwargs",
             )
 
-    def _encode(self) -> list[int]:
+    def encode(self) -> list[list[int]]:
         """Token ids of the conversation."""
         variables = self.body.chat_template_kwargs or {}
         if self._tools is not None:
             variables = {**variables, "tools": self._tools.for_template()}
         messages = template_messages(self.body.messages)
-        return self.service.engine.tokenizer.encode_chat(messages, **variables)
+        return [self.service.engine.tokenizer.encode_chat(messages, **variables)]
 
-    def _sampling_params(self, prompt_tokens: int) -> SamplingParams:
-        body, limit = self.body, self.service.engine.config.max_positions
+    def sampling_params(self) -> SamplingParams:
+        """How to sample; without a limit of its own, an answer fills the context."""
+        body, (prompt,) = self.body, self.prompts
+        left = self.service.engine.config.max_positions - len(prompt)
         given = {n for n in (body.max_tokens, body.max_completion_tokens) if n is not None}
         if len(given) > 1:
             raise ApiError(
@@ -130,11 +113,9 @@ class ChatHandler(GenerationHandler[ChatRequest]):
             )
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
-        if prompt_tokens >= limit:
-            raise ContextLengthError(prompt_tokens, min(given, default=1), limit)
         params = sampling_params(
             body,
-            max_tokens=given.pop() if given else limit - prompt_tokens,
+            max_tokens=given.pop() if given else max(1, left),
             default_seed=self.service.settings.seed,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
@@ -144,6 +125,11 @@ class ChatHandler(GenerationHandler[ChatRequest]):
         """Finds calls in the generated text; None if the request allows none."""
         tools = self._tools
         return None if tools is None or tools.mode == "none" else ToolCallWriter(tools)
+
+    def choices(self, completions: list[Completion]) -> list[dict[str, Any]]:
+        """`choices` of a whole answer."""
+        (completion,), writer = completions, self._tool_writer()
+        return [self._choice(choice, writer) for choice in completion.choices]
 
     def _choice(self, choice: Choice, writer: ToolCallWriter | None) -> dict[str, Any]:
         logprobs = choice.logprobs
@@ -158,8 +144,9 @@ class ChatHandler(GenerationHandler[ChatRequest]):
             "finish_reason": finish_reason,
         }
 
-    async def _events(self, prompt: list[int], params: SamplingParams) -> AsyncGenerator[bytes]:
-        envelope, writer = self.envelope("chat.completion.chunk"), self._tool_writer()
+    def event_writer(self, envelope: Mapping[str, Any]) -> EventWriter:
+        """Writes the events of one stream."""
+        writer = self._tool_writer()
         text_events: dict[int, TextEvent] = {}  # by choice, once it has started
 
         def chunk(delta: Delta, piece: dict[str, Any], last: bool = False) -> dict[str, Any]:
@@ -175,7 +162,7 @@ class ChatHandler(GenerationHandler[ChatRequest]):
             }
             return {**envelope, "choices": [choice]}
 
-        async for delta in self.stream([prompt], params):
+        def write(delta: Delta) -> Iterator[bytes]:
             text_event = text_events.get(delta.choice)
             if writer is not None:
                 for piece in writer.deltas(delta):
@@ -190,12 +177,9 @@ class ChatHandler(GenerationHandler[ChatRequest]):
             elif delta.text:
                 yield text_event(delta.text)
             if delta.finish_reason is not None:
-                if delta.completion is None:  # other choices go on; the last one reports the cost
-                    yield event(chunk(delta, {}, last=True))
-                    continue
-                completion = delta.completion
-                self.record.completions.append(completion)
-                applied = self.service.applied(self.routing, completion.routing)
-                yield event({**chunk(delta, {}, last=True), "routing": applied})
-                if self.include_usage:
-                    yield event({**envelope, "choices": [], "usage": usage(completion.usage)})
+                last = chunk(delta, {}, last=True)
+                if delta.completion is not None:  # of the choice that ends last
+                    last["routing"] = self.applied(delta.completion)
+                yield event(last)
+
+        return write

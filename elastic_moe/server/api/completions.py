@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
 from elastic_moe.engine import SamplingParams
-from elastic_moe.engine.outputs import Choice, Completion, TokenLogprob
-from elastic_moe.errors import ContextLengthError
+from elastic_moe.engine.outputs import Choice, Completion, Delta, TokenLogprob
 from elastic_moe.protocol.completions import CompletionRequest, TextCompletion
-from elastic_moe.server.api.generation import GenerationHandler, describe_answer, json_response
+from elastic_moe.server.api.generation import EventWriter, GenerationHandler, describe_answer
 from elastic_moe.server.api.logprobs import EchoedPrompt, TextOffset
 from elastic_moe.server.api.sampling import sampling_params
 from elastic_moe.server.errors import ApiError
-from elastic_moe.server.service import Service, usage
-from elastic_moe.server.sse import EventStream, TextEvent, event
+from elastic_moe.server.service import Service
+from elastic_moe.server.sse import TextEvent, event
 
 DEFAULT_MAX_TOKENS = 16  # as in OpenAI's API
 MAX_PROMPTS = 1024
@@ -36,32 +34,9 @@ class CompletionHandler(GenerationHandler[CompletionRequest]):
     """Answers one completion request, as a whole or as a stream."""
 
     id_prefix = "cmpl"
+    object_name = chunk_object_name = "text_completion"
 
-    async def respond(self) -> Response:
-        """The response.
-
-        Raises:
-            ApiError, ElasticMoEError: the request is invalid, or the engine failed.
-        """
-        prompts = await asyncio.to_thread(self._encode)
-        params = self._sampling_params(prompts)
-        self.resolve_routing(max(map(len, prompts)) + params.max_tokens)
-        if self.body.stream:
-            return EventStream(self._events(prompts, params), self.headers)
-        completions = await self.generate(prompts, params)
-        body = {
-            **self.envelope("text_completion"),
-            "choices": [
-                self._choice(index, prompts[index], completion, choice)
-                for index, completion in enumerate(completions)
-                for choice in completion.choices
-            ],
-            "usage": usage(*(completion.usage for completion in completions)),
-            "routing": self.service.applied(self.routing, completions[0].routing),
-        }
-        return json_response(body, self.headers)
-
-    def _encode(self) -> list[list[int]]:
+    def encode(self) -> list[list[int]]:
         """Token ids of every prompt."""
         prompts, encode = self.body.prompts(), self.service.engine.encode
         if len(prompts) > MAX_PROMPTS:
@@ -72,19 +47,24 @@ class CompletionHandler(GenerationHandler[CompletionRequest]):
             )
         return [encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
-    def _sampling_params(self, prompts: list[list[int]]) -> SamplingParams:
-        body, limit = self.body, self.service.engine.config.max_positions
-        max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-        for prompt in prompts:
-            if len(prompt) + max_tokens > limit:
-                raise ContextLengthError(len(prompt), max_tokens, limit)
+    def sampling_params(self) -> SamplingParams:
+        """How to sample; log-probabilities of the prompt come with its echo."""
+        body = self.body
         return sampling_params(
             body,
-            max_tokens=max_tokens,
+            max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
             default_seed=self.service.settings.seed,
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
         )
+
+    def choices(self, completions: list[Completion]) -> list[dict[str, Any]]:
+        """`choices` of a whole answer, by prompt."""
+        return [
+            self._choice(index, self.prompts[index], completion, choice)
+            for index, completion in enumerate(completions)
+            for choice in completion.choices
+        ]
 
     def _choice(
         self, index: int, prompt: list[int], completion: Completion, choice: Choice
@@ -104,14 +84,12 @@ class CompletionHandler(GenerationHandler[CompletionRequest]):
     def _echo(self, prompt: list[int]) -> str:
         return self.service.engine.decode(prompt) if self.body.echo else ""
 
-    async def _events(
-        self, prompts: list[list[int]], params: SamplingParams
-    ) -> AsyncGenerator[bytes]:
-        envelope, n = self.envelope("text_completion"), self.body.n
+    def event_writer(self, envelope: Mapping[str, Any]) -> EventWriter:
+        """Writes the events of one stream."""
+        n = self.body.n
         text_events: dict[int, TextEvent] = {}  # by choice, once it has started
         offsets: dict[int, TextOffset] = {}  # by choice
         echoed: dict[int, EchoedPrompt | None] = {}  # by prompt
-        completions: list[Completion] = []
 
         def chunk(
             index: int,
@@ -127,21 +105,21 @@ class CompletionHandler(GenerationHandler[CompletionRequest]):
             }
             return {**envelope, "choices": [choice]}
 
-        async for delta in self.stream(prompts, params):
+        def write(delta: Delta) -> Iterator[bytes]:
             number, text, logprobs = delta.prompt, delta.text, None
             index = number * n + delta.choice
             text_event = text_events.get(index)
             if text_event is not None and delta.logprobs is None and delta.finish_reason is None:
                 if text:
                     yield text_event(text)
-                continue
+                return
             prompt_logprobs = None
             if text_event is None:
-                text = self._echo(prompts[number]) + text
+                text = self._echo(self.prompts[number]) + text
                 text_events[index] = TextEvent(chunk(index, TextEvent.PLACEHOLDER))
                 offsets[index] = TextOffset()
                 if number not in echoed:
-                    echoed[number] = _echoed_prompt(prompts[number], delta.prompt_logprobs)
+                    echoed[number] = _echoed_prompt(self.prompts[number], delta.prompt_logprobs)
                 prompt_logprobs = echoed[number]
             if delta.logprobs is not None:
                 logprobs = self.service.logprobs.completion(
@@ -149,13 +127,10 @@ class CompletionHandler(GenerationHandler[CompletionRequest]):
                 )
             body = chunk(index, text, logprobs, delta.finish_reason)
             if delta.completion is not None:
-                completions.append(delta.completion)
-                self.record.completions.append(delta.completion)
-                body["routing"] = self.service.applied(self.routing, delta.completion.routing)
+                body["routing"] = self.applied(delta.completion)
             yield event(body)
-        if self.include_usage:
-            total = usage(*(completion.usage for completion in completions))
-            yield event({**envelope, "choices": [], "usage": total})
+
+        return write
 
 
 def _echoed_prompt(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, ClassVar, Generic, TypeVar
 
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
@@ -23,25 +27,35 @@ from elastic_moe.server.middleware.fault_injection import INJECTION
 from elastic_moe.server.middleware.fault_selection import Injection
 from elastic_moe.server.observe.access_record import ACCESS_RECORD, AccessRecord
 from elastic_moe.server.routing.request import ResolvedRouting
-from elastic_moe.server.service import Service
+from elastic_moe.server.service import Service, usage
+from elastic_moe.server.sse import EventStream, event
 
 B = TypeVar("B", bound=SamplingRequest)
+EventWriter = Callable[[Delta], Iterable[bytes]]
+EVENTS = "text/event-stream"
 
 
-class GenerationHandler(Generic[B]):
-    """Answers one request: a subclass for each dialect reads prompts and writes answers.
+class GenerationHandler(ABC, Generic[B]):
+    """Answers one request, as a whole or as a stream.
+
+    A subclass of each endpoint reads prompts and parameters and writes choices. Routing, limits,
+    cancelling, injected texts, usage and the record are here.
 
     Attributes:
+        id_prefix: of the answer's id.
+        object_name, chunk_object_name: `object` of a whole answer, and of the events of a stream.
         body: of the request; a profile has filled in what it leaves out.
         record: of the request.
-        routing: the sub-network that runs, once `resolve_routing` was called.
-        headers: of the response.
+        prompts: token ids of every prompt, once `respond` has encoded them.
+        routing: the sub-network that runs, once `respond` has chosen it.
 
     Raises:
         ApiError, RoutingError: the model, profile, sub-network or stream_options are invalid.
     """
 
     id_prefix: ClassVar[str]
+    object_name: ClassVar[str]
+    chunk_object_name: ClassVar[str]
 
     def __init__(self, service: Service, body: B, request: Request) -> None:
         injection: Injection | None = request.scope.get(INJECTION)
@@ -50,59 +64,88 @@ class GenerationHandler(Generic[B]):
         )
         self.service, self.body = service, self._routing_request.with_sampling(body)
         self.record: AccessRecord = request.scope[ACCESS_RECORD]
+        self.prompts: list[list[int]]
         self.routing: ResolvedRouting
-        self.headers: dict[str, str] = {}
         self._receive = request.receive
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options needs stream: true.", param="stream_options")
 
-    @property
-    def include_usage(self) -> bool:
-        """Whether the stream ends with a chunk of usage."""
-        return self.body.stream_options is not None and self.body.stream_options.include_usage
+    @abstractmethod
+    def encode(self) -> list[list[int]]:
+        """Token ids of every prompt; it runs in a thread."""
 
-    def resolve_routing(self, tokens: int) -> None:
-        """Set `routing`, and the header that names it.
+    @abstractmethod
+    def sampling_params(self) -> SamplingParams:
+        """How to sample; the engine checks that prompts and max_tokens fit the context."""
+
+    @abstractmethod
+    def choices(self, completions: list[Completion]) -> list[dict[str, Any]]:
+        """`choices` of a whole answer, with the keys that OpenAI's API gives them."""
+
+    @abstractmethod
+    def event_writer(self, envelope: Mapping[str, Any]) -> EventWriter:
+        """Writes the events of one stream; the last one of a prompt has `applied`.
 
         Args:
-            tokens: of the longest prompt and max_tokens together.
+            envelope: the first keys of each event.
+        """
+
+    async def respond(self) -> Response:
+        """The response.
 
         Raises:
-            RoutingError: the server's limits refuse it.
+            ApiError, ElasticMoEError: the request is invalid, or the engine failed.
         """
+        self.prompts = await asyncio.to_thread(self.encode)
+        params = self.sampling_params()
+        tokens = max(map(len, self.prompts)) + params.max_tokens
         self.routing = self._routing_request.resolve(tokens)
         self.record.subnet = self.routing.subnet.name
-        self.headers["x-elastic-subnet"] = self.routing.subnet.name
+        headers = {"x-elastic-subnet": self.routing.subnet.name}
+        params = force_text(params, self._routing_request.injection)
+        if self.body.stream:
+            return EventStream(self._events(params), headers)
+        work = self.service.engine.agenerate(self.prompts, self.routing.subnet, params)
+        completions = await cancel_on_disconnect(self._receive, work)
+        self.record.completions += completions
+        body = {
+            **self._envelope(self.object_name),
+            "choices": self.choices(completions),
+            "usage": self._usage(),
+            "routing": self.applied(completions[0]),
+        }
+        return json_response(body, headers)
 
-    def envelope(self, kind: str) -> dict[str, Any]:
+    def applied(self, completion: Completion) -> dict[str, Any]:
+        """`routing` of a whole answer, and of the last event of a prompt."""
+        return self.service.applied(self.routing, completion.routing)
+
+    async def _events(self, params: SamplingParams) -> AsyncGenerator[bytes]:
+        envelope = self._envelope(self.chunk_object_name)
+        write = self.event_writer(envelope)
+        astream = self.service.engine.astream
+        async with aclosing(astream(self.prompts, self.routing.subnet, params)) as deltas:
+            async for delta in deltas:
+                if delta.completion is not None:
+                    self.record.completions.append(delta.completion)
+                for data in write(delta):
+                    yield data
+        options = self.body.stream_options
+        if options is not None and options.include_usage:
+            yield event({**envelope, "choices": [], "usage": self._usage()})
+
+    def _envelope(self, object_name: str) -> dict[str, Any]:
         """The first keys of an answer, and of each event of a stream."""
         return {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
-            "object": kind,
+            "object": object_name,
             "created": int(time.time()),
             "model": self.body.model,
             "system_fingerprint": self.service.fingerprint,
         }
 
-    async def generate(
-        self, prompts: Sequence[list[int]], params: SamplingParams
-    ) -> list[Completion]:
-        """Complete all prompts; a disconnect cancels them."""
-        params = force_text(params, self._routing_request.injection)
-        work = self.service.engine.agenerate(prompts, self.routing.subnet, params)
-        completions = await cancel_on_disconnect(self._receive, work)
-        self.record.completions += completions
-        return completions
-
-    async def stream(
-        self, prompts: Sequence[list[int]], params: SamplingParams
-    ) -> AsyncIterator[Delta]:
-        """Complete all prompts piece by piece."""
-        params = force_text(params, self._routing_request.injection)
-        astream = self.service.engine.astream
-        async with aclosing(astream(prompts, self.routing.subnet, params)) as deltas:
-            async for delta in deltas:
-                yield delta
+    def _usage(self) -> dict[str, Any]:
+        return usage(*(completion.usage for completion in self.record.completions))
 
 
 def force_text(params: SamplingParams, injection: Injection | None) -> SamplingParams:
@@ -128,7 +171,16 @@ def describe_answer(answer: type[BaseModel], chunk: type[BaseModel]) -> dict[str
             200: {
                 "model": answer,
                 "description": "the answer, or a stream of events",
-                "content": {"text/event-stream": stream},
+                "content": {EVENTS: stream},
             }
         },
     }
+
+
+def generating_paths(app: FastAPI) -> frozenset[str]:
+    """Paths of the endpoints that `describe_answer` describes."""
+    return frozenset(
+        route.path
+        for route in app.routes
+        if isinstance(route, APIRoute) and EVENTS in route.responses.get(200, {}).get("content", {})
+    )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from elastic_moe.server.errors import as_api_error, log_failure
-from elastic_moe.server.middleware.rate_limits import LIMITED_PATHS, rate_limit_headers
+from elastic_moe.server.middleware.rate_limits import rate_limit_headers
 from elastic_moe.server.middleware.request_id import request_id
 from elastic_moe.server.observe import logs
 from elastic_moe.server.observe.access_record import (
@@ -24,10 +26,13 @@ class AccessLog:
     Adds x-request-id and x-ratelimit-* to responses. Other middlewares raise `ApiError`; it
     becomes a response here. No other middleware wraps `send`, except fault injection: what is done
     per message is paid for every streamed token.
+
+    Args:
+        limited_paths: get x-ratelimit-*, as their requests wait in the engine's queue.
     """
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app, self._service = app, service
+    def __init__(self, app: ASGIApp, service: Service, limited_paths: Collection[str]) -> None:
+        self._app, self._service, self._limited_paths = app, service, limited_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -76,7 +81,7 @@ class AccessLog:
     def _add_headers(self, record: AccessRecord, message: Message) -> None:
         headers = MutableHeaders(scope=message)
         headers["x-request-id"] = record.request_id
-        if record.path in LIMITED_PATHS and record.status != 401:
+        if record.path in self._limited_paths and record.status != 401:
             headers.update(rate_limit_headers(self._service.engine, self._service.metrics))
 
 

@@ -11,8 +11,6 @@ from elastic_moe.engine import Engine
 from elastic_moe.errors import EngineError
 from elastic_moe.server.observe.metrics import Metrics
 
-LIMITED_PATHS = {"/v1/chat/completions", "/v1/completions"}
-
 
 def rate_limit_headers(engine: Engine, metrics: Metrics) -> dict[str, str]:
     """The x-ratelimit-* headers of now; empty if the engine is closed.

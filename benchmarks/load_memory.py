@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from elastic_moe.lab.provenance import describe_commit, describe_machine, describe_versions
+from elastic_moe.lab.provenance import describe_provenance
 from elastic_moe.model.checkpoints.saving import Item, write_config_json, write_tensors
 from elastic_moe.model.families import FAMILIES, parameter_shapes, read_config
 from elastic_moe.model.pack import load_packed
@@ -108,9 +108,7 @@ def main() -> int:
                 **measured,
                 "peak_over_size": round(ratio, 4),
                 "bar": BAR,
-                "machine": describe_machine(),
-                "versions": describe_versions(),
-                "commit": describe_commit(),
+                **describe_provenance(),
             }
         )
     )

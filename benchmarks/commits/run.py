@@ -14,12 +14,11 @@ import os
 import statistics
 import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.result_file import replace_lines
-from elastic_moe.lab.provenance import describe_machine, describe_versions
+from elastic_moe.lab.provenance import describe_provenance
 
 WORKER = Path(__file__).with_name("worker.py")
 SLICES = ("decode", "decode16", "prefill", "outside", "outside_mixed", "stream", "stream16")
@@ -125,13 +124,11 @@ def main() -> int:
     show(found)
     record = {
         "case": "commits",
-        "date": datetime.now(UTC).date().isoformat(),
+        **describe_provenance(),
         "commit": found["new"],
         **found,
         "geometric_mean": geometric_mean(found),
         "same_commit": same["cases"],
-        "machine": describe_machine(),
-        "versions": describe_versions(),
     }
     if args.out is not None:
         replace_lines(args.out, [record], "case")

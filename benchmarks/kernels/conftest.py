@@ -19,7 +19,7 @@ from elastic_moe_kernels import native
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from elastic_moe.lab.bench.limits import Limits, LimitsProbe
-from elastic_moe.lab.provenance import describe_commit, describe_machine, describe_versions
+from elastic_moe.lab.provenance import describe_provenance, describe_versions
 
 LIMITS_AGE_SECONDS = 20.0
 SECONDS_PER_CASE = 0.4
@@ -69,9 +69,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         "benchmark": "kernels",
         "level": native.level(),
         "spin_count": os.environ.get("GOMP_SPINCOUNT"),
-        "machine": describe_machine(),
+        **describe_provenance(),
         "versions": {**describe_versions(), **_peers()},
-        "commit": describe_commit(),
         "records": records,
     }
     print(json.dumps(line))

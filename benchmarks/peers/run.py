@@ -26,7 +26,7 @@ from benchmarks.peers.layer_stage import LayerStage
 from benchmarks.peers.model_stage import ModelStage
 from benchmarks.peers.stage import THREADS, Places
 from elastic_moe.files import write_text
-from elastic_moe.lab.provenance import describe_commit, describe_machine, describe_versions
+from elastic_moe.lab.provenance import describe_provenance, describe_versions
 from elastic_moe.model.checkpoints.folder import BUNDLED
 
 Stage = ModelStage | LayerStage | EngineStage
@@ -88,9 +88,8 @@ def run_stage(name: str, places: Places, rounds: int, level: str | None) -> list
                 "threads": THREADS,
                 "slow": places.slow,
                 "spin_count": os.environ.get("GOMP_SPINCOUNT"),
-                "machine": describe_machine(),
+                **describe_provenance(),
                 "versions": {**describe_versions(), **stage.versions},
-                "commit": describe_commit(),
             }
         )
     return records
@@ -189,9 +188,8 @@ def finish(args: argparse.Namespace, records: list[dict[str, Any]]) -> int:
                 "rounds": args.rounds,
                 "bars": summary,
                 "slow": args.slow,
-                "machine": describe_machine(),
+                **describe_provenance(),
                 "versions": records[0]["versions"] if records else describe_versions(),
-                "commit": describe_commit(),
             }
         )
     )

@@ -22,7 +22,7 @@ from benchmarks.result_file import replace_lines
 from benchmarks.serving import cpu, first_token, throughput
 from benchmarks.verdict import Verdict
 from elastic_moe.lab.bench.limits import LimitsProbe
-from elastic_moe.lab.provenance import describe_commit, describe_machine, describe_versions
+from elastic_moe.lab.provenance import describe_provenance
 
 FIRST_TOKEN_ROUNDS = 5
 CASES = {"throughput": throughput.BARS, "cpu": cpu.BARS, "first-token": first_token.BARS}
@@ -79,9 +79,7 @@ def main() -> int:
                 "bars": [one.to_json() for one in verdicts],
                 "limits": limits.to_json(),
                 "spin_count": os.environ.get("GOMP_SPINCOUNT"),
-                "machine": describe_machine(),
-                "versions": describe_versions(),
-                "commit": describe_commit(),
+                **describe_provenance(),
             }
         )
     print()

@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_kernel(args: argparse.Namespace, model: ElasticTransformer, kernel: Any) -> int:
     from elastic_moe.lab.bench.kernels import bench_kernel
-    from elastic_moe.lab.provenance import describe_commit, describe_machine, describe_versions
+    from elastic_moe.lab.provenance import describe_provenance
 
     records = bench_kernel(model, kernel, quick=args.quick, progress=_progress)
     line = {
@@ -117,9 +117,7 @@ def _run_kernel(args: argparse.Namespace, model: ElasticTransformer, kernel: Any
         "model": args.model,
         "kernel": args.kernel,
         "records": records,
-        "machine": describe_machine(),
-        "versions": describe_versions(),
-        "commit": describe_commit(),
+        **describe_provenance(),
     }
     if not args.json:
         _show_kernel(line)

@@ -1,10 +1,13 @@
-"""The machine, versions and commit of a measurement, as every result file states them."""
+"""Date, command, commit, machine and versions of a measurement, as every result states them."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,31 @@ from elastic_moe_kernels import ops
 from elastic_moe import __version__
 
 
-def describe_machine() -> dict[str, Any]:
-    """The `machine` entry of a result: CPU, cores, threads of torch, and the level that runs."""
+def describe_provenance() -> dict[str, Any]:
+    """What every result states: `date`, `command`, `commit`, `machine` and `versions`.
+
+    Older records have no date, no command and no numbers of the processor.
+    """
     return {
-        "cpu": _cpu_name(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": _command_line(),
+        "commit": describe_commit(),
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """The `machine` entry of a result: CPU, cores, threads of torch, and the level that runs.
+
+    A virtual machine may hide the CPU's name; `cpu_family`, `cpu_model` and `cpu_stepping` tell it.
+    None where the system does not say.
+    """
+    cpu = _cpuinfo()
+    return {
+        "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
+        "cpu_vendor": cpu.get("vendor_id"),
+        **{f"cpu_{key}": _number(cpu.get(name)) for key, name in _CPU_NUMBERS.items()},
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": next((b.level for b in ops.backends() if b.level), "none"),
@@ -49,10 +73,25 @@ def describe_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+_CPUINFO = Path("/proc/cpuinfo")
+_CPU_NUMBERS = {"family": "cpu family", "model": "model", "stepping": "stepping"}
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor of /proc/cpuinfo; {} where there is none."""
+    try:
+        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text is not None and text.isdecimal() else None
+
+
+def _command_line() -> str:
+    """The command of this process, as typed in its working directory."""
+    program, *rest = sys.orig_argv or [sys.executable]
+    return shlex.join([Path(program).name, *(arg.replace(f"{Path.cwd()}/", "") for arg in rest)])

@@ -25,7 +25,7 @@ from typing import Any
 from elastic_moe.engine import Engine
 from elastic_moe.errors import BenchmarkError, ElasticMoEError
 from elastic_moe.files import write_text
-from elastic_moe.lab.provenance import describe_commit, describe_machine, describe_versions
+from elastic_moe.lab.provenance import describe_provenance
 from elastic_moe.lab.sweeps.quality import Quality, paired_difference
 from elastic_moe.lab.sweeps.text import EvaluationSet
 from experiments.elastic_mini.opponents import (
@@ -89,9 +89,7 @@ def record(engine: Engine, text: EvaluationSet, found: dict[str, Quality]) -> di
         "backend": engine.backend,
         "points": points,
         "steps": steps,
-        "machine": describe_machine(),
-        "versions": describe_versions(),
-        "commit": describe_commit(),
+        **describe_provenance(),
     }
 
 

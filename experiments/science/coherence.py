@@ -39,7 +39,7 @@ from elastic_moe import SamplingParams
 from elastic_moe.engine import Engine
 from elastic_moe.engine.running.runner import Chunk, ModelRunner
 from elastic_moe.errors import CorpusError, ElasticMoEError
-from elastic_moe.lab.provenance import describe_commit, describe_machine, describe_versions
+from elastic_moe.lab.provenance import describe_provenance
 from elastic_moe.lab.sweeps.text import Corpus, language_reference
 from elastic_moe.routing import Subnet
 from elastic_moe.train.step.plan import PIECE_TOKENS
@@ -281,9 +281,7 @@ def measure(engine: Engine, novels: Path | None) -> dict[str, Any]:
         "written_edges": list(SEEN_EDGES),
         "positions": positions,
         "writing": measure_writing(engine, prompts, human),
-        "machine": describe_machine(),
-        "versions": describe_versions(),
-        "commit": describe_commit(),
+        **describe_provenance(),
     }
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from elastic_moe.engine import Engine
 from elastic_moe.errors import BenchmarkError, ElasticMoEError
 from elastic_moe.files import write_text
-from elastic_moe.lab.provenance import describe_commit, describe_machine, describe_versions
+from elastic_moe.lab.provenance import describe_provenance
 from elastic_moe.lab.sweeps.quality import Quality, window_sums
 from elastic_moe.lab.sweeps.text import EvaluationSet
 from elastic_moe.model.checkpoints.folder import read_json
@@ -219,9 +219,7 @@ def main() -> int:
 
 def _evaluate_all(folder: Path, novels: Path, tokens: int, out: Path | None, again: bool) -> int:
     about = {
-        "machine": describe_machine(),
-        "versions": describe_versions(),
-        "commit": describe_commit(),
+        **describe_provenance(),
     }
     known = read_runs(out)
     texts: dict[str, EvaluationSet] = {}

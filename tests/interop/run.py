@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_moe.files import write_text
-from elastic_moe.lab.provenance import describe_commit, describe_machine, describe_versions
+from elastic_moe.lab.provenance import describe_provenance, describe_versions
 from tests.interop.environments import environment, version
 from tests.interop.fuzz_peer import check_fuzz
 from tests.interop.lm_eval_peer import check_lm_eval
@@ -40,9 +40,8 @@ def run_peer(peer: str, work: Path) -> Iterator[dict[str, Any]]:
     package, check = PEERS[peer]
     python = environment(peer)
     about = {
-        "machine": describe_machine(),
+        **describe_provenance(),
         "versions": {**describe_versions(), package: version(python, package)},
-        "commit": describe_commit(),
     }
     folder = work / peer
     folder.mkdir()

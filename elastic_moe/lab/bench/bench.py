@@ -19,7 +19,7 @@ import torch
 from elastic_moe.errors import BenchmarkError
 from elastic_moe.lab.bench.batch import Batch, Work
 from elastic_moe.lab.bench.limits import Limits, LimitsProbe
-from elastic_moe.lab.provenance import describe_commit, describe_machine, describe_versions
+from elastic_moe.lab.provenance import describe_provenance
 from elastic_moe.routing import Subnet
 
 PREFILL_TOKENS, CONTEXT_TOKENS, SEQUENCES, SHORT_CONTEXT_TOKENS = 512, 64, 16, 32
@@ -156,9 +156,7 @@ def describe_run(batch: Batch) -> dict[str, Any]:
     return {
         "backend": batch.backend,
         "level": batch.level,
-        "machine": describe_machine(),
-        "versions": describe_versions(),
-        "commit": describe_commit(),
+        **describe_provenance(),
     }
 
 

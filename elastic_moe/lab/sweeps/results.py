@@ -90,9 +90,11 @@ def differences(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> list[
             old, new, prefix = {key: old}, {key: new}, ""
         else:
             prefix = f"{key}."
+        # Of a machine, earlier versions wrote less.
+        names = old if key == "machine" else [*new, *(name for name in old if name not in new)]
         found += [
             f"{prefix}{name} was {_short(old.get(name))}, is {_short(new.get(name))}"
-            for name in [*new, *(name for name in old if name not in new)]
+            for name in names
             if old.get(name) != new.get(name)
         ]
     return found

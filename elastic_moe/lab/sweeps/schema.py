@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from elastic_moe.routing.axes import TRAINED
 
@@ -59,12 +59,16 @@ class SweepResult(TypedDict):
     """A whole sweep; `complete` is false while it runs and where it was interrupted.
 
     Points of two sweeps are comparable only where `corpus`, `settings`, `machine` and `versions`
-    are equal. `skipped` lists the combinations that the model cannot run, with the reason.
+    are equal. `skipped` lists the combinations that the model cannot run, with the reason. `date`
+    (UTC), `command` and `commit` are of the run that wrote the file; older ones lack them.
     """
 
     schema_version: int
     model: dict[str, Any]
     corpus: dict[str, Any]
+    date: NotRequired[str]
+    command: NotRequired[str]
+    commit: NotRequired[str | None]
     machine: dict[str, Any]
     versions: dict[str, str]
     settings: dict[str, Any]

@@ -17,7 +17,7 @@ from typing import Any
 from elastic_moe.engine import Engine
 from elastic_moe.files import write_text
 from elastic_moe.lab.bench.speed import measure_speed
-from elastic_moe.lab.provenance import describe_machine, describe_versions
+from elastic_moe.lab.provenance import describe_provenance
 from elastic_moe.lab.sweeps import record
 from elastic_moe.lab.sweeps.grid import Grid, default_grid, groups, product_grid
 from elastic_moe.lab.sweeps.quality import FullNetwork, Quality, measure_depths
@@ -133,12 +133,16 @@ class _Run:
     ) -> None:
         self.engine, self.text, self.grid = engine, text, grid
         self.folder, self.progress = folder, progress
+        about = describe_provenance()
         self.result: SweepResult = {
             "schema_version": SCHEMA_VERSION,
             "model": record.describe_model(engine),
             "corpus": text.describe(),
-            "machine": describe_machine(),
-            "versions": describe_versions(),
+            "date": about["date"],
+            "command": about["command"],
+            "commit": about["commit"],
+            "machine": about["machine"],
+            "versions": about["versions"],
             "settings": settings,
             "skipped": grid.skipped,
             "points": [],

@@ -299,7 +299,7 @@ def tooltip(point: Point) -> str:
 
 
 def public_copy(sweep: Sweep) -> Any:
-    """The sweep for embedding: without the folder it was read from, NaN and infinities as null."""
+    """The sweep for embedding: without folders of its machine, NaN and infinities as null."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
@@ -310,6 +310,7 @@ def public_copy(sweep: Sweep) -> Any:
 
     copy = plain(sweep)
     copy["model"].pop("path", None)
+    copy.pop("command", None)
     return copy
 
 

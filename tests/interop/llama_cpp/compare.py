@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from elastic_moe import Engine
-from elastic_moe.lab.provenance import describe_commit, describe_machine, describe_versions
+from elastic_moe.lab.provenance import describe_provenance, describe_versions
 from elastic_moe.lab.sweeps.text import language_reference
 from elastic_moe.model.checkpoints.extract import extract
 from elastic_moe.model.checkpoints.folder import BUNDLED
@@ -156,9 +156,8 @@ def main() -> int:
                 "subnet": subnet,
                 **compare(model, subnet, args.python, args.source, work),
                 "bar_mean_kl": MAX_MEAN_KL,
-                "machine": describe_machine(),
+                **describe_provenance(),
                 "versions": {**describe_versions(), "llama_cpp_python": version},
-                "commit": describe_commit(),
             }
         worst = max(worst, record["mean_kl"])
         lines.append(json.dumps(record))

@@ -114,6 +114,24 @@ def test_a_sweep_with_another_setting_is_kept_aside_and_the_setting_is_named(
     assert "kept as sweep.previous.json" in line
 
 
+def test_a_sweep_of_an_earlier_version_is_continued(
+    tiny: Engine, text: Path, tmp_path: Path, finished: str
+) -> None:
+    """It wrote neither date nor command, and less of the machine."""
+
+    def as_before(earlier: dict[str, Any]) -> None:
+        for key in ("date", "command", "commit"):
+            del earlier[key]
+        for key in ("cpu_vendor", "cpu_family", "cpu_model", "cpu_stepping"):
+            del earlier["machine"][key]
+
+    leave(tmp_path, finished, as_before)
+    result = quick(tiny, text, tmp_path, depth=[2, 6])
+    assert [point["bits_per_byte"] for point in result["points"]][1] == MARK
+    assert not (tmp_path / "sweep.previous.json").exists()
+    assert result["date"].endswith("+00:00")
+
+
 def test_the_settings_hold_what_a_point_depends_on(finished: str) -> None:
     sweep = json.loads(finished)
     for key, *rest in SETTINGS:

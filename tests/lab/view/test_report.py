@@ -230,6 +230,8 @@ def test_a_colour_in_a_name_is_not_replaced():
 def test_the_models_folder_is_not_published(page):
     assert "path" not in embedded(page)["model"]
     assert "elastic_moe/bundled" not in page
+    sweep = synthetic_sweep() | {"command": "elastic-moe sweep --out /home/me"}
+    assert "/home/me" not in render_report(sweep)
 
 
 def test_equal_sweeps_give_equal_bytes(tmp_path, page):

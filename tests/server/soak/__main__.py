@@ -31,7 +31,7 @@ import numpy as np
 
 from benchmarks.result_file import replace_lines
 from elastic_moe import Completion, Engine, SamplingParams
-from elastic_moe.lab.provenance import describe_commit, describe_machine, describe_versions
+from elastic_moe.lab.provenance import describe_provenance
 from elastic_moe.server.run import Server, listen
 from elastic_moe.server.settings import ServerSettings
 from tests.engine.running.test_invariance import random_subnet
@@ -361,9 +361,7 @@ def main() -> int:
         "case": f"soak-{args.clients}-clients",
         **found,
         "bar": {"growth": f"<= {MAX_GROWTH}", "met": met},
-        "machine": describe_machine(),
-        "versions": describe_versions(),
-        "commit": describe_commit(),
+        **describe_provenance(),
     }
     sys.stdout.write(json.dumps(line) + "\n")
     if args.out is not None:

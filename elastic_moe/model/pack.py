@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,22 +26,8 @@ if TYPE_CHECKING:
 
 
 def model_dims(config: ModelConfig) -> ModelDims:
-    """What the kernels need to know of a configuration."""
-    return ModelDims(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        num_experts=config.num_experts,
-        expert_hidden=config.expert_hidden,
-        rms_norm_eps=config.rms_norm_eps,
-        qk_norm=config.qk_norm,
-        rope=config.rope,
-        renormalize=config.renormalize,
-        routing_epsilon=config.routing_epsilon,
-    )
+    """What the kernels need of a configuration: its fields of the same names."""
+    return ModelDims(**{item.name: getattr(config, item.name) for item in fields(ModelDims)})
 
 
 class _Weights(ABC):

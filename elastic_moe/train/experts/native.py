@@ -7,6 +7,7 @@ Computes what the model's own modules compute, in float32 on the CPU, several ti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 from elastic_moe_kernels import native, training
@@ -24,6 +25,33 @@ from elastic_moe.model.reference.transformer import (
 from elastic_moe.model.rotary import rotary_angles
 from elastic_moe.routing import LayerSubnet, Subnet
 from elastic_moe.train.step.plan import TrainingPlan
+
+# What `last_state` computes of a `ModelConfig`: these fields at any value, `KNOWN_VALUES` at those
+# listed, every other at its default alone. A model with another trait is trained in PyTorch:
+# `last_state` repeats the forward pass of the reference, and would otherwise train another model.
+KNOWN_FIELDS = frozenset(
+    {
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "num_experts",
+        "max_top_k",
+        "expert_hidden",
+        "max_positions",
+        "rope_theta",
+        "rms_norm_eps",
+        "tied_embeddings",
+        "renormalize",
+        "routing_epsilon",
+        "selection_bias",
+        "elastic",
+    }
+)
+KNOWN_VALUES = {"qk_norm": ("none", "head"), "rope": ("half", "interleaved")}
 
 
 def refusal(config: ModelConfig, device: torch.device, dtype: str) -> str | None:
@@ -43,6 +71,11 @@ def refusal(config: ModelConfig, device: torch.device, dtype: str) -> str | None
         missing = "norms over all heads"
     if missing:
         return f"they have no {missing}, and this architecture has"
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if item.name in KNOWN_FIELDS or value in KNOWN_VALUES.get(item.name, (item.default,)):
+            continue
+        return f"they do not compute {item.name} = {value!r}, and this architecture has it"
     return training.refusal(config.hidden_size, config.head_dim, config.expert_hidden)
 
 

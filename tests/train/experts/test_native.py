@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -184,6 +184,7 @@ def test_a_run_that_goes_on_with_other_kernels_says_so(tmp_path: Path) -> None:
     [
         (CONFIG, PLAN, "head size must be a multiple of 16, got 8"),
         (replace(NATIVE, qk_norm="all"), PLAN, "no norms over all heads"),
+        (replace(NATIVE, rope=cast("Any", "spiral")), PLAN, "they do not compute rope = 'spiral'"),
         (NATIVE, replace(PLAN, dtype="bfloat16"), "they compute in float32"),
     ],
 )
@@ -193,6 +194,29 @@ def test_what_the_kernels_cannot_train_runs_in_pytorch(
     assert Trainer(config, plan, stream()).backend == "reference"
     with pytest.raises(TrainingError, match=f"C\\+\\+ kernels cannot train this model: .*{why}"):
         Trainer(config, plan, stream(), backend="cpu")
+
+
+@dataclass(frozen=True)
+class NewTrait(ModelConfig):
+    """A configuration with a field that this version of the C++ training does not have."""
+
+    embedding_scale: float = 1.0
+
+
+def test_a_trait_that_the_kernels_do_not_know_is_trained_in_pytorch() -> None:
+    def config(scale: float) -> ModelConfig:
+        known = {item.name: getattr(NATIVE, item.name) for item in fields(NATIVE)}
+        return NewTrait(**known, embedding_scale=scale)
+
+    assert Trainer(config(1.0), PLAN, stream()).backend == "cpu"
+    assert Trainer(config(2.5), PLAN, stream()).backend == "reference"
+    with pytest.raises(TrainingError, match=r"they do not compute embedding_scale = 2\.5"):
+        Trainer(config(2.5), PLAN, stream(), backend="cpu")
+
+
+def test_the_traits_that_the_kernels_train_are_fields() -> None:
+    listed = native.KNOWN_FIELDS | native.KNOWN_VALUES.keys()
+    assert listed <= {item.name for item in fields(ModelConfig)}
 
 
 def test_without_the_kernels_or_on_another_device_pytorch_trains(

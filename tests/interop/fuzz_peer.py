@@ -21,15 +21,6 @@ HANG_SECONDS = 60
 # All checks but these. A body may be refused although its schema allows it: what two fields must be
 # together, and which names and tokens there are, a JSON schema does not say.
 LEFT_OUT = "positive_data_acceptance"
-MUST_BE_REACHED = (
-    "POST /v1/chat/completions",
-    "POST /v1/completions",
-    "POST /v1/embeddings",
-    "POST /tokenize",
-    "POST /detokenize",
-    "GET /v1/models/{model}",
-)
-ADMIN = ("PUT /admin/faults", "PUT /admin/profiles/{name}", "GET /admin/requests")
 Line = dict[str, Any]
 
 
@@ -38,26 +29,37 @@ def check_fuzz(python: Path, work: Path) -> Iterator[Line]:
 
     A plan of faults would be found, as a fault of the server, in what is asked for meanwhile.
     """
-    for name, options, only, reached in (
-        ("whole", (), (), MUST_BE_REACHED),
-        ("admin", ("--inject",), ("--include-path-regex", "^/admin/"), ADMIN),
+    for name, options, only in (
+        ("whole", (), ()),
+        ("admin", ("--inject",), ("--include-path-regex", "^/admin/")),
     ):
         folder = work / name
         folder.mkdir()
         profiles = ("--profiles", str(folder / "profiles.toml"))
         with served(folder, *profiles, *options, keys=()) as server:
-            yield fuzz(python, folder, server, only, reached)
+            yield fuzz(python, folder, server, only)
         yield server.verdict()
 
 
-def fuzz(
-    python: Path, work: Path, server: Served, only: tuple[str, ...], reached: tuple[str, ...]
-) -> Line:
+def with_arguments(description: dict[str, Any], *, admin: bool) -> list[str]:
+    """Operations of /openapi.json that can refuse a request, such as "POST /tokenize".
+
+    They have a body, or are a GET with parameters. A DELETE finds what it names by chance alone.
+    """
+    return [
+        f"{method.upper()} {path}"
+        for path, methods in description["paths"].items()
+        for method, operation in methods.items()
+        if path.startswith("/admin/") == admin
+        and ("requestBody" in operation or (method == "get" and "parameters" in operation))
+    ]
+
+
+def fuzz(python: Path, work: Path, server: Served, only: tuple[str, ...]) -> Line:
     """One run of schemathesis.
 
     Args:
-        only: options that choose among the operations.
-        reached: operations that must have been asked for something that they take.
+        only: options that choose the operations below /admin/; empty for all.
     """
     report, begun = work / "report.json", time.perf_counter()
     command: list[str | Path] = [python.with_name("schemathesis")]
@@ -72,13 +74,16 @@ def fuzz(
     )
     if not report.is_file():
         raise SystemExit(f"schemathesis failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    reached = with_arguments(server.description(), admin=bool(only))
     return judge(json.loads(report.read_text()), reached, only, time.perf_counter() - begun)
 
 
-def judge(
-    told: dict[str, Any], reached: tuple[str, ...], only: tuple[str, ...], seconds: float
-) -> Line:
-    """What a report of schemathesis comes to."""
+def judge(told: dict[str, Any], reached: list[str], only: tuple[str, ...], seconds: float) -> Line:
+    """What a report of schemathesis comes to.
+
+    Args:
+        reached: operations that must have been asked for something that they take.
+    """
     tally = Tally()
     for failure in told["failures"]:
         where = ", ".join(failure["operations"])

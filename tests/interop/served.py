@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 from tests.interop.checks import SHOWN, Tally, line_of
 
@@ -39,6 +41,12 @@ class Served:
     url: str
     log: Path
     status: int | None = None
+
+    def description(self) -> dict[str, Any]:
+        """/openapi.json of a server without keys."""
+        with urlopen(f"{self.url}/openapi.json", timeout=START_SECONDS) as answer:
+            described: dict[str, Any] = json.load(answer)
+        return described
 
     def verdict(self) -> dict[str, Any]:
         """A check of how it ended, once it has, and of its log."""

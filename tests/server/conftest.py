@@ -36,9 +36,35 @@ class Running:
         assert answer.status_code == 200, answer.text
         return answer.json()
 
+    def events(self, path: str, **body: Any) -> list[dict[str, Any]]:
+        """The events of a stream that ends well."""
+        answer = self.post(path, stream=True, **body)
+        assert answer.status_code == 200, answer.text
+        *events, done, end = answer.text.split("\n\n")
+        assert (done, end) == ("data: [DONE]", "")
+        return [json.loads(event.removeprefix("data: ")) for event in events]
+
+    def operations(self) -> dict[str, dict[str, Any]]:
+        """What /openapi.json says, such as operations["POST /v1/completions"]."""
+        paths = self.http.get("/openapi.json").raise_for_status().json()["paths"]
+        return {
+            f"{method.upper()} {path}": operation
+            for path, methods in paths.items()
+            for method, operation in methods.items()
+        }
+
+    def body_fields(self, path: str) -> set[str]:
+        """Keys that a POST to this path may have."""
+        description = self.server.app.openapi()
+        schema = description["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        name = schema["schema"]["$ref"].rpartition("/")[-1]
+        return set(description["components"]["schemas"][name]["properties"])
+
     def refused(self, status: int, path: str = "/v1/completions", **body: Any) -> dict[str, Any]:
-        """The error that a request gets."""
-        asked = {"model": "tiny", "prompt": "The", **body}
+        """The error that a request gets, with a model and a prompt if its path takes them."""
+        usual = {"model": "tiny", "prompt": "The"}
+        fields = self.body_fields(path)
+        asked = {**{key: v for key, v in usual.items() if key in fields}, **body}
         answer = self.post(path, **{key: v for key, v in asked.items() if v is not ...})
         assert answer.status_code == status, answer.text
         assert set(answer.json()) == {"error"}

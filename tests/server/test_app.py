@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+
+from elastic_moe import protocol
 from tests.server.conftest import Running
 
 
@@ -23,3 +27,15 @@ def test_the_description_is_what_is_served(served: Running) -> None:
     knobs = told["components"]["schemas"]["RoutingConfig"]
     assert {"top_k", "topK", "routingTopK", "activeLayers"} <= set(knobs["properties"])
     assert knobs["additionalProperties"] is False
+
+
+def test_bodies_and_answers_can_be_imported_from_the_protocol(served: Running) -> None:
+    """Those below /admin/ alone are in a module of their own."""
+    types: set[type[BaseModel]] = set()
+    for route in served.server.app.routes:
+        if isinstance(route, APIRoute) and not route.path.startswith("/admin/"):
+            fields = [route.body_field, *route.response_fields.values(), route.response_field]
+            types |= {field.field_info.annotation for field in fields if field is not None}
+    own = {one.__name__ for one in types if one.__module__.startswith("elastic_moe.protocol")}
+    assert {"ChatRequest", "ChatCompletion", "TokenizerInfo", "ErrorResponse"} <= own
+    assert own <= set(protocol.__all__), "import it in elastic_moe/protocol/__init__.py"

@@ -141,7 +141,7 @@ def test_json_comes_when_it_is_asked_for(served: Running) -> None:
 
 def test_what_a_conversation_may_not_be(served: Running) -> None:
     def refused(status: int = 400, **body: Any) -> dict[str, Any]:
-        asked = {"messages": PLAIN, "prompt": ..., **body}
+        asked = {"messages": PLAIN, **body}
         return served.refused(status, "/v1/chat/completions", **asked)
 
     assert refused(messages=[])["param"] == "messages"

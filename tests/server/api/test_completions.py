@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -12,7 +11,8 @@ from hypothesis import strategies as st
 from elastic_moe import SamplingParams
 from tests.server.conftest import Running
 
-LENGTH = {"temperature": 0, "max_tokens": 5}
+PATH = "/v1/completions"
+LENGTH: dict[str, Any] = {"temperature": 0, "max_tokens": 5}
 
 
 def test_prompts_are_a_text_ids_or_lists_of_them(served: Running) -> None:
@@ -63,9 +63,8 @@ def test_echo_begins_with_the_prompt(served: Running, stream: bool) -> None:
     if not stream:
         assert served.complete(prompt, echo=True, **LENGTH)["choices"][0]["text"] == prompt + plain
         return
-    body = {"model": "tiny", "prompt": prompt, "echo": True, "stream": True, **LENGTH}
-    *events, _, _ = served.post("/v1/completions", **body).text.split("\n\n")
-    pieces = [json.loads(event[6:])["choices"][0]["text"] for event in events]
+    events = served.events(PATH, model="tiny", prompt=prompt, echo=True, **LENGTH)
+    pieces = [event["choices"][0]["text"] for event in events]
     assert "".join(pieces) == prompt + plain
 
 
@@ -104,14 +103,6 @@ def joined(events: list[dict[str, Any]], index: int) -> dict[str, Any]:
     }
 
 
-def streamed(served: Running, **body: Any) -> list[dict[str, Any]]:
-    answer = served.post("/v1/completions", model="tiny", stream=True, **body)
-    assert answer.status_code == 200, answer.text
-    *events, done, _ = answer.text.split("\n\n")
-    assert done == "data: [DONE]"
-    return [json.loads(event.removeprefix("data: ")) for event in events]
-
-
 # Tokens that are halves of characters, next to each other and to whole ones.
 TOKENS = st.integers(0, 4095) | st.sampled_from([100, 150, 200, 230, 250])
 
@@ -134,7 +125,7 @@ def test_the_pieces_of_a_stream_are_the_whole_answer(
     body = {"prompt": prompts, "echo": echo, "logprobs": logprobs, "temperature": 2.0, **options}
     whole = served.complete(**body)
     asked = {**body, "stream_options": {"include_usage": True}}
-    *events, usage = streamed(served, **asked)
+    *events, usage = served.events(PATH, model="tiny", **asked)
     assert usage["usage"]["total_tokens"] == whole["usage"]["total_tokens"]
     for choice in whole["choices"]:
         assert joined(events, choice["index"]) == choice
@@ -165,7 +156,7 @@ def test_offsets_count_what_is_no_character_as_the_text_does(served: Running) ->
 def test_the_first_event_of_each_choice_has_the_prompt(served: Running) -> None:
     prompts = ["The with statement", "A"]
     body: Any = {"echo": True, "logprobs": 1, "n": 2, "temperature": 1, "seed": 1, "max_tokens": 3}
-    events = streamed(served, prompt=prompts, **body)
+    events = served.events(PATH, model="tiny", prompt=prompts, **body)
     for index in range(4):
         own = [e["choices"][0] for e in events if e["choices"][0]["index"] == index]
         ids = served.engine.encode(prompts[index // 2])
@@ -190,7 +181,7 @@ def test_without_new_tokens_a_prompt_is_scored_alone(served: Running) -> None:
         assert done["routing"]["mean_experts"] > 0
     nothing = served.complete(ids, max_tokens=0)["choices"][0]
     assert (nothing["text"], nothing["logprobs"]) == ("", None)
-    (event,) = streamed(served, prompt=ids, max_tokens=0)
+    (event,) = served.events(PATH, model="tiny", prompt=ids, max_tokens=0)
     assert event["choices"] == [nothing]
     assert event["routing"]["name"] == "full"
     served.idle()
@@ -203,7 +194,7 @@ def test_a_context_may_be_full_where_nothing_is_added(served: Running) -> None:
     assert len(choice["logprobs"]["tokens"]) == limit
     assert served.refused(400, prompt=ids, max_tokens=1)["code"] == "context_length_exceeded"
     assert served.refused(400, prompt=[*ids, 7], max_tokens=0)["code"] == "context_length_exceeded"
-    chat = {"messages": [{"role": "user", "content": "x"}], "prompt": ..., "max_tokens": 0}
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}
     assert served.refused(400, "/v1/chat/completions", **chat)["param"] == "max_tokens"
 
 

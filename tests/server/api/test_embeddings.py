@@ -71,7 +71,7 @@ def test_a_long_text_is_read_in_chunks_and_gives_the_same(
 
 def test_what_has_no_vector(served: Running) -> None:
     def refused(**body: object) -> dict[str, str]:
-        asked = {"input": "x", "prompt": ..., **body}
+        asked = {"input": "x", **body}
         return served.refused(400, "/v1/embeddings", **asked)
 
     hidden = served.engine.config.hidden_size

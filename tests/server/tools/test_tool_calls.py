@@ -390,7 +390,7 @@ def test_tools_and_earlier_calls_reach_the_template(served: Running, mistral: Ru
 
 def test_what_a_request_may_not_say_of_tools(served: Running) -> None:
     def refused(**body: Any) -> dict[str, Any]:
-        asked = {"messages": TALK, "prompt": ..., "tools": TOOLS, **body}
+        asked = {"messages": TALK, "tools": TOOLS, **body}
         return served.refused(400, "/v1/chat/completions", **asked)
 
     def with_parameters(parameters: Any) -> str:

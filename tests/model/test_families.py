@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
+from elastic_moe.errors import CheckpointError, ExtractError
+from elastic_moe.model.checkpoints.config_keys import ConfigKeys
+from elastic_moe.model.checkpoints.extract import extract
 from elastic_moe.model.checkpoints.saving import save_checkpoint
 from elastic_moe.model.checkpoints.weights import INDEX, WEIGHTS
-from elastic_moe.model.families import write_config
+from elastic_moe.model.config import ModelConfig
+from elastic_moe.model.families import FAMILIES, write_config
 from elastic_moe.model.reference.loading import load_model
 from elastic_moe.model.reference.moe import MoE
 from elastic_moe.model.reference.transformer import ElasticTransformer, Trace
-from elastic_moe.routing import Subnet
+from elastic_moe.routing import Subnet, parse_name
 from tests.model.kv_cache import KVCache
 from tests.model.random_models import tiny_model, tokens
 from tests.model.transformers_models import (
@@ -90,7 +94,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) 
     save_file(weights, folder / WEIGHTS)
 
 
-# The four architectures
+# Every architecture
 
 
 def test_checkpoint_of_transformers_gives_its_logits(saved: Saved) -> None:
@@ -146,39 +150,41 @@ def test_ernies_bias_changes_the_selection_of_many_tokens(ernie: Saved) -> None:
 # What their configurations can say
 
 
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3_moe-tied": ("qwen3_moe", {"tie_word_embeddings": True}),
-    "qwen3_moe-not-renormalised": ("qwen3_moe", {"norm_topk_prob": False}),
-    "qwen3_moe-prime-number-of-experts": ("qwen3_moe", {"num_experts": 7}),
-    "qwen3_moe-one-expert": ("qwen3_moe", {"num_experts": 1, "num_experts_per_tok": 1}),
-    "qwen3_moe-no-dense-layer": ("qwen3_moe", {"mlp_only_layers": []}),
-    "qwen3_moe-every-second-layer-routes": (
-        "qwen3_moe",
-        {"mlp_only_layers": [], "decoder_sparse_step": 2},
-    ),
-    "qwen3_moe-both-kinds-of-dense-layers": (
-        "qwen3_moe",
-        {"mlp_only_layers": [3], "decoder_sparse_step": 2},
-    ),
-    "qwen3_moe-one-head-of-keys-for-each-query": ("qwen3_moe", {"num_key_value_heads": 6}),
-    "olmoe-tied": ("olmoe", {"tie_word_embeddings": True}),
-    "olmoe-renormalised": ("olmoe", {"norm_topk_prob": True}),
-    "mixtral-tied": ("mixtral", {"tie_word_embeddings": True}),
-    "mixtral-head-size-by-default": ("mixtral", {"head_dim": None}),
-    "mixtral-window-that-never-shuts": ("mixtral", {"sliding_window": 256}),
-    "ernie-untied": ("ernie4_5_moe", {"tie_word_embeddings": False}),
-    "ernie-no-shared-experts": ("ernie4_5_moe", {"moe_num_shared_experts": 0}),
-    "ernie-one-shared-expert": ("ernie4_5_moe", {"moe_num_shared_experts": 1}),
-    "ernie-every-layer-routes": ("ernie4_5_moe", {"moe_layer_start_index": 0}),
-    "ernie-last-layers-dense": (
-        "ernie4_5_moe",
-        {"moe_layer_start_index": 0, "moe_layer_end_index": 1},
-    ),
-    "ernie-every-second-layer-routes": (
-        "ernie4_5_moe",
-        {"moe_layer_start_index": 0, "moe_layer_interval": 2},
-    ),
-    "ernie-guard-of-the-division": ("ernie4_5_moe", {"moe_norm_min": 0.9}),
+# A line for each optional key of an architecture.
+CHANGES: dict[str, dict[str, dict[str, Any]]] = {
+    "qwen3_moe": {
+        "tied": {"tie_word_embeddings": True},
+        "not-renormalised": {"norm_topk_prob": False},
+        "prime-number-of-experts": {"num_experts": 7},
+        "one-expert": {"num_experts": 1, "num_experts_per_tok": 1},
+        "no-dense-layer": {"mlp_only_layers": []},
+        "every-second-layer-routes": {"mlp_only_layers": [], "decoder_sparse_step": 2},
+        "both-kinds-of-dense-layers": {"mlp_only_layers": [3], "decoder_sparse_step": 2},
+        "one-head-of-keys-for-each-query": {"num_key_value_heads": 6},
+    },
+    "olmoe": {
+        "tied": {"tie_word_embeddings": True},
+        "renormalised": {"norm_topk_prob": True},
+    },
+    "mixtral": {
+        "tied": {"tie_word_embeddings": True},
+        "head-size-by-default": {"head_dim": None},
+        "window-that-never-shuts": {"sliding_window": 256},
+    },
+    "ernie4_5_moe": {
+        "untied": {"tie_word_embeddings": False},
+        "no-shared-experts": {"moe_num_shared_experts": 0},
+        "one-shared-expert": {"moe_num_shared_experts": 1},
+        "every-layer-routes": {"moe_layer_start_index": 0},
+        "last-layers-dense": {"moe_layer_start_index": 0, "moe_layer_end_index": 1},
+        "every-second-layer-routes": {"moe_layer_start_index": 0, "moe_layer_interval": 2},
+        "guard-of-the-division": {"moe_norm_min": 0.9},
+    },
+}
+VARIANTS = {
+    f"{architecture}-{name}": (architecture, changes)
+    for architecture, variants in CHANGES.items()
+    for name, changes in variants.items()
 }
 
 
@@ -195,9 +201,9 @@ def test_variant_gives_its_logits(
         ("qwen3_moe-no-dense-layer", []),
         ("qwen3_moe-every-second-layer-routes", [0, 2]),
         ("qwen3_moe-both-kinds-of-dense-layers", [0, 2, 3]),
-        ("ernie-every-layer-routes", []),
-        ("ernie-last-layers-dense", [2, 3]),
-        ("ernie-every-second-layer-routes", [0, 2]),
+        ("ernie4_5_moe-every-layer-routes", []),
+        ("ernie4_5_moe-last-layers-dense", [2, 3]),
+        ("ernie4_5_moe-every-second-layer-routes", [0, 2]),
     ],
 )
 def test_dense_layers_lie_where_the_configuration_says(
@@ -206,6 +212,10 @@ def test_dense_layers_lie_where_the_configuration_says(
     architecture, changes = VARIANTS[variant]
     their_model(architecture, **changes).save_pretrained(tmp_path)
     assert load_model(tmp_path).config.dense_layers == set(dense)
+
+
+def test_every_architecture_has_variants() -> None:
+    assert CHANGES.keys() == FAMILIES.keys(), "a line per optional key belongs into CHANGES"
 
 
 # What their files can look like
@@ -280,6 +290,72 @@ def test_bias_may_lie_in_either_place_and_shape(
 
     change_weights(ernie.folder, move)
     assert_same_logits(ernie)
+
+
+def test_keys_and_tensors_may_have_other_names(
+    ernie: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A family that names everything otherwise loads, and its sub-networks are written and load."""
+    keys = {
+        "hidden_size": "d_model",
+        "num_hidden_layers": "n_blocks",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "max_position_embeddings": "context",
+        "rms_norm_eps": "norm_epsilon",
+        "tie_word_embeddings": "tied",
+        "moe_num_experts": "n_experts",
+        "moe_intermediate_size": "d_expert",
+        "moe_num_shared_experts": "n_shared",
+    }
+    tensors = {
+        "mlp.gate.": "moe.router.",
+        "mlp.shared_experts.": "moe.shared.",
+        "mlp.experts.": "moe.experts.",
+        "self_attn.q_proj.": "attention.query.",
+        "input_layernorm.": "norm_1.",
+    }
+    family = FAMILIES["ernie4_5_moe"]
+    renamed = {field: (keys.get(names[-1], names[-1]),) for field, names in family.all_keys.items()}
+    monkeypatch.setitem(FAMILIES, "ernie4_5_moe", replace(family, keys=renamed, names=tensors))
+
+    def rename_tensors(weights: dict[str, Tensor]) -> None:
+        for name in list(weights):
+            for ours, theirs in tensors.items():
+                if f".{ours}" in name and "moe_statics" not in name:
+                    weights[name.replace(f".{ours}", f".{theirs}")] = weights.pop(name)
+
+    change_config(
+        ernie.folder, lambda data: data.update({keys[key]: data.pop(key) for key in keys})
+    )
+    change_weights(ernie.folder, rename_tensors)
+    ours = assert_same_logits(ernie)
+    child = extract(ernie.folder, "L3-k2-w4", tmp_path / "child")
+    said = json.loads((child / "config.json").read_text(encoding="utf-8"))
+    assert (said["n_blocks"], said["d_expert"], said["n_shared"]) == (3, 20, 4)
+    assert not keys.keys() & said.keys()
+    assert_logits_agree(
+        our_logits(load_model(child, dtype="float32")),
+        ours(IDS, parse_name(ours.shape, "L3-k2-w4")),
+    )
+    change_config(ernie.folder, lambda data: data.update(n_kv_heads=5))
+    with pytest.raises(CheckpointError, match="n_kv_heads 5 must divide n_heads 6"):
+        load_model(ernie.folder)
+
+
+def test_a_size_whose_key_the_family_does_not_name_is_not_extracted(
+    ernie: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = FAMILIES["ernie4_5_moe"]
+    keys = {field: names for field, names in family.keys.items() if field != "shared_experts"}
+
+    def read(config: ConfigKeys) -> ModelConfig:
+        names = {**config.names, "shared_experts": ("moe_num_shared_experts",)}
+        return family.read(replace(config, names=names))
+
+    monkeypatch.setitem(FAMILIES, "ernie4_5_moe", replace(family, read=read, keys=keys))
+    with pytest.raises(ExtractError, match=r"shared_experts 2 instead of 4.*keys of ernie4_5_moe"):
+        extract(ernie.folder, "w4", tmp_path / "child")
 
 
 # Our own files

@@ -15,6 +15,19 @@ MAX_LAYERS = 1024
 MAX_EXPERTS = 4096
 MAX_SIZE = 1 << 24
 
+# Fields of `ModelConfig` and their keys in most architectures; `Family.keys` has the others.
+COMMON_KEYS: dict[str, tuple[str, ...]] = {
+    "vocab_size": ("vocab_size",),
+    "hidden_size": ("hidden_size",),
+    "num_layers": ("num_hidden_layers",),
+    "num_heads": ("num_attention_heads",),
+    "num_kv_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
+    "max_positions": ("max_position_embeddings",),
+    "rope_theta": ("rope_theta",),
+    "rms_norm_eps": ("rms_norm_eps",),
+    "tied_embeddings": ("tie_word_embeddings",),
+}
 # Keys that do not change what inference computes.
 # fmt: off
 _INERT = frozenset(
@@ -48,6 +61,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_rmsnorm": (None, True),
     "rope_interleaved": (None,),
 }
+# All that a `rope_parameters` of type 'default' holds; other keys belong to other types.
+_ROPE_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +73,18 @@ class ConfigKeys:
         data: the parsed file.
         where: its path, for messages.
         read: keys that were asked for; `finish` complains about the others.
+        names: field of `ModelConfig` -> keys that may say it.
     """
 
     data: Mapping[str, Any]
     where: str
     read: set[str] = field(default_factory=set)
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: COMMON_KEYS)
+
+    def key(self, name: str) -> str:
+        """The key that says a field of `ModelConfig`: of its keys the first in the file."""
+        keys = self.names[name]
+        return next((key for key in keys if key in self.data), keys[-1])
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key as config.json holds it, unchecked."""
@@ -79,6 +101,12 @@ class ConfigKeys:
                 f"got {shorten(value)}."
             )
         return value
+
+    def size(
+        self, name: str, default: int | None = None, *, least: int = 1, most: int = MAX_SIZE
+    ) -> int:
+        """The integer that says a field of `ModelConfig`, under the family's key for it."""
+        return self.integer(self.key(name), default, least=least, most=most)
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key, default)
@@ -128,7 +156,7 @@ class ConfigKeys:
         elif window is not None and not (type(window) is int and window >= max_positions):
             raise CheckpointError(
                 f"{self.where}: sliding_window = {shorten(window)} is not supported; supported is "
-                f"null or at least max_position_embeddings ({max_positions})."
+                f"null or at least {self.key('max_positions')} ({max_positions})."
             )
         kinds = self.get("layer_types") or []
         if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
@@ -139,20 +167,32 @@ class ConfigKeys:
 
     def rope_theta(self, default: float) -> float:
         """The base of the rotary angles, from the old key or from transformers 5's block."""
-        blocks = [self.get("rope_parameters"), self.get("rope_scaling")]
-        block = blocks[0] or blocks[1] or {}
+        blocks = [self._rope_block(name) for name in ("rope_parameters", "rope_scaling")]
+        block, key = blocks[0] or blocks[1], self.key("rope_theta")
+        if "rope_theta" in block:
+            block = {**block, key: block["rope_theta"]}
+        inner = ConfigKeys({**self.data, **block}, self.where, self.read)
+        inner.neutral("partial_rotary_factor", *_NEUTRAL["partial_rotary_factor"])
+        return inner.number(key, default)
+
+    def _rope_block(self, name: str) -> dict[str, Any]:
+        """What one of the keys says of rotary angles, {} where it is null or absent."""
+        block = self.get(name) or {}
         if not isinstance(block, dict):
-            raise CheckpointError(
-                f"{self.where}: rope_parameters must be an object, got {shorten(block)}."
-            )
+            raise CheckpointError(f"{self.where}: {name} must be an object, got {shorten(block)}.")
         kind = block.get("rope_type", block.get("type", "default"))
         if kind != "default":
             raise CheckpointError(
                 f"{self.where}: rope_type {shorten(kind)} is not supported, only 'default'."
             )
-        inner = ConfigKeys({**self.data, **block}, self.where, self.read)
-        inner.neutral("partial_rotary_factor", *_NEUTRAL["partial_rotary_factor"])
-        return inner.number("rope_theta", default)
+        given = {key for key, value in block.items() if value is not None}
+        unknown = sorted(given - _ROPE_KEYS)
+        if unknown:
+            raise CheckpointError(
+                f"{self.where}: {name} with {shorten(unknown)} is not supported; supported are "
+                f"{', '.join(sorted(_ROPE_KEYS))}, alike in every layer."
+            )
+        return block
 
     def finish(self) -> None:
         """Refuse what is left and known to change the mathematics; warn of what is left unknown."""

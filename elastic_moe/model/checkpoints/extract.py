@@ -10,7 +10,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -224,19 +224,27 @@ class _Cut:
     def config_json(self, parent: str) -> dict[str, Any]:
         """The parent's config.json with the child's sizes, read back to be sure."""
         raw = dict(self.parent.raw)
-        raw["num_hidden_layers"] = self.new.num_layers
-        for field, keys in self.family.size_keys.items():
-            for key in [key for key in keys if key in raw] or keys[:1]:
-                raw[key] = getattr(self.new, field)
+        for field, keys in self.family.all_keys.items():
+            if getattr(self.new, field) != getattr(self.old, field):
+                for key in [key for key in keys if key in raw] or keys[-1:]:
+                    raw[key] = getattr(self.new, field)
         if self.family.place_experts is not None:
             raw.update(self.family.place_experts(self.new))
         if isinstance(raw.get("layer_types"), list):
             raw["layer_types"] = [raw["layer_types"][i] for i in self.layers]
         elastic = replace(self.new.elastic or ElasticBlock(), parent=parent)
         raw["elastic_moe"] = elastic.to_json()
-        if read_config(raw, CONFIG) != replace(self.new, elastic=elastic):
+        read, wanted = read_config(raw, CONFIG), replace(self.new, elastic=elastic)
+        wrong = [
+            f"{item.name} {getattr(read, item.name)} instead of {getattr(wanted, item.name)}"
+            for item in fields(wanted)
+            if getattr(read, item.name) != getattr(wanted, item.name)
+        ]
+        if wrong:
             raise ExtractError(
-                f"the config.json of sub-network {self.subnet.name!r} would not say what it should."
+                f"the config.json of sub-network {self.subnet.name!r} would say "
+                f"{', '.join(wrong)}. The keys of {wanted.model_type}'s Family name every size "
+                f"that a sub-network changes."
             )
         return raw
 

@@ -50,37 +50,38 @@ def read_config(data: Mapping[str, Any], where: str) -> ModelConfig:
             f"{where}: model_type is {shorten(model_type)}, which is not supported. "
             f"Supported: {', '.join(FAMILIES)}."
         )
-    family, keys = FAMILIES[model_type], ConfigKeys(data, where)
+    family = FAMILIES[model_type]
+    keys = ConfigKeys(data, where, names=family.all_keys)
     config = family.read(keys)
-    _check_sizes(config, family, where)
+    _check_sizes(config, keys)
     keys.finish()
     return config
 
 
-def _check_sizes(config: ModelConfig, family: Family, where: str) -> None:
+def _check_sizes(config: ModelConfig, keys: ConfigKeys) -> None:
     """Refuse sizes that do not go together."""
     heads, groups = config.num_heads, config.num_kv_heads
     granules = config.width_granules
-    experts, top_k, hidden = (
-        next(key for key in family.size_keys[field])
-        for field in ("num_experts", "max_top_k", "expert_hidden")
-    )
+
+    def said(field: str) -> str:
+        return f"{keys.key(field)} {getattr(config, field)}"
+
     wrong = {
-        f"num_key_value_heads {groups} must divide num_attention_heads {heads}": heads % groups,
-        f"head_dim {config.head_dim} must be even and at least 2": (
+        f"{said('num_kv_heads')} must divide {said('num_heads')}": heads % groups,
+        f"{said('head_dim')} must be even and at least 2": (
             config.head_dim % 2 or not config.head_dim
         ),
-        f"{top_k} {config.max_top_k} must be at most {experts} {config.num_experts}": (
+        f"{said('max_top_k')} must be at most {said('num_experts')}": (
             config.max_top_k > config.num_experts
         ),
-        f"elastic_moe.width_granules {granules} must divide {hidden} {config.expert_hidden}": (
+        f"elastic_moe.width_granules {granules} must divide {said('expert_hidden')}": (
             config.expert_hidden % granules
         ),
-        f"head_dim {config.head_dim} must be hidden_size / num_attention_heads = "
+        f"{said('head_dim')} must be {keys.key('hidden_size')} / {keys.key('num_heads')} = "
         f"{config.hidden_size / heads:g} where one norm spans all heads": (
             config.qk_norm == "all" and config.head_dim * heads != config.hidden_size
         ),
     }
     for message, is_wrong in wrong.items():
         if is_wrong:
-            raise CheckpointError(f"{where}: {message}.")
+            raise CheckpointError(f"{keys.where}: {message}.")

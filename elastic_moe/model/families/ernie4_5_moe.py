@@ -28,13 +28,13 @@ def _read(keys: ConfigKeys) -> ModelConfig:
     end = last if end == -1 else end
     dense = {i for i in range(last + 1) if (i + 1) % interval or not start <= i <= end}
     keys.get("intermediate_size")  # of dense layers; means nothing without one
-    expert_hidden = keys.integer("moe_intermediate_size")
-    shared = keys.integer("moe_num_shared_experts", 2, least=0, most=MAX_EXPERTS)
+    expert_hidden = keys.size("expert_hidden")
+    shared = keys.size("shared_experts", 2, least=0, most=MAX_EXPERTS)
     return ModelConfig(
         model_type="ernie4_5_moe",
         **sizes,
-        num_experts=keys.integer("moe_num_experts", most=MAX_EXPERTS),
-        max_top_k=keys.integer("moe_k"),
+        num_experts=keys.size("num_experts", most=MAX_EXPERTS),
+        max_top_k=keys.size("max_top_k"),
         expert_hidden=expert_hidden,
         qk_norm="none",
         renormalize=True,
@@ -75,9 +75,10 @@ def _placement(start: int, end: int, interval: int) -> dict[str, Any]:
 
 
 ERNIE4_5_MOE = Family(
+    title="ERNIE 4.5 MoE",
     architecture="Ernie4_5_MoeForCausalLM",
     read=_read,
-    size_keys={
+    keys={
         "num_experts": ("moe_num_experts",),
         "max_top_k": ("moe_k",),
         "expert_hidden": ("moe_intermediate_size",),

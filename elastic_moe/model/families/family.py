@@ -7,10 +7,10 @@ layer are stacked into one `mlp.experts.gate_proj`, `up_proj` (E, F, D) and `dow
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from elastic_moe.model.checkpoints.config_keys import ConfigKeys
+from elastic_moe.model.checkpoints.config_keys import COMMON_KEYS, ConfigKeys
 from elastic_moe.model.config import ModelConfig
 
 Shape = tuple[int, ...]
@@ -37,26 +37,42 @@ class Family:
     """One architecture.
 
     Attributes:
+        title: its name in text.
         architecture: transformers' class of it.
         read: config.json to `ModelConfig`.
-        size_keys: field of `ModelConfig` -> keys of config.json that may say it, of those that a
-            sub-network changes.
+        keys: field of `ModelConfig` -> keys of config.json that may say it, the newest last. Those
+            of `COMMON_KEYS` need no entry where the key is the common one; a size that a
+            sub-network changes needs one.
         place_experts: the keys of config.json that say which layers route; None in a family in
             which all do.
-        block: what the hub's files call the block that holds router and experts.
+        names: beginnings of our names after `layers.N.` -> what the hub's files have instead; the
+            longest that fits counts. Names outside of layers are the same in every family.
         parts: what they call an expert's gate_proj, up_proj and down_proj.
         selection_bias: where they keep the router's bias, after `model.layers.N.`.
         ignored: beginnings of the names of tensors that inference does not use.
     """
 
+    title: str
     architecture: str
     read: Callable[[ConfigKeys], ModelConfig]
-    size_keys: Mapping[str, tuple[str, ...]]
+    keys: Mapping[str, tuple[str, ...]]
     place_experts: Callable[[ModelConfig], dict[str, Any]] | None = None
-    block: str = "mlp"
+    names: Mapping[str, str] = field(default_factory=dict)
     parts: tuple[str, str, str] = EXPERT_PARTS
     selection_bias: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+
+    @property
+    def all_keys(self) -> Mapping[str, tuple[str, ...]]:
+        """`keys`, and the common ones of other fields."""
+        return {**COMMON_KEYS, **self.keys}
+
+    def stored_name(self, rest: str) -> str:
+        """What the hub's files call one of our parameters; both after `layers.N.`."""
+        for ours in sorted(self.names, key=len, reverse=True):
+            if rest.startswith(ours):
+                return self.names[ours] + rest.removeprefix(ours)
+        return rest
 
     def sources(self, config: ModelConfig, name: str, shape: Shape) -> Iterator[list[Source]]:
         """Ways in which files may hold one of our parameters, the hub's own way first.
@@ -69,9 +85,9 @@ class Family:
         elif rest.startswith("mlp.experts."):
             part = rest.removeprefix("mlp.experts.")
             stored = self.parts[EXPERT_PARTS.index(part)]
-            prefix = f"model.layers.{layer}.{self.block}.experts"
+            prefix = f"model.layers.{layer}.{self.stored_name('mlp.experts.')}"
             yield [
-                Source(f"{prefix}.{expert}.{stored}.weight", shape[1:])
+                Source(f"{prefix}{expert}.{stored}.weight", shape[1:])
                 for expert in range(config.num_experts)
             ]
             yield [self._fused(f"model.layers.{layer}.mlp.experts", part, shape)]
@@ -80,7 +96,7 @@ class Family:
                 yield [Source(f"model.layers.{layer}.{stored}", (1, *shape), (0,))]
                 yield [Source(f"model.layers.{layer}.{stored}", shape)]
         else:
-            yield [Source(f"model.layers.{layer}.{rest.replace('mlp.', self.block + '.')}", shape)]
+            yield [Source(f"model.layers.{layer}.{self.stored_name(rest)}", shape)]
             yield [Source(f"model.layers.{layer}.{rest}", shape)]
 
     @staticmethod

@@ -18,9 +18,9 @@ def _read(keys: ConfigKeys) -> ModelConfig:
     return ModelConfig(
         model_type="mixtral",
         **sizes,
-        num_experts=keys.integer("num_local_experts", most=MAX_EXPERTS),
-        max_top_k=keys.integer("num_experts_per_tok"),
-        expert_hidden=keys.integer("intermediate_size"),
+        num_experts=keys.size("num_experts", most=MAX_EXPERTS),
+        max_top_k=keys.size("max_top_k"),
+        expert_hidden=keys.size("expert_hidden"),
         qk_norm="none",
         renormalize=True,
         elastic=read_elastic(keys),
@@ -28,13 +28,14 @@ def _read(keys: ConfigKeys) -> ModelConfig:
 
 
 MIXTRAL = Family(
+    title="Mixtral",
     architecture="MixtralForCausalLM",
     read=_read,
-    size_keys={
+    keys={
         "num_experts": ("num_local_experts",),
         "max_top_k": ("num_experts_per_tok",),
         "expert_hidden": ("intermediate_size",),
     },
-    block="block_sparse_moe",
+    names={"mlp.": "block_sparse_moe."},
     parts=("w1", "w3", "w2"),
 )

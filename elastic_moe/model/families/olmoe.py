@@ -18,9 +18,9 @@ def _read(keys: ConfigKeys) -> ModelConfig:
     return ModelConfig(
         model_type="olmoe",
         **sizes,
-        num_experts=keys.integer("num_experts", most=MAX_EXPERTS),
-        max_top_k=keys.integer("num_experts_per_tok"),
-        expert_hidden=keys.integer("intermediate_size"),
+        num_experts=keys.size("num_experts", most=MAX_EXPERTS),
+        max_top_k=keys.size("max_top_k"),
+        expert_hidden=keys.size("expert_hidden"),
         qk_norm="all",
         renormalize=keys.flag("norm_topk_prob", False),
         elastic=read_elastic(keys),
@@ -28,9 +28,10 @@ def _read(keys: ConfigKeys) -> ModelConfig:
 
 
 OLMOE = Family(
+    title="OLMoE",
     architecture="OlmoeForCausalLM",
     read=_read,
-    size_keys={
+    keys={
         "num_experts": ("num_experts",),
         "max_top_k": ("num_experts_per_tok",),
         "expert_hidden": ("intermediate_size",),

@@ -24,12 +24,9 @@ def _read(keys: ConfigKeys) -> ModelConfig:
     return ModelConfig(
         model_type="qwen3_moe",
         **sizes,
-        # transformers 5 writes the second key.
-        num_experts=keys.integer(
-            "num_experts" if "num_experts" in keys.data else "num_local_experts", most=MAX_EXPERTS
-        ),
-        max_top_k=keys.integer("num_experts_per_tok"),
-        expert_hidden=keys.integer("moe_intermediate_size"),
+        num_experts=keys.size("num_experts", most=MAX_EXPERTS),
+        max_top_k=keys.size("max_top_k"),
+        expert_hidden=keys.size("expert_hidden"),
         qk_norm="head",
         renormalize=keys.flag("norm_topk_prob", False),
         dense_layers=frozenset(dense),
@@ -43,9 +40,11 @@ def _place_experts(config: ModelConfig) -> dict[str, Any]:
 
 
 QWEN3_MOE = Family(
+    title="Qwen3-MoE",
     architecture="Qwen3MoeForCausalLM",
     read=_read,
-    size_keys={
+    keys={
+        # transformers 5 writes the second key.
         "num_experts": ("num_experts", "num_local_experts"),
         "max_top_k": ("num_experts_per_tok",),
         "expert_hidden": ("moe_intermediate_size",),

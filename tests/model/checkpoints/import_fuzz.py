@@ -25,6 +25,7 @@ from typing import Any
 from elastic_moe.engine import Engine, SamplingParams
 from elastic_moe.errors import CheckpointWarning, ElasticMoEError
 from elastic_moe.model.checkpoints.weights import INDEX, WEIGHTS
+from elastic_moe.model.families import FAMILIES
 
 SECONDS = 5
 ROOM_BYTES = 300 << 20
@@ -228,7 +229,7 @@ def config_tree(rng: Random, files: Files) -> Files:
     if rng.random() < 0.3:
         config["elastic_moe"][rng.choice(list(config["elastic_moe"]))] = pick(rng)
     if rng.random() < 0.2:
-        config["model_type"] = rng.choice(["olmoe", "mixtral", "ernie4_5_moe", "llama"])
+        config["model_type"] = rng.choice([*sorted(FAMILIES), "llama"])
     return {"config.json": spoil_tree(rng, config)}
 
 

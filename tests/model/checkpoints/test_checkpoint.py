@@ -262,6 +262,18 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "rope-type-in-the-old-key": ({"rope_scaling": {"type": "linear"}}, "rope_type 'linear'"),
     "rope-type-in-the-newer-old-key": ({"rope_scaling": {"rope_type": "llama3"}}, "'llama3'"),
+    "rope-type-beside-the-default": (
+        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear"}},
+        "rope_type 'linear'",
+    ),
+    "rope-per-kind-of-layer": (
+        {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4.0}}},
+        r"rope_parameters with \['full_attention'\] is not supported; supported are .*rope_theta",
+    ),
+    "rope-key-of-another-type": (
+        {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
+        r"rope_scaling with \['mrope_section'\]",
+    ),
     "attention-bias": ({"attention_bias": True}, "attention_bias = True is not supported"),
     "sliding-window": ({"use_sliding_window": True}, "use_sliding_window = True"),
     "dense-layers-beyond-the-last": (
@@ -302,6 +314,21 @@ def test_what_would_change_the_mathematics_is_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match=f"^some/config.json: .*{message}"):
         read_config(config_json(**changes), "some/config.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}},
+        {"rope_parameters": {"rope_theta": 77.0}, "rope_scaling": None, "rope_theta": 5.0},
+        {"rope_parameters": {"rope_theta": 77.0, "partial_rotary_factor": 1.0, "factor": None}},
+        {"rope_scaling": None, "rope_theta": 77.0},
+        {"rope_scaling": {"type": "default"}, "rope_theta": 77.0},
+    ],
+    ids=["block", "block-beats-key", "nulls", "key", "old-block"],
+)
+def test_the_ways_to_say_the_base_of_the_rotary_angles(changes: dict[str, Any]) -> None:
+    assert read_config(config_json(**changes), "some/config.json").rope_theta == 77.0
 
 
 REQUIRED = [

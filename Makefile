@@ -72,6 +72,7 @@ test-sanitize: build/sanitize/.built  ## run the kernels' tests with address and
 check: .venv/.installed  ## lint, formatting, types
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
+	.venv/bin/clang-format --dry-run -Werror $(wildcard kernels/csrc/*.* kernels/csrc/*/*.*)
 	.venv/bin/mypy --strict
 
 soak: .venv/.installed  ## drive 2,000 random requests through the engine and compare each with its solo run

@@ -71,6 +71,10 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
             "vocab_size": shape.vocab_size,
             "max_positions": config.max_positions,
             "expert_hidden": shape.expert_hidden,
+            "shared_experts": config.shared_experts,
+            "shared_hidden": config.shared_hidden,
+            "dense_layers": sorted(config.dense_layers),
+            "dense_hidden": config.dense_hidden,
             "total_params": shape.total_params,
             "elastic_moe": config.elastic.to_json() if config.elastic else None,
         },
@@ -111,7 +115,11 @@ def show(info: dict[str, Any]) -> None:
     model, subnet = info["model"], info["subnet"]
     trained = (model["elastic_moe"] or {}).get("trained", {})
 
-    most = model["max_top_k"]
+    experts, most, dense, shared = model["num_experts"], model["max_top_k"], "", ""
+    if model["dense_layers"]:
+        dense = f"; dense are {_runs(model['dense_layers'])}, of {model['dense_hidden']} channels"
+    if model["shared_hidden"]:
+        shared = f"; {model['shared_experts']} shared, of {model['shared_hidden']} in all"
     cost, share = format_si(subnet["flops_per_token"], "FLOP"), subnet["flops_of_full"]
 
     def table(title: str, rows: list[tuple[str, str]]) -> None:
@@ -128,14 +136,14 @@ def show(info: dict[str, Any]) -> None:
                 "architecture",
                 f"{model['model_type']}, {format_si(model['total_params'])} parameters",
             ),
-            ("layers", f"{model['num_layers']}, hidden size {model['hidden_size']}"),
+            ("layers", f"{model['num_layers']}, hidden size {model['hidden_size']}{dense}"),
             (
                 "attention",
                 f"{model['num_heads']} heads of {model['head_dim']}, {model['num_kv_heads']} KV",
             ),
             (
                 "experts",
-                f"{model['num_experts']} of {model['expert_hidden']} channels, {most} per token",
+                f"{experts} of {model['expert_hidden']} channels, {most} per token{shared}",
             ),
             ("text", f"{model['vocab_size']} tokens, {model['max_positions']} positions"),
         ],

@@ -17,6 +17,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 from elastic_moe.errors import OptionError
 from elastic_moe.files import parse_size
 from elastic_moe.model.checkpoints.config_keys import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE
+from elastic_moe.model.families import FAMILIES
 from elastic_moe.routing.axes import DEPTH, KEYS, TOP_K, find
 from elastic_moe.train.models import DEFAULT_MODEL, MODELS, SIZES
 from elastic_moe.train.step.plan import BALANCE, DTYPES, PIECE_TOKENS, SAVE_EVERY_STEPS
@@ -32,6 +33,7 @@ SHARES = {"full_share": "full", "prefix_share": "prefix", "per_layer_share": "pe
 
 _BELOW_1 = math.nextafter(1, 0)
 _ABOVE_0 = math.ulp(0)
+_TITLES = [family.title for family in FAMILIES.values()]
 _MIXTURE, _SAMPLING, _MODEL = Mixture(), SamplingPlan(), MODELS[DEFAULT_MODEL]
 
 
@@ -260,8 +262,7 @@ class TrainConfig:
     config: Annotated[
         Path | None,
         Option(
-            "Hugging Face config.json instead: Qwen3-MoE, OLMoE, Mixtral or ERNIE 4.5 MoE with "
-            "tied embeddings",
+            f"Hugging Face config.json instead, of {' or '.join(_TITLES)}, with tied embeddings",
             MODEL,
             "FILE",
         ),

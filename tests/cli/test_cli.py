@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from elastic_moe.cli import COMMANDS, main
+from elastic_moe.model.checkpoints.checkpoint import load_config
+from tests.model.transformers_models import ARCHITECTURES, save_with_tokenizer
 
 
 def run(*arguments: str) -> int:
@@ -93,6 +95,26 @@ def test_info_shows_axes_costs_and_install(capsys: pytest.CaptureFixture[str]) -
     assert data["subnet"]["active_layers"] == list(range(24))
     assert 0.2 < data["subnet"]["flops_of_full"] < 0.5
     assert data["model"]["total_params"] == 21_871_744
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_checkpoint_of_every_architecture_is_shown_and_runs(
+    architecture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_with_tokenizer(architecture, tmp_path)
+    assert run("info", str(tmp_path)) == 0
+    shown = capsys.readouterr().out
+    config = load_config(tmp_path)
+    assert (f"; {config.shared_experts} shared, of 80 in all" in shown) is bool(
+        config.shared_experts
+    )
+    assert ("; dense are " in shown) is bool(config.dense_layers)
+    assert run("info", str(tmp_path), "--json") == 0
+    model = json.loads(capsys.readouterr().out)["model"]
+    assert model["model_type"] == architecture
+    assert model["dense_layers"] == sorted(config.dense_layers)
+    assert model["shared_experts"] == config.shared_experts
+    assert run("generate", str(tmp_path), "--prompt", "x", "--max-tokens", "2") == 0
 
 
 def test_generate_streams_and_reports(

@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 
+from elastic_moe.model.families import FAMILIES
 from experiments.science.report import read_summary, science_table, science_words
 from experiments.science.summary import BETTER_AT, COST_ALLOWED
 from tests.docs.pages import RESULTS, ROOT, Page, pages, read
+from tests.interop.llama_cpp.compare import CASES
 
 PAGES = pages()
 BLOCKS = [(page.name, block) for page in PAGES for block in page.blocks]
@@ -302,7 +304,16 @@ def test_the_divergence_from_llama_cpp_is_that_of_the_committed_runs() -> None:
     flat = read("docs/checkpoints.md").flat
     (bound,) = re.findall(r"mean KL is below ([\d.]+) nats", flat)
     assert 0.9 * float(bound) < max(r["mean_kl"] for r in records) < float(bound)
-    assert {"elastic-mini", "olmoe", "mixtral", "ernie4_5_moe"} == {r["model"] for r in records}
+    assert {name for name, _ in CASES} == {r["model"] for r in records}
+
+
+def test_the_pages_name_every_architecture() -> None:
+    rows = re.findall(r"^\| (.+) \| `(\w+)` \|$", read("docs/checkpoints.md").text, re.MULTILINE)
+    titles = {family.title: model_type for model_type, family in FAMILIES.items()}
+    assert {title: name for title, name in rows if name in FAMILIES} == titles
+    for page in ("README.md", "CHANGELOG.md"):
+        missing = [title for title in titles if title not in read(page).flat]
+        assert not missing, f"{page} does not name {missing}"
 
 
 def test_two_figures_for_one_thing_are_both_named() -> None:

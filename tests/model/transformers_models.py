@@ -1,8 +1,16 @@
-"""Small random checkpoints of transformers, one for each architecture: far from flat everywhere."""
+"""Small random checkpoints of transformers, one for each architecture: far from flat everywhere.
+
+    python -m tests.model.transformers_models NAME FOLDER
+
+writes one with elastic-mini's tokenizer, for `elastic-moe info FOLDER` and `generate FOLDER`.
+"""
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +26,11 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from elastic_moe.model.checkpoints.folder import BUNDLED
+
 VOCAB = 211
+# Ends of the names of routers' weights in transformers.
+ROUTERS = ("mlp.gate.weight",)
 # Every size differs from every other that it could be mistaken for.
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -134,9 +146,19 @@ def their_model(architecture: str, *, seed: int = 0, **changes: Any) -> Any:
         elif weight.dim() == 1:
             weight.uniform_(0.5, 1.5, generator=generator)
         else:
-            router = name.endswith("mlp.gate.weight")
+            router = name.endswith(ROUTERS)
             weight.normal_(std=0.15 if router else 0.1, generator=generator)
+    assert any(name.endswith(ROUTERS) for name, _ in model.named_parameters()), (
+        f"no parameter of {architecture} ends in {ROUTERS}: add the name of its router to ROUTERS"
+    )
     return model.eval()
+
+
+def save_with_tokenizer(architecture: str, folder: Path) -> None:
+    """A checkpoint that `elastic-moe generate` runs, with elastic-mini's tokenizer."""
+    their_model(architecture, vocab_size=4096).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUNDLED / "elastic-mini" / name, folder / name)
 
 
 @torch.no_grad()
@@ -159,3 +181,7 @@ def assert_logits_agree(ours: Tensor, theirs: Tensor) -> None:
     """Within 1e-4 of the largest logit, which is far above what float32 leaves open."""
     assert theirs.std() > 1
     assert (ours - theirs).abs().amax() <= 1e-4 * theirs.abs().amax()
+
+
+if __name__ == "__main__":
+    save_with_tokenizer(sys.argv[1], Path(sys.argv[2]))

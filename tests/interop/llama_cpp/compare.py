@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 MINI = BUNDLED / "elastic-mini"
 TOKENS = 512
 MAX_MEAN_KL = 1e-3
-# Random models of the other architectures, with elastic-mini's tokenizer.
+# Random models of the other architectures that llama.cpp has, with elastic-mini's tokenizer.
 SIZES: dict[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 256,

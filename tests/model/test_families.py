@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
 from elastic_moe.errors import CheckpointError, ExtractError
-from elastic_moe.model.checkpoints.config_keys import ConfigKeys
 from elastic_moe.model.checkpoints.extract import extract
 from elastic_moe.model.checkpoints.saving import save_checkpoint
 from elastic_moe.model.checkpoints.weights import INDEX, WEIGHTS
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.model.families import FAMILIES, write_config
+from elastic_moe.model.families.config_keys import ConfigKeys
 from elastic_moe.model.reference.loading import load_model
 from elastic_moe.model.reference.moe import MoE
 from elastic_moe.model.reference.transformer import ElasticTransformer, Trace

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from elastic_moe.errors import CheckpointError
-from elastic_moe.model.checkpoints.config_keys import ConfigKeys
 from elastic_moe.model.config import ModelConfig
+from elastic_moe.model.families.config_keys import ConfigKeys
 from elastic_moe.model.families.ernie4_5_moe import ERNIE4_5_MOE
 from elastic_moe.model.families.family import EXPERT_PARTS, Family, Source, parameter_shapes
 from elastic_moe.model.families.mixtral import MIXTRAL

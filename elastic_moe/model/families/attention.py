@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from elastic_moe.model.checkpoints.config_keys import MAX_LAYERS, ConfigKeys
+from elastic_moe.model.families.config_keys import MAX_LAYERS, ConfigKeys
 
 
 def attention_sizes(

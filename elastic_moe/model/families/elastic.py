@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from elastic_moe.errors import CheckpointError
-from elastic_moe.model.checkpoints.config_keys import ConfigKeys
 from elastic_moe.model.config import ELASTIC_FORMAT, ElasticBlock
+from elastic_moe.model.families.config_keys import ConfigKeys
 from elastic_moe.routing import shorten
 
 

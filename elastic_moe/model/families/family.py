@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastic_moe.model.checkpoints.config_keys import COMMON_KEYS, ConfigKeys
 from elastic_moe.model.config import ModelConfig
+from elastic_moe.model.families.config_keys import COMMON_KEYS, ConfigKeys
 
 Shape = tuple[int, ...]
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")

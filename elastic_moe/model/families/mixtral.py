@@ -5,9 +5,9 @@ Source: Mixtral of Experts, arXiv:2401.04088.
 
 from __future__ import annotations
 
-from elastic_moe.model.checkpoints.config_keys import MAX_EXPERTS, ConfigKeys
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.model.families.attention import attention_sizes
+from elastic_moe.model.families.config_keys import MAX_EXPERTS, ConfigKeys
 from elastic_moe.model.families.elastic import read_elastic
 from elastic_moe.model.families.family import Family
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from elastic_moe.model.checkpoints.config_keys import MAX_EXPERTS, MAX_LAYERS, ConfigKeys
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.model.families.attention import attention_sizes
+from elastic_moe.model.families.config_keys import MAX_EXPERTS, MAX_LAYERS, ConfigKeys
 from elastic_moe.model.families.elastic import read_elastic
 from elastic_moe.model.families.family import Family
 

@@ -26,7 +26,11 @@ _SERVER = pytest.StashKey["ElasticMoEServer"]()  # of the session's config, whil
 OPTIONS = {  # --elastic-moe-NAME and the ini key elastic_moe_NAME -> default, metavar, help
     "model": ("elastic-mini", "MODEL", "a bundled model, or a Hugging Face folder or id"),
     "routing": ("", "NAME", "sub-network of requests that ask for none, such as L24-k2"),
-    "isa": ("", "LEVEL", "portable, avx2 or avx512: texts agree between machines on one level"),
+    "isa": (
+        "",
+        "LEVEL",
+        "a level of `elastic-moe info`; texts agree between machines on one",
+    ),
     "dtype": ("", "DTYPE", "float32 or bfloat16"),
     "seed": ("", "N", "seed of requests that have none; otherwise answers vary from run to run"),
     "alias": ("", "NAMES", "more names of the model, separated by commas"),

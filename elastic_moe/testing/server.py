@@ -181,7 +181,7 @@ def start_server(
         model: a bundled model, or a Hugging Face folder or id.
         routing: sub-network of requests that ask for none; None for the full network.
         dtype: 'float32' or 'bfloat16'; None for the checkpoint's.
-        isa: instruction-set level of the kernels: 'portable', 'avx2', 'avx512'; None for
+        isa: instruction-set level of the kernels, one of those of `elastic-moe info`; None for
             ELASTIC_MOE_ISA, or the best.
         seed: seed of requests that have none; None draws one for each.
         aliases: further names of the model.

@@ -41,8 +41,4 @@ struct Kernels {
     void (*muon)(MuonArgs&);
 };
 
-extern const Kernels kernels_portable;
-extern const Kernels kernels_avx2;
-extern const Kernels kernels_avx512;
-
 }  // namespace elastic_moe

@@ -1,8 +1,7 @@
 """The C++ extension: loading it, and the instruction-set level that runs.
 
-Levels, weakest first: "portable" (SSE2 on x86-64), "avx2" (AVX2, FMA), "avx512" (F, BW, DQ, VL,
-VNNI, BF16). The strongest that the install has and the machine runs is used, unless the environment
-variable ELASTIC_MOE_ISA names another; it is read once, at first use.
+kernels/CMakeLists.txt lists the levels. The strongest that the install has and the machine runs is
+used, unless the environment variable ELASTIC_MOE_ISA names another; it is read once, at first use.
 
 The extension contains OpenMP code but names no OpenMP library: torch brings one, under a path and
 sometimes a name of its own, and a second in the same process would keep a second team of threads.
@@ -26,7 +25,6 @@ from elastic_moe_kernels import constants
 from elastic_moe_kernels.errors import KernelError
 
 ISA_VARIABLE = "ELASTIC_MOE_ISA"
-LEVELS = ("portable", "avx2", "avx512")
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from elastic_moe_kernels import native, ops
 from elastic_moe_kernels.errors import KernelError
+
+CSRC = Path(__file__).parents[2] / "kernels" / "csrc"
 
 
 def run(code: str, **environment: str) -> str:
@@ -54,7 +58,7 @@ def test_unknown_level_is_refused_and_not_replaced() -> None:
 
 
 def test_level_that_the_machine_lacks_is_refused() -> None:
-    lacking = sorted(set(native.LEVELS) - set(native.levels()))
+    lacking = sorted(set(native.build_info().levels) - set(native.levels()))
     if not lacking:
         pytest.skip("this machine runs every level")
     with pytest.raises(KernelError, match=rf"level must be one of .*, got '{lacking[0]}'"):
@@ -73,8 +77,26 @@ def test_backends_say_what_there_is() -> None:
     ops.require("cpu")
 
 
+def test_users_can_read_about_every_level() -> None:
+    page = CSRC.parents[1] / "docs" / "kernels.md"
+    rows = re.findall(r"^\| `(\w+)` \|", page.read_text(), re.MULTILINE)
+    assert rows == list(native.build_info().levels), "the table of levels in docs/kernels.md"
+
+
+def test_code_by_instruction_set_is_in_three_files() -> None:
+    """Who adds a level looks nowhere else."""
+    macro = re.compile(r"__(AVX|FMA|F16C|AMX)\w*__")
+    sources = [path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp")]
+    found = {str(path.relative_to(CSRC)) for path in sources if macro.search(path.read_text())}
+    assert found == {"core/simd.h", "core/values.h", "core/tile.h"}, (
+        "branch on a level's macros in these three files alone, as CONTRIBUTING says"
+    )
+
+
 def test_levels_are_in_order_of_strength() -> None:
-    assert list(native.levels()) == [name for name in native.LEVELS if name in native.levels()]
+    assert list(native.levels()) == [
+        name for name in native.build_info().levels if name in native.levels()
+    ]
     assert native.levels()[0] == "portable"
 
 

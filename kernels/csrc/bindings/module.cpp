@@ -11,52 +11,41 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "compiled_levels.h"
 
 namespace nb = nanobind;
 using namespace elastic_moe;
 
-namespace {
-
-// Weakest first.
-const std::vector<const Kernels*>& compiled() {
-    static const std::vector<const Kernels*> levels = {
-        &kernels_portable,
-#if defined(ELASTIC_MOE_HAS_AVX2)
-        &kernels_avx2,
-#endif
-#if defined(ELASTIC_MOE_HAS_AVX512)
-        &kernels_avx512,
-#endif
-    };
-    return levels;
+#define ELASTIC_MOE_DECLARE(name, runs) extern const Kernels kernels_##name;
+namespace elastic_moe {
+ELASTIC_MOE_LEVELS(ELASTIC_MOE_DECLARE)
 }
 
-// The compiler's run-time check reads cpuid and whether the system saves the wide registers.
-bool machine_runs(const Kernels* kernels) {
-#if defined(ELASTIC_MOE_HAS_AVX2)
-    if (kernels == &kernels_avx2)
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-#if defined(ELASTIC_MOE_HAS_AVX512)
-    if (kernels == &kernels_avx512)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
-#endif
-    return kernels == &kernels_portable;
+namespace {
+
+struct Level {
+    const Kernels* kernels;
+    bool runs;  // the compiler's check reads cpuid and whether the system saves the wide registers
+};
+
+// Weakest first.
+const std::vector<Level>& compiled() {
+#define ELASTIC_MOE_LIST(name, runs) {&kernels_##name, runs},
+    static const std::vector<Level> levels = {ELASTIC_MOE_LEVELS(ELASTIC_MOE_LIST)};
+    return levels;
 }
 
 // (name, runs on this machine), weakest first.
 std::vector<std::tuple<std::string, bool>> levels() {
     std::vector<std::tuple<std::string, bool>> out;
-    for (const Kernels* k : compiled()) out.emplace_back(k->level, machine_runs(k));
+    for (const Level& level : compiled()) out.emplace_back(level.kernels->level, level.runs);
     return out;
 }
 
 }  // namespace
 
 const Kernels* elastic_moe::kernels_of(int level) {
-    return compiled().at(static_cast<size_t>(level));
+    return compiled().at(static_cast<size_t>(level)).kernels;
 }
 
 NB_MODULE(_native, m) {

@@ -9,15 +9,23 @@
 
 namespace {
 
+// Sizes by the level's registers: of these tiles, of attention's sums of values
+// (ops/attention.h), and of the columns of a float32 product (training/product.h).
 #if defined(__AVX512F__)
 constexpr int kTileRows = 8;  // 8 rows x 2 panels of one register each
 constexpr int tile_panels(int rows) { return rows <= 4 ? 4 : 2; }
+constexpr int kValueRows = 4, kValuePanels = 4;
+constexpr int kColumnPanels = 2;
 #elif defined(__AVX2__)
 constexpr int kTileRows = 4;  // 4 rows x 1 panel of two registers
 constexpr int tile_panels(int rows) { return rows == 1 ? 2 : 1; }
+constexpr int kValueRows = 2, kValuePanels = 2;
+constexpr int kColumnPanels = 1;
 #else
 constexpr int kTileRows = 2;  // 2 rows x 1 panel of four registers
 constexpr int tile_panels(int rows) { return rows == 0 ? 2 : 1; }
+constexpr int kValueRows = 1, kValuePanels = 2;
+constexpr int kColumnPanels = 1;
 #endif
 constexpr int kTilePanels = tile_panels(1);
 constexpr int kTileSums = kTileRows * 4 * kPanel;  // the sums of the largest tile
@@ -93,24 +101,13 @@ static inline void tile_of(const typename Kind::Value* const* x, const typename 
 }
 
 // 1 <= rows <= kTileRows, 1 <= panels <= tile_panels(rows); sums is [rows][panels][16].
-template <class Kind>
+template <class Kind, int R = kTileRows>
 static inline void multiply(int rows, const typename Kind::Value* const* x,
                             const typename Kind::Value* w, int64_t stride, int steps, int panels,
                             float* sums, Ahead ahead) {
-    switch (rows) {
-        case 1: return tile_of<Kind, 1>(x, w, stride, steps, panels, sums, ahead);
-        case 2: return tile_of<Kind, 2>(x, w, stride, steps, panels, sums, ahead);
-#if defined(__AVX2__)
-        case 3: return tile_of<Kind, 3>(x, w, stride, steps, panels, sums, ahead);
-        case 4: return tile_of<Kind, 4>(x, w, stride, steps, panels, sums, ahead);
-#endif
-#if defined(__AVX512F__)
-        case 5: return tile_of<Kind, 5>(x, w, stride, steps, panels, sums, ahead);
-        case 6: return tile_of<Kind, 6>(x, w, stride, steps, panels, sums, ahead);
-        case 7: return tile_of<Kind, 7>(x, w, stride, steps, panels, sums, ahead);
-        case 8: return tile_of<Kind, 8>(x, w, stride, steps, panels, sums, ahead);
-#endif
-    }
+    if constexpr (R > 1)
+        if (rows < R) return multiply<Kind, R - 1>(rows, x, w, stride, steps, panels, sums, ahead);
+    tile_of<Kind, R>(x, w, stride, steps, panels, sums, ahead);
 }
 
 // Cuts n rows into ceil(n / kTileRows) tiles of nearly equal height.

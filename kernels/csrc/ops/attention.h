@@ -113,14 +113,6 @@ static inline void add_values(const KVPool& kv, const int32_t* blocks, int head,
                 store(s.sums[row + r] + channel + c * kPanel + i * kLanes, acc[r][c].part[i]);
 }
 
-#if defined(__AVX512F__)
-constexpr int kValueRows = 4, kValuePanels = 4;
-#elif defined(__AVX2__)
-constexpr int kValueRows = 2, kValuePanels = 2;
-#else
-constexpr int kValueRows = 1, kValuePanels = 2;
-#endif
-
 // Scores of one tile -> probabilities in place; returns what earlier sums are to be scaled by.
 static inline float soften(float* scores, int positions, float& best, float& total) {
     VFloat top = broadcast(best);

@@ -8,11 +8,6 @@
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kColumnPanels = 2;
-#else
-constexpr int kColumnPanels = 1;
-#endif
 constexpr int kColumns = kColumnPanels * kPanel;
 constexpr int kBlockRows = elastic_moe::kTrainingBlockRows;  // that a piece of work takes at once
 constexpr int kProductSteps = 256;  // of a sum between two visits to memory; 32 kB of B
@@ -67,23 +62,14 @@ static __attribute__((noinline)) void product_tile(const float* a, int64_t row, 
         for (int i = 0; i < N; ++i) store(c + r * c_row + i * kLanes, acc[r][i]);
 }
 
-template <int P>
+// 1 <= rows <= kTileRows.
+template <int P, int R = kTileRows>
 static inline void product_rows(int rows, const float* a, int64_t row, int64_t step, const float* b,
                                 int64_t b_row, int steps, float* c, int64_t c_row, bool add) {
-    switch (rows) {
-        case 1: return product_tile<1, P>(a, row, step, b, b_row, steps, c, c_row, add);
-        case 2: return product_tile<2, P>(a, row, step, b, b_row, steps, c, c_row, add);
-#if defined(__AVX2__)
-        case 3: return product_tile<3, P>(a, row, step, b, b_row, steps, c, c_row, add);
-        case 4: return product_tile<4, P>(a, row, step, b, b_row, steps, c, c_row, add);
-#endif
-#if defined(__AVX512F__)
-        case 5: return product_tile<5, P>(a, row, step, b, b_row, steps, c, c_row, add);
-        case 6: return product_tile<6, P>(a, row, step, b, b_row, steps, c, c_row, add);
-        case 7: return product_tile<7, P>(a, row, step, b, b_row, steps, c, c_row, add);
-        case 8: return product_tile<8, P>(a, row, step, b, b_row, steps, c, c_row, add);
-#endif
-    }
+    if constexpr (R > 1)
+        if (rows < R)
+            return product_rows<P, R - 1>(rows, a, row, step, b, b_row, steps, c, c_row, add);
+    product_tile<R, P>(a, row, step, b, b_row, steps, c, c_row, add);
 }
 
 // C (rows, columns) = A (rows, steps) B (steps, columns), or added to C. Columns are whole panels

@@ -1,7 +1,6 @@
 """Kernels of elastic-moe: every op as a readable PyTorch reference and as native code.
 
-ops        single kernels: `route`, `experts`, `attention`, `linear`, `rms_norm`, by the
-           implementation that a caller names
+ops        single kernels, by the implementation that a caller names
 reference  the same in PyTorch: any device, differentiable; fast paths are tested against it
 step       a whole model in C++, one call per step
 training   half layers, the loss and Muon in C++, forward and backward

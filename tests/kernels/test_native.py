@@ -15,6 +15,7 @@ import torch
 from elastic_moe_kernels import constants, native
 from elastic_moe_kernels.arrays import array
 from elastic_moe_kernels.errors import KernelError
+from elastic_moe_kernels.kv_blocks import block_bytes
 from elastic_moe_kernels.packing import pack_matrix
 from elastic_moe_kernels.step import ModelDims
 
@@ -144,6 +145,26 @@ def test_arrays_of_numpy_and_of_torch_are_the_same(dtype: torch.dtype, level: st
         results.append(out)
     assert torch.equal(*results)
     assert results[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["queries", "out"])
+def test_attention_takes_rows_that_lie_one_after_the_other(name: str) -> None:
+    """The kernel addresses them so."""
+    fields = {
+        "kv": np.zeros((1, block_bytes(1, 4, torch.float32)), np.uint8),
+        "kv_heads": 1,
+        "scale": 1.0,
+        "queries": np.ones((2, 1, 4), np.float32),
+        "spans": np.array([[0, 2, 0, 0]], np.int32),
+        "block_tables": np.zeros((1, 1), np.int32),
+        "out": np.ones((2, 1, 4), np.float32),
+        "threads": 1,
+    }
+    native.extension().attention(LEVEL, **fields)
+    assert not fields["out"].any()
+    fields[name] = np.ones((2, 1, 8), np.float32)[:, :, ::2]
+    with pytest.raises(TypeError, match="incompatible"):
+        native.extension().attention(LEVEL, **fields)
 
 
 def head_fields() -> dict[str, Any]:

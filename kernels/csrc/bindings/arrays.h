@@ -19,9 +19,14 @@ using Array =
 typedef Array<const uint8_t, 1> Bytes;  // packed weights
 typedef Array<const float, 1> Floats;
 
-// Bfloat16 or float32. numpy has no bfloat16: its bits as uint16 are taken for it.
+// Bfloat16 or float32, row-major. numpy has no bfloat16: its bits as uint16 are taken for it.
 template <int Dimensions>
-using Numbers = nanobind::ndarray<nanobind::ndim<Dimensions>, nanobind::device::cpu>;
+using Numbers =
+    nanobind::ndarray<nanobind::ndim<Dimensions>, nanobind::c_contig, nanobind::device::cpu>;
+
+// The same in any order: who takes it checks the strides.
+template <int Dimensions>
+using StridedNumbers = nanobind::ndarray<nanobind::ndim<Dimensions>, nanobind::device::cpu>;
 
 // Raise ValueError unless `right`: what Python's own checks let pass, before an address is used.
 inline void require(bool right, const std::string& message) {

@@ -103,10 +103,8 @@ void NativeModel::set_ends(const Numbers<2>& embeddings, const Floats& final_nor
                            const Bytes& head) {
     require(is_bf16(embeddings) == weights_.bf16 &&
                 static_cast<int64_t>(embeddings.shape(0)) == weights_.vocab &&
-                static_cast<int64_t>(embeddings.shape(1)) == weights_.hidden &&
-                (embeddings.stride(1) == 1 || weights_.hidden < 2) &&
-                (embeddings.stride(0) == weights_.hidden || weights_.vocab < 2),
-            "embeddings must be contiguous (vocab_size, hidden_size) in the model's dtype.");
+                static_cast<int64_t>(embeddings.shape(1)) == weights_.hidden,
+            "embeddings must be (vocab_size, hidden_size) in the model's dtype.");
     require_size("final_norm", final_norm, weights_.hidden);
     require_bytes("head", head,
                   packed_matrix_bytes(weights_.vocab, weights_.hidden, weights_.bf16));

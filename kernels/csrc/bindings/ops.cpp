@@ -17,14 +17,15 @@ namespace elastic_moe {
 namespace {
 
 template <class T>
-using Column = nb::ndarray<const T, nb::ndim<1>, nb::device::cpu>;  // of a table, any stride
+using Column = nb::ndarray<const T, nb::ndim<1>, nb::device::cpu>;        // of a table, any stride
+typedef nb::ndarray<nb::ndim<1>, nb::c_contig, nb::device::cpu> Indices;  // int32 or int64
 
 enum Refusal { kFine = 0, kBadSubnet = 1, kBadTopK = 2, kBadBias = 3 };
 
 // (a Refusal, the row or expert it is about, the value found there). Nothing is written unless
 // the first is kFine.
 std::tuple<int, int64_t, double> route(
-    int level, const Array<const float, 2>& router_logits, const Numbers<1>& subnet_of_row,
+    int level, const Array<const float, 2>& router_logits, const Indices& subnet_of_row,
     const Column<int32_t>& top_k, const Column<int32_t>& min_experts,
     const Column<float>& threshold,
     const nb::ndarray<const bool, nb::ndim<2>, nb::device::cpu>& pool,
@@ -54,9 +55,8 @@ std::tuple<int, int64_t, double> route(
     args.threads = threads;
     const size_t rows = router_logits.shape(0), experts = router_logits.shape(1);
     const size_t subnets = pool.shape(0), slots = topk_ids.shape(1);
-    require(subnet_of_row.shape(0) == rows && (subnet_of_row.stride(0) == 1 || rows < 2) &&
-                (subnet_of_row.dtype() == nb::dtype<int32_t>() ||
-                 subnet_of_row.dtype() == nb::dtype<int64_t>()),
+    require(subnet_of_row.shape(0) == rows && (subnet_of_row.dtype() == nb::dtype<int32_t>() ||
+                                               subnet_of_row.dtype() == nb::dtype<int64_t>()),
             "subnet_of_row must be contiguous int32 or int64, one for each row.");
     require(top_k.shape(0) == subnets && min_experts.shape(0) == subnets &&
                 threshold.shape(0) == subnets && pool.shape(1) == experts &&
@@ -84,7 +84,7 @@ std::tuple<int, int64_t, double> route(
 }
 
 // `matrix` has contiguous rows, which may lie apart.
-void pack_matrix(const Numbers<2>& matrix, const Array<uint8_t, 1>& packed, int64_t start,
+void pack_matrix(const StridedNumbers<2>& matrix, const Array<uint8_t, 1>& packed, int64_t start,
                  int64_t panel_stride) {
     const bool bf16 = is_bf16(matrix);
     const int64_t outputs = static_cast<int64_t>(matrix.shape(0));
@@ -102,7 +102,7 @@ void pack_matrix(const Numbers<2>& matrix, const Array<uint8_t, 1>& packed, int6
 }
 
 // Raise unless the rows of `x` are whole vectors, of which `size` numbers count.
-void require_inputs(const Numbers<2>& x, int64_t size) {
+void require_inputs(const StridedNumbers<2>& x, int64_t size) {
     // A single row has no stride of its own: torch hands over 1.
     const bool apart = x.stride(0) % kVectorValues == 0 && x.stride(0) >= size;
     require(static_cast<int64_t>(x.shape(1)) >= size && (x.stride(1) == 1 || size < 2) &&
@@ -110,7 +110,7 @@ void require_inputs(const Numbers<2>& x, int64_t size) {
             "matrix inputs must come in rows of whole vectors.");
 }
 
-void linear(int level, const Bytes& matrix, const Numbers<2>& x, const Array<float, 2>& out,
+void linear(int level, const Bytes& matrix, const StridedNumbers<2>& x, const Array<float, 2>& out,
             int inputs, int threads) {
     LinearArgs args{};
     args.bf16 = is_bf16(x);
@@ -141,7 +141,8 @@ void rms_norm(int level, const Array<const float, 2>& x, const Floats& gain, flo
 // (weight bytes, FLOPs). Python has checked that ids are in [-1, num_experts) and row_channels in
 // [1, channels].
 std::tuple<int64_t, int64_t> experts(int level, const Bytes& weights, int num_experts, int channels,
-                                     const Numbers<2>& x, const Array<const int32_t, 2>& topk_ids,
+                                     const StridedNumbers<2>& x,
+                                     const Array<const int32_t, 2>& topk_ids,
                                      const Array<const float, 2>& topk_weights,
                                      const Array<const int32_t, 1>& row_channels,
                                      const Array<float, 2>& out, int threads) {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,13 @@ from elastic_moe_kernels.arrays import array
 from elastic_moe_kernels.constants import BLOCK_POSITIONS, MAX_HEAD_DIM, MAX_HEADS_PER_GROUP
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.kv_blocks import KVBlocks
-from elastic_moe_kernels.ops.checks import check_range, check_shape, check_tensor, no_backward
+from elastic_moe_kernels.ops.checks import (
+    check_number,
+    check_range,
+    check_shape,
+    check_tensor,
+    no_backward,
+)
 from elastic_moe_kernels.ops.dispatch import Implementation, choose
 
 
@@ -36,7 +40,7 @@ def attention(
         block_tables: (S, B) int32, contiguous: entry i names the block of positions 16i..16i+15.
         lengths: (S,) int32 >= 0, tokens of each sequence; their sum is T.
         starts: (S,) int32 >= 0, position of each sequence's first token here.
-        scale: of the scores, finite; None for 1 / sqrt(d).
+        scale: of the scores, finite in float32; None for 1 / sqrt(d).
         implementation: "auto", "reference" or "cpu".
         level: the instruction-set level of "cpu"; None for `native.level()`.
 
@@ -81,8 +85,7 @@ def attention(
     if not len(blocks) and bool(read.any()):
         raise KernelError("blocks must hold at least one block, got 0.")
     scale = blocks.head_dim**-0.5 if scale is None else scale
-    if not math.isfinite(scale):
-        raise KernelError(f"scale must be finite, got {scale}.")
+    check_number("scale", scale)
 
     if choose(implementation, no_backward(queries), level) == "cpu":
         return attention_native(

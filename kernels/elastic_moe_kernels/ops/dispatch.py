@@ -105,7 +105,7 @@ def choose(
 
     Raises:
         KernelError: the implementation does not exist, cannot take the arguments, or has no levels
-            though one was named.
+            though one was named; the level is no string.
     """
     if implementation == "auto":
         implementation = "reference" if unfit or native.missing() else "cpu"
@@ -115,6 +115,8 @@ def choose(
         raise KernelError(
             f"implementation must be 'auto', 'reference' or 'cpu', got {implementation!r}."
         )
+    if not isinstance(level, str | None):
+        raise KernelError(f"level must be a string or None, got {type(level).__name__}.")
     if level is not None and implementation == "reference":
         raise KernelError(
             f"level {level!r} was named, but this call runs on the reference, which has none. "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,7 +10,7 @@ from elastic_moe_kernels import native, reference
 from elastic_moe_kernels.arrays import array
 from elastic_moe_kernels.constants import MAX_EXPERTS
 from elastic_moe_kernels.errors import KernelError
-from elastic_moe_kernels.ops.checks import check_tensor
+from elastic_moe_kernels.ops.checks import check_number, check_tensor
 from elastic_moe_kernels.ops.dispatch import Implementation, choose, warn_if_degraded
 from elastic_moe_kernels.table import LayerTable
 
@@ -34,7 +32,7 @@ def route(
         table: k, min_experts, threshold and pool of this layer for each of S sub-networks.
         subnet_of_row: (T,) int32 or int64 in [0, S), contiguous: the sub-network of every token.
         renormalize: divide each row of weights by max(its sum, epsilon).
-        epsilon: the architecture's guard of that division, finite and >= 0.
+        epsilon: the architecture's guard of that division, finite in float32 and >= 0.
         correction_bias: (E,) like router_logits, added to the scores for the selection only.
         implementation: "auto", "reference" or "cpu".
 
@@ -46,7 +44,7 @@ def route(
     Raises:
         KernelError: an argument is outside what is said above, or the implementation cannot run.
     """
-    _check(router_logits, table, subnet_of_row, epsilon, correction_bias)
+    _check(router_logits, table, subnet_of_row, renormalize, epsilon, correction_bias)
     unfit = _unfit_for_cpu(router_logits, correction_bias)
     if implementation == "auto" and not unfit:
         warn_if_degraded()
@@ -129,6 +127,7 @@ def _check(
     router_logits: Tensor,
     table: LayerTable,
     subnet_of_row: Tensor,
+    renormalize: bool,
     epsilon: float,
     correction_bias: Tensor | None,
 ) -> None:
@@ -156,8 +155,9 @@ def _check(
                 f"correction_bias must have one entry for each of the {experts} experts, "
                 f"got {correction_bias.shape[0]}."
             )
-    if not (0.0 <= epsilon < math.inf):
-        raise KernelError(f"epsilon must be finite and at least 0, got {epsilon}.")
+    check_number("epsilon", epsilon, low=0)
+    if not isinstance(renormalize, bool):
+        raise KernelError(f"renormalize must be True or False, got {renormalize!r}.")
 
 
 def _unfit_for_cpu(router_logits: Tensor, correction_bias: Tensor | None) -> str:

@@ -16,6 +16,7 @@ from elastic_moe_kernels.constants import (
     STEP_BYTES,
 )
 from elastic_moe_kernels.errors import KernelError
+from elastic_moe_kernels.ops.checks import check_number
 from elastic_moe_kernels.packing import expert_bytes, matrix_bytes
 
 
@@ -103,7 +104,7 @@ def packed_bytes(dims: ModelDims, dtype: torch.dtype, layers: Sequence[tuple[boo
 
 
 def check_dims(dims: ModelDims) -> None:
-    """Raise `KernelError` for sizes that the kernels do not take."""
+    """Raise `KernelError` for sizes and numbers that the kernels do not take."""
     if dims.head_dim % 2 or not 2 <= dims.head_dim <= MAX_HEAD_DIM:
         raise KernelError(f"head_dim must be even and in [2, {MAX_HEAD_DIM}], got {dims.head_dim}.")
     group = dims.num_heads / dims.num_kv_heads
@@ -114,3 +115,5 @@ def check_dims(dims: ModelDims) -> None:
         )
     if dims.num_experts > MAX_EXPERTS:
         raise KernelError(f"num_experts must be at most {MAX_EXPERTS}, got {dims.num_experts}.")
+    check_number("rms_norm_eps", dims.rms_norm_eps, low=0)
+    check_number("routing_epsilon", dims.routing_epsilon, low=0)

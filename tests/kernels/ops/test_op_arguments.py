@@ -1,7 +1,8 @@
-"""What a caller of linear, rms_norm, experts or attention can get wrong is refused."""
+"""What a caller of an op can get wrong is refused."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.kv_blocks import KVBlocks, new_blocks
 from elastic_moe_kernels.packing import pack_matrix
 
+from tests.kernels.ops import test_arguments as route
 from tests.kernels.ops.expert_cases import ExpertsCase
 
 IMPLEMENTATIONS = ("reference", "cpu", "auto")
@@ -21,22 +23,21 @@ def ints(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-def good(op: str) -> dict[str, Any]:
-    """A call that works."""
-    if op == "linear":
-        return {"x": torch.zeros(3, 6), "matrix": pack_matrix(torch.zeros(5, 6))}
-    if op == "rms_norm":
-        return {"x": torch.ones(3, 6), "gain": torch.ones(6), "eps": 1e-5}
-    if op == "experts":
-        x, ids, weights, channels = CASE.inputs()
-        packed = CASE.packed(torch.float32)
-        return {
-            "x": x,
-            "topk_ids": ids,
-            "topk_weights": weights,
-            "channels": channels,
-            "experts": packed,
-        }
+def linear() -> dict[str, Any]:
+    return {"x": torch.zeros(3, 6), "matrix": pack_matrix(torch.zeros(5, 6))}
+
+
+def rms_norm() -> dict[str, Any]:
+    return {"x": torch.ones(3, 6), "gain": torch.ones(6), "eps": 1e-5}
+
+
+def experts() -> dict[str, Any]:
+    names = ("x", "topk_ids", "topk_weights", "channels")
+    packed = {"experts": CASE.packed(torch.float32)}
+    return dict(zip(names, CASE.inputs(), strict=True)) | packed
+
+
+def attention() -> dict[str, Any]:
     blocks = new_blocks(4, 2, 4, torch.float32)
     blocks.data.zero_()
     return {
@@ -48,88 +49,142 @@ def good(op: str) -> dict[str, Any]:
     }
 
 
+# A call of each op that works; the first argument may want gradients.
+GOOD = {
+    "linear": linear,
+    "rms_norm": rms_norm,
+    "experts": experts,
+    "attention": attention,
+    "route": route.arguments,
+}
+
+
+def parameters(op: str) -> list[str]:
+    """Names of an op's parameters; [] for what is no op."""
+    found = getattr(ops, op)
+    names = list(inspect.signature(found).parameters) if inspect.isfunction(found) else []
+    return names if "implementation" in names else []
+
+
+@pytest.mark.parametrize("op", [name for name in ops.__all__ if parameters(name)])
+def test_every_op_is_tested_here(op: str) -> None:
+    assert op in GOOD, "give GOOD a call that works, which the tests of this file change"
+    assert op in BAD, "give BAD the op's bad arguments"
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("wrong", [[object()], "text"], ids=["list", "text"])
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op in GOOD for name in parameters(op)])
+def test_argument_of_a_wrong_kind(op: str, name: str, wrong: Any, implementation: Any) -> None:
+    with pytest.raises(KernelError, match=name):
+        getattr(ops, op)(**{"implementation": implementation, **GOOD[op](), name: wrong})
+
+
 def ids(*values: int) -> torch.Tensor:
     return ints(*values).view(3, 2)
 
 
-BAD: dict[str, tuple[str, dict[str, Any], str]] = {
-    "linear-x-other-D": ("linear", {"x": torch.zeros(3, 5)}, r"shape \(3, 6\).*got shape \(3, 5\)"),
-    "linear-x-double": ("linear", {"x": torch.zeros(3, 6).double()}, "x must be torch.float32"),
-    "linear-x-1d": ("linear", {"x": torch.zeros(6)}, "x must have 2 dimensions"),
-    "linear-x-strided": ("linear", {"x": torch.zeros(6, 3).T}, "x must be contiguous"),
-    "linear-x-elsewhere": ("linear", {"x": torch.zeros(3, 6, device="meta")}, "x is on meta"),
-    "linear-not-packed": ("linear", {"matrix": torch.zeros(5, 6)}, "must be a PackedMatrix"),
-    "norm-gain-other-D": ("rms_norm", {"gain": torch.ones(5)}, r"gain must have shape \(6,\)"),
-    "norm-gain-bf16": ("rms_norm", {"gain": torch.ones(6).bfloat16()}, "gain must be"),
-    "norm-x-other-dtype": ("rms_norm", {"x": torch.ones(3, 6).double()}, "x must be torch.float32"),
-    "norm-eps-nan": ("rms_norm", {"eps": float("nan")}, "eps must be finite and at least 0"),
-    "norm-eps-negative": ("rms_norm", {"eps": -1.0}, "eps must be finite and at least 0, got -1"),
-    "norm-no-columns": (
-        "rms_norm",
-        {"x": torch.ones(3, 0), "gain": torch.ones(0)},
-        "at least one column",
-    ),
-    "experts-not-packed": ("experts", {"experts": None}, "must be PackedExperts, got NoneType"),
-    "experts-id-above": (
-        "experts",
-        {"topk_ids": ids(0, 1, 2, 4, 0, 1)},
-        r"topk_ids\[1, 1\] must be in \[-1, 3\], an expert, or -1 for none, got 4",
-    ),
-    "experts-id-below": ("experts", {"topk_ids": ids(0, 1, 2, 3, 0, -2)}, r"\[2, 1\].* got -2"),
-    "experts-id-far": ("experts", {"topk_ids": ids(2**31 - 1, 1, 2, 3, 0, 0)}, "got 2147483647"),
-    "experts-ids-int64": ("experts", {"topk_ids": ids(0, 0, 0, 0, 0, 0).long()}, "torch.int32"),
-    "experts-ids-short": ("experts", {"topk_ids": ints(0, 1).view(1, 2)}, r"shape \(3, 2\)"),
-    "experts-weights-short": ("experts", {"topk_weights": torch.ones(3, 1)}, r"topk_weights must"),
-    "experts-no-channels": ("experts", {"channels": ints(5, 0, 5)}, r"channels\[1\] .*\[1, 5\]"),
-    "experts-channels-above": ("experts", {"channels": ints(5, 5, 6)}, r"channels\[2\] .*got 6"),
-    "experts-channels-short": ("experts", {"channels": ints(5)}, r"channels must have shape \(3,"),
-    "experts-x-other-D": ("experts", {"x": torch.zeros(3, 7)}, r"x must have shape \(3, 6\)"),
-    "attention-no-blocks": ("attention", {"blocks": None}, "must be KVBlocks, got NoneType"),
-    "attention-queries-flat": ("attention", {"queries": torch.zeros(3, 16)}, "3 dimensions"),
-    "attention-other-heads": ("attention", {"queries": torch.zeros(3, 3, 4)}, "times the 2 key"),
-    "attention-no-heads": ("attention", {"queries": torch.zeros(3, 0, 4)}, "got 0"),
-    "attention-group-of-65": ("attention", {"queries": torch.zeros(3, 130, 4)}, "got 130"),
-    "attention-other-channels": ("attention", {"queries": torch.zeros(3, 4, 6)}, "heads of 4 chan"),
-    "attention-lengths-sum": ("attention", {"lengths": ints(1, 1)}, "add up to the 3 rows.*got 2"),
-    "attention-length-negative": ("attention", {"lengths": ints(-1, 3)}, r"lengths\[0\].*got -1"),
-    "attention-lengths-short": ("attention", {"lengths": ints(3)}, r"lengths must have shape \(2,"),
-    "attention-start-negative": ("attention", {"starts": ints(-1, 0)}, r"starts\[0\].*got -1"),
-    "attention-start-far": ("attention", {"starts": ints(2**31 - 1, 0)}, r"starts\[0\].*\[0, 31\]"),
-    "attention-end-beyond": (
-        "attention",
-        {"starts": ints(31, 0)},
-        "sequence 0 ends at position 32",
-    ),
-    "attention-block-above": (
-        "attention",
-        {"block_tables": ints(0, 4, 3, -1).view(2, 2)},
-        r"block_tables\[0, 1\] must be in \[0, 3\], the blocks, got 4",
-    ),
-    "attention-block-negative": (
-        "attention",
-        {"block_tables": ints(0, 1, -1, -1).view(2, 2)},
-        r"block_tables\[1, 0\] .* got -1",
-    ),
-    "attention-scale-nan": ("attention", {"scale": float("nan")}, "scale must be finite, got nan"),
-    "attention-blocks-empty": (
-        "attention",
-        {"blocks": new_blocks(0, 2, 4, torch.float32), "block_tables": ints(0, 0, 0, 0).view(2, 2)},
-        "at least one block",
-    ),
+# op -> what is wrong with a call -> the change and the message
+BAD: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
+    "linear": {
+        "x-other-D": ({"x": torch.zeros(3, 5)}, r"shape \(3, 6\).*got shape \(3, 5\)"),
+        "x-double": ({"x": torch.zeros(3, 6).double()}, "x must be torch.float32"),
+        "x-1d": ({"x": torch.zeros(6)}, "x must have 2 dimensions"),
+        "x-strided": ({"x": torch.zeros(6, 3).T}, "x must be contiguous"),
+        "x-elsewhere": ({"x": torch.zeros(3, 6, device="meta")}, "x is on meta"),
+        "not-packed": ({"matrix": torch.zeros(5, 6)}, "must be a PackedMatrix"),
+    },
+    "rms_norm": {
+        "eps-above-float32": (
+            {"eps": 1e39},
+            r"eps must be finite and at least 0, got 1e\+39; numbers of float32 end",
+        ),
+        "gain-no-tensor": ({"gain": [1.0] * 6}, r"gain must be a torch.Tensor, got list"),
+        "gain-other-D": ({"gain": torch.ones(5)}, r"gain must have shape \(6,\)"),
+        "gain-bf16": ({"gain": torch.ones(6).bfloat16()}, "gain must be"),
+        "x-other-dtype": ({"x": torch.ones(3, 6).double()}, "x must be torch.float32"),
+        "eps-nan": ({"eps": float("nan")}, "eps must be finite and at least 0"),
+        "eps-negative": ({"eps": -1.0}, "eps must be finite and at least 0, got -1"),
+        "no-columns": (
+            {"x": torch.ones(3, 0), "gain": torch.ones(0)},
+            "at least one column",
+        ),
+    },
+    "experts": {
+        "not-packed": ({"experts": None}, "must be PackedExperts, got NoneType"),
+        "id-above": (
+            {"topk_ids": ids(0, 1, 2, 4, 0, 1)},
+            r"topk_ids\[1, 1\] must be in \[-1, 3\], an expert, or -1 for none, got 4",
+        ),
+        "id-below": ({"topk_ids": ids(0, 1, 2, 3, 0, -2)}, r"\[2, 1\].* got -2"),
+        "id-far": ({"topk_ids": ids(2**31 - 1, 1, 2, 3, 0, 0)}, "got 2147483647"),
+        "ids-int64": ({"topk_ids": ids(0, 0, 0, 0, 0, 0).long()}, "torch.int32"),
+        "ids-short": ({"topk_ids": ints(0, 1).view(1, 2)}, r"shape \(3, 2\)"),
+        "weights-short": ({"topk_weights": torch.ones(3, 1)}, r"topk_weights must"),
+        "no-channels": ({"channels": ints(5, 0, 5)}, r"channels\[1\] .*\[1, 5\]"),
+        "channels-above": ({"channels": ints(5, 5, 6)}, r"channels\[2\] .*got 6"),
+        "channels-short": ({"channels": ints(5)}, r"channels must have shape \(3,"),
+        "x-other-D": ({"x": torch.zeros(3, 7)}, r"x must have shape \(3, 6\)"),
+    },
+    "attention": {
+        "scale-above-float32": (
+            {"scale": -1e39},
+            r"scale must be finite, got -1e.39; numbers of float32 end",
+        ),
+        "no-blocks": ({"blocks": None}, "must be KVBlocks, got NoneType"),
+        "queries-flat": ({"queries": torch.zeros(3, 16)}, "3 dimensions"),
+        "other-heads": ({"queries": torch.zeros(3, 3, 4)}, "times the 2 key"),
+        "no-heads": ({"queries": torch.zeros(3, 0, 4)}, "got 0"),
+        "group-of-65": ({"queries": torch.zeros(3, 130, 4)}, "got 130"),
+        "other-channels": ({"queries": torch.zeros(3, 4, 6)}, "heads of 4 chan"),
+        "lengths-sum": ({"lengths": ints(1, 1)}, "add up to the 3 rows.*got 2"),
+        "length-negative": ({"lengths": ints(-1, 3)}, r"lengths\[0\].*got -1"),
+        "lengths-short": ({"lengths": ints(3)}, r"lengths must have shape \(2,"),
+        "start-negative": ({"starts": ints(-1, 0)}, r"starts\[0\].*got -1"),
+        "start-far": ({"starts": ints(2**31 - 1, 0)}, r"starts\[0\].*\[0, 31\]"),
+        "end-beyond": (
+            {"starts": ints(31, 0)},
+            "sequence 0 ends at position 32",
+        ),
+        "block-above": (
+            {"block_tables": ints(0, 4, 3, -1).view(2, 2)},
+            r"block_tables\[0, 1\] must be in \[0, 3\], the blocks, got 4",
+        ),
+        "block-negative": (
+            {"block_tables": ints(0, 1, -1, -1).view(2, 2)},
+            r"block_tables\[1, 0\] .* got -1",
+        ),
+        "scale-nan": ({"scale": float("nan")}, "scale must be finite, got nan"),
+        "blocks-empty": (
+            {
+                "blocks": new_blocks(0, 2, 4, torch.float32),
+                "block_tables": ints(0, 0, 0, 0).view(2, 2),
+            },
+            "at least one block",
+        ),
+    },
+    "route": route.BAD_ARGUMENTS,
 }
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("op", "change", "message"), BAD.values(), ids=BAD.keys())
+@pytest.mark.parametrize(
+    ("op", "change", "message"),
+    [
+        pytest.param(op, *case, id=f"{op}-{why}")
+        for op, cases in BAD.items()
+        for why, case in cases.items()
+    ],
+)
 def test_bad_argument(op: str, change: dict[str, Any], message: str, implementation: Any) -> None:
     with pytest.raises(KernelError, match=message):
-        getattr(ops, op)(**{**good(op), **change}, implementation=implementation)
+        getattr(ops, op)(**{**GOOD[op](), **change}, implementation=implementation)
 
 
-@pytest.mark.parametrize("op", ["linear", "rms_norm", "experts", "attention"])
+@pytest.mark.parametrize("op", [op for op in GOOD if "level" in parameters(op)])
 def test_good_arguments_are_taken(op: str) -> None:
     """By every implementation; a level belongs to "cpu" alone, and gradients to the reference."""
-    call = good(op)
+    call = GOOD[op]()
     for implementation in IMPLEMENTATIONS:
         getattr(ops, op)(**call, implementation=implementation)
     getattr(ops, op)(**call, level="portable")
@@ -139,7 +194,7 @@ def test_good_arguments_are_taken(op: str) -> None:
         getattr(ops, op)(**call, level="avx9000")
     with pytest.raises(KernelError, match="'auto', 'reference' or 'cpu', got 'cuda'"):
         getattr(ops, op)(**call, implementation="cuda")
-    name = "queries" if op == "attention" else "x"
+    name = next(iter(call))
     call[name] = call[name].clone().requires_grad_()
     with pytest.raises(KernelError, match="no backward pass"):
         getattr(ops, op)(**call, implementation="cpu")

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tests.kernels.ops.expert_cases import ExpertsCase
 from tests.kernels.ops.test_attention import Case
 from tests.kernels.ops.test_attention import check as check_attention
-from tests.kernels.ops.test_dense_ops import check_linear
 from tests.kernels.ops.test_experts import check as check_experts
+from tests.kernels.ops.test_linear import check_linear
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 LEVELS = st.sampled_from(native.levels())

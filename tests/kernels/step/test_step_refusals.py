@@ -269,8 +269,10 @@ def test_step_before_the_weights_are_there() -> None:
         ({"num_heads": 3, "num_kv_heads": 2}, "num_heads must be 1 to 64 times num_kv_heads"),
         ({"num_heads": 65}, "got 65 and 1"),
         ({"num_experts": 4097}, "num_experts must be at most 4096, got 4097"),
+        ({"rms_norm_eps": 1e39}, r"rms_norm_eps must be finite and at least 0, got 1e\+39"),
+        ({"routing_epsilon": -1.0}, r"routing_epsilon must be finite and at least 0, got -1"),
     ],
 )
-def test_sizes_that_the_kernels_do_not_take(change: dict[str, int], message: str) -> None:
+def test_sizes_that_the_kernels_do_not_take(change: dict[str, Any], message: str) -> None:
     with pytest.raises(KernelError, match=message):
         CpuModel(dims(**change), torch.float32)

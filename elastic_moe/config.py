@@ -32,7 +32,7 @@ OF_ANSWERS = (
 )
 _TYPES: dict[str, Any] = {
     "count": int | list[int] | None,
-    "share": float | list[float] | None,
+    "real": float | list[float] | None,
     "set": int | list[int] | list[list[int]] | None,
 }
 # Argument of `resolve` -> field.

@@ -190,7 +190,7 @@ def test_an_unknown_key_is_refused_and_the_known_ones_are_named(key):
     ("axis", "spelling"), [(axis, s) for axis in AXES for s in spellings(axis.name)]
 )
 def test_every_spelling_of_an_axis_is_accepted_wherever_one_is(axis, spelling):
-    value = 0.5 if axis.kind == "share" else 1
+    value = 0.5 if axis.kind == "real" else 1
     expected = ElasticRoutingConfig.full(**{axis.client: value})
     assert ElasticRoutingConfig.full(**{spelling: value}) == expected
     assert ElasticRoutingConfig.parse({spelling: value}).value(axis) == value

@@ -119,7 +119,7 @@ def add_axis(
 
 def axis_number(axis: Axis) -> Callable[[str], Any]:
     """An argparse type: one value of an axis."""
-    return float if axis.kind == "share" else positive_integer
+    return float if axis.kind == "real" else positive_integer
 
 
 def load_engine(args: argparse.Namespace, *, rank: bool = True, **options: Any) -> Engine:

@@ -187,12 +187,11 @@ def show(info: dict[str, Any]) -> None:
 
 def _range(axis: Axis, model: dict[str, Any], drawn: list[float] | None) -> str:
     """'1 to 48; trained at 8-47, 48' style."""
-    values = f"{axis.least:g} to {axis.most(model):g}"
-    if axis.kind == "share":
-        positive = [value for value in drawn or () if value > 0]
-        return values + (
-            f"; trained at {min(positive)}-{max(positive)}" if positive else NOT_TRAINED
-        )
+    above = "above " if axis.above_zero else ""
+    values = f"{above}{axis.least:g} to {axis.most(model):g}"
+    if axis.kind == "real":
+        reduced = [value for value in drawn or () if value != axis.whole(model)]
+        return values + (f"; trained at {min(reduced)}-{max(reduced)}" if reduced else NOT_TRAINED)
     return values + (f"; trained at {_runs(drawn)}" if drawn else NOT_TRAINED)
 
 

@@ -169,7 +169,7 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
     """How far requests may go on each axis."""
     group = parser.add_argument_group("limits of what requests may ask for")
     for axis in TRAINED:
-        metavar = "T" if axis.kind == "share" else "N"
+        metavar = "T" if axis.kind == "real" else "N"
         for prefix, words in (("min-", "at least"), ("max-", "at most")):
             add_axis(
                 group,

@@ -44,9 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_ranking(parser)
     for axis in TRAINED:
-        share = axis.kind == "share"
-        number = _list_of(float if share else int)
-        values = "T,T" if share else "N,N"
+        real = axis.kind == "real"
+        number = _list_of(float if real else int)
+        values = "T,T" if real else "N,N"
         add_axis(parser, axis, type=number, metavar=values, help=f"values: {axis.unit}")
     parser.add_argument(
         "--text",

@@ -71,7 +71,7 @@ class _AppliedRouting(Answer):
 
 _TYPES: dict[str, Any] = {
     "count": int | list[int],
-    "share": float | list[float],
+    "real": float | list[float],
     "set": int | list[int] | list[list[int]],
 }
 

@@ -1,8 +1,9 @@
 """The elastic axes, one row each. All that names, checks, limits, sweeps or trains them reads this.
 
 To add an axis: a row in `AXES`, and the field of that name in `LayerSubnet`, which the kernels'
-table is built from. Names, resolution, `routing_config`, `ElasticRoutingConfig`, limits, sweeps,
-plots, training options and the ledger follow. A new field changes every fingerprint.
+table is built from; its default, for layers without experts, is 0, or () of a set. Names,
+resolution, `routing_config`, `ElasticRoutingConfig`, limits, sweeps, plots, training options and
+the ledger follow. A new field changes every fingerprint.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from elastic_moe.routing.checks import as_float32
 from elastic_moe.routing.shape import ModelShape
 
 
@@ -22,14 +24,17 @@ class Axis:
     Attributes:
         name: argument of `resolve`, field of `LayerSubnet`, field of a sweep's point.
         letter: begins its part in a sub-network's name, such as k2.
-        kind: count: an integer from 1; share: a float32 in [0, 1]; set: the first n members, or
-            their ids.
+        kind: count: an integer from 1; real: a float32 from 0; set: the first n members, or their
+            ids.
         title: for headings.
-        unit: counted by a value; for the axes of plots and for help.
+        unit: counted by a value, or the value itself if it is real; for the axes of plots and for
+            help, as in 'at most this share of the best score'.
         part: one of what the value counts, or drops, in words.
-        size: attribute of `ModelShape` that holds the largest value; None: it is 1.
+        size: attribute of `ModelShape` that holds the largest value; None: it is `largest`.
+        largest: value where no size of the model bounds it.
+        above_zero: whether 0 is out of a real axis's range.
         full: value of the whole network; None: the largest.
-        cheaper: values in this direction cost less.
+        cheaper: real values in this direction cost less; None: all cost the same.
         wire: key in answers, and in options as --max-KEY, --KEY, --reduce-KEY.
         client: field of `ElasticRoutingConfig`.
         spellings: accepted beside name, wire and client. Each is accepted in camelCase too.
@@ -45,13 +50,15 @@ class Axis:
 
     name: str
     letter: str
-    kind: Literal["count", "share", "set"]
+    kind: Literal["count", "real", "set"]
     title: str
     unit: str
     part: str
     size: str | None = None
+    largest: float = 1.0
+    above_zero: bool = False
     full: int | float | None = None
-    cheaper: Literal["lower", "higher"] = "lower"
+    cheaper: Literal["lower", "higher"] | None = "lower"
     wire: str = ""
     client: str = ""
     spellings: tuple[str, ...] = ()
@@ -79,18 +86,27 @@ class Axis:
 
     @property
     def least(self) -> int | float:
-        """Smallest value."""
-        return 0.0 if self.kind == "share" else 1
+        """Smallest value; with `above_zero` the bound that is no value itself."""
+        return 0.0 if self.kind == "real" else 1
 
     def most(self, sizes: ModelShape | Mapping[str, Any]) -> Any:
         """Largest value, or number of members, in a model of these sizes."""
         if self.size is None:
-            return 1.0
+            return self.largest
         return sizes[self.size] if isinstance(sizes, Mapping) else getattr(sizes, self.size)
 
     def whole(self, sizes: ModelShape | Mapping[str, Any]) -> Any:
         """Value, or number of members, in the whole network."""
         return self.most(sizes) if self.full is None else self.full
+
+    def interval(self, most: float) -> str:
+        """The range up to a largest value: '[1, 8]', or '(0, 4]' without 0."""
+        return f"{'(' if self.above_zero else '['}{self.least:g}, {most:g}]"
+
+    def contains(self, value: float, most: float) -> bool:
+        """Whether a number is in the range up to a largest value."""
+        # Of a positive float64, the float32 may be 0.
+        return self.least <= value <= most and not (self.above_zero and as_float32(value) == 0)
 
     def option(self, prefix: str = "") -> list[str]:
         """Command-line flags, the one for the help first: ['--max-sparsity', ...]."""
@@ -152,7 +168,7 @@ WIDTH = Axis(
 THRESHOLD = Axis(
     "sparsity_threshold",
     "t",
-    "share",
+    "real",
     title="Threshold",
     unit="share of the best score",
     part="expert per token",
@@ -261,8 +277,8 @@ def count(value: Any) -> Any:
 def was_trained(axis: Axis, value: Any, whole: Any, drawn: Iterable[float] | None) -> bool:
     """Whether a checkpoint was trained for a value of an axis.
 
-    The whole network's value always is. A count must have been drawn itself. A share is drawn
-    from a continuous range, so it must lie within the positive values drawn.
+    The whole network's value always is. A count must have been drawn itself. A real one is drawn
+    from a continuous range, so it must lie within the reduced values drawn.
 
     Args:
         value: a number; None (layers differ) was not trained.
@@ -274,8 +290,8 @@ def was_trained(axis: Axis, value: Any, whole: Any, drawn: Iterable[float] | Non
     values = list(drawn or ())
     if value is None or not values:
         return False
-    # A share is a float32 in a sub-network and a decimal in a configuration.
+    # A real value is a float32 in a sub-network and a decimal in a configuration.
     if any(math.isclose(value, each, rel_tol=1e-6) for each in values):
         return True
-    positive = [each for each in values if each > 0]
-    return axis.kind == "share" and bool(positive) and min(positive) <= value <= max(positive)
+    reduced = [each for each in values if each != whole]
+    return axis.kind == "real" and bool(reduced) and min(reduced) <= value <= max(reduced)

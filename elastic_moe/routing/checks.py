@@ -46,15 +46,9 @@ def check_integer(field: str, value: Any, low: int, high: int, hint: str) -> int
     return number
 
 
-def check_share(field: str, value: Any, hint: str) -> float:
-    """`value` as a float32 in [0, 1]; the message names `field` and ends in `hint`."""
-    number = (
-        value if isinstance(value, (int, float)) and not isinstance(value, bool) else float("nan")
-    )
-    if not 0 <= number <= 1:
-        allowed = "a number in [0, 1]"
-        raise RoutingError(f"{field} must be {allowed}, got {shorten(value)}. {hint}".rstrip())
-    return as_float32(float(number)) + 0.0  # -0.0 becomes 0.0
+def is_number(value: Any) -> bool:
+    """Whether a value is an integer or a float; True is neither."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_length(field: str, values: int, L: int) -> None:

@@ -1,9 +1,9 @@
 """Names of sub-networks: from values to text and back.
 
 A name joins one part for each axis that is not full by '-'. A part is the axis's letter and a
-value: a count or a share as a number, a set as its size or as 'x' and the hexadecimal bits of its
-members. Where layers differ, runs of equal values follow one another: k4x12,2x36 is top_k 4 for 12
-layers, then 2 for 36.
+value: a count or a real value as a number, a set as its size or as 'x' and the hexadecimal bits of
+its members. Where layers differ, runs of equal values follow one another: k4x12,2x36 is top_k 4
+for 12 layers, then 2 for 36.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from elastic_moe.routing.shape import ModelShape
 
 FULL = "full"
 _NUMBER = "[0-9]{1,9}"  # 9 digits are beyond any range; `int` refuses 4301
-_VALUE = {"count": _NUMBER, "share": r"[0-9]+(?:\.[0-9]+)?", "set": f"(?:{_NUMBER}|x[0-9a-f]+)"}
+_VALUE = {"count": _NUMBER, "real": r"[0-9]+(?:\.[0-9]+)?", "set": f"(?:{_NUMBER}|x[0-9a-f]+)"}
 _BY_FINGERPRINT = re.compile(r"x[0-9a-f]{8}")  # names of per-layer values before they had runs
 
 
@@ -96,7 +96,7 @@ def write(axis: Axis, column: Sequence[Any]) -> str:
 
 def write_value(axis: Axis, value: Any) -> str:
     """One value: '2', '0.7', '8' for the first 8 members of a set, 'x5' for members 0 and 2."""
-    if axis.kind == "share" and 0 <= value <= 1:
+    if axis.kind == "real" and 0 <= value <= axis.largest:
         return spell_float32(value)
     if isinstance(value, tuple):
         if value == tuple(range(len(value))):
@@ -129,7 +129,7 @@ def _read(axis: Axis, text: str, shape: ModelShape) -> tuple[str, Any]:
 
 
 def _read_value(axis: Axis, text: str) -> Any:
-    if axis.kind == "share":
+    if axis.kind == "real":
         return float(text)
     if not text.startswith("x"):
         return int(text)

@@ -9,11 +9,12 @@ from typing import Any
 from elastic_moe.errors import RoutingError
 from elastic_moe.routing.axes import BOUNDS_FIRST, DEPTH, KEYS, PER_LAYER, Axis, LayerSubnet, count
 from elastic_moe.routing.checks import (
+    as_float32,
     as_index,
     check_integer,
     check_length,
-    check_share,
     is_list,
+    is_number,
     shorten,
 )
 from elastic_moe.routing.names import read_name
@@ -141,6 +142,15 @@ def _members(axis: Axis, where: str, value: Any, most: int) -> tuple[int, ...]:
     return tuple(ids)
 
 
+def _check_real(axis: Axis, field: str, value: Any, most: float, hint: str) -> float:
+    if not (is_number(value) and axis.contains(value, most)):
+        raise RoutingError(
+            f"{field} must be a number in {axis.interval(most)}, got {shorten(value)}. "
+            f"{hint}".rstrip()
+        )
+    return as_float32(float(value)) + 0.0  # -0.0 becomes 0.0
+
+
 def _row(shape: ModelShape, layer: int, values: Mapping[str, Any]) -> LayerSubnet:
     """What runs in a layer, with each value checked against its range and its bounding axis."""
     row = dict(values)
@@ -149,8 +159,8 @@ def _row(shape: ModelShape, layer: int, values: Mapping[str, Any]) -> LayerSubne
         hint = axis.hint.format(most=most)
         if axis.bounded_by is not None:
             most = min(most, count(row[axis.bounded_by]))
-        if axis.kind == "share":
-            row[axis.name] = check_share(field, row[axis.name], hint)
+        if axis.kind == "real":
+            row[axis.name] = _check_real(axis, field, row[axis.name], most, hint)
         elif axis.kind == "count":
             row[axis.name] = check_integer(field, row[axis.name], 1, most, hint)
     return LayerSubnet(True, **row)

@@ -202,7 +202,7 @@ class Subnet:
         return 2 * self.depth * self.shape.num_kv_heads * self.shape.head_dim * bytes_per_value
 
 
-_CODES = {"count": "I", "share": "f"}
+_CODES = {"count": "I", "real": "f"}
 
 
 def _as_bytes(layer: LayerSubnet) -> bytes:

@@ -83,4 +83,4 @@ def _value(subnet: Subnet, axis: Axis) -> tuple[float | None, str]:
     value = count(subnet.uniform(axis.name))
     if value is None:
         return None, "per layer"
-    return (round(value, 2), f"{value:.2f}") if axis.kind == "share" else (value, str(value))
+    return (round(value, 2), f"{value:.2f}") if axis.kind == "real" else (value, str(value))

@@ -21,7 +21,7 @@ from elastic_moe.errors import (
 )
 from elastic_moe.model.checkpoints.folder import BUNDLED, find_checkpoint
 from elastic_moe.routing import parse_name
-from elastic_moe.routing.axes import TOP_K, TRAINED
+from elastic_moe.routing.axes import THRESHOLD, TOP_K, TRAINED
 from elastic_moe.train.config import SHARES, TrainConfig, flag_of_axis
 from elastic_moe.train.experts.native import choose_backend
 from elastic_moe.train.export import check_target
@@ -208,10 +208,11 @@ def _check_reductions(config: TrainConfig, model: Model) -> None:
 def _irreducible(model: Model) -> dict[str, str]:
     """The axes along which there is nothing to reduce, and the part that the model has one of."""
     shape = model.config.shape
+    counted = {axis: TOP_K if axis == THRESHOLD else axis for axis in TRAINED}  # it drops experts
     return {
         str(axis.trained): axis.part
-        for axis in TRAINED
-        if (TOP_K if axis.kind == "share" else axis).most(shape) == 1  # a share drops experts
+        for axis, of in counted.items()
+        if of.size is not None and of.most(shape) == 1
     }
 
 

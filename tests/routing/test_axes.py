@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,8 +35,23 @@ CAPACITY = Axis(
     trained="capacity",
     chance=0.5,
 )
+GAIN = Axis(
+    "gain",
+    "g",
+    "real",
+    title="Gain",
+    unit="gain of the router's logits",
+    part="logit",
+    largest=4.0,
+    above_zero=True,
+    full=1.0,
+    cheaper=None,
+    trained="gain",
+)
 
 AXES: """
+
+FIELDS = "    expert_capacity: int = 0\n    gain: float = 0.0"
 
 OLD_SWEEP = ROOT / "benchmarks" / "results" / "sweep-elastic-mini.json"
 SHAPE = ModelShape(4, 8, 2, 1, 4, 16, 8, 2, 8, frozenset(range(4)), width_granules=4)
@@ -53,8 +69,8 @@ import argparse, json, random
 from dataclasses import replace
 from pathlib import Path
 from elastic_moe import config, protocol
-from elastic_moe.cli import serve, sweep
-from elastic_moe.errors import RoutingError
+from elastic_moe.cli import info, serve, sweep
+from elastic_moe.errors import RoutingError, ServerError
 from elastic_moe.lab.sweeps.grid import default_grid, is_trained, product_grid
 from elastic_moe.lab.sweeps.results import _read
 from elastic_moe.lab.view.frontier import changed_axes, full_point, untrained_axes
@@ -62,6 +78,7 @@ from elastic_moe.lab.view.report import render_report
 from elastic_moe.model.config import ElasticBlock
 from elastic_moe.protocol.routing import values
 from elastic_moe.routing import ModelShape, parse_name, resolve
+from elastic_moe.routing.axes import TRAINED, find
 from elastic_moe.server.routing.limits import Limits
 from elastic_moe.train.config import TrainConfig
 from elastic_moe.train.export import trained_axes
@@ -71,7 +88,7 @@ from elastic_moe.train.step.plan import TrainingPlan
 from elastic_moe.train.step.sampling import SamplingPlan, sample_subnet, smallest_subnet
 
 shape = SHAPE
-elastic = ElasticBlock(4, trained={"capacity": (2, 8)})
+elastic = ElasticBlock(4, trained={"capacity": (2, 8), "gain": (0.5, 1.0, 2.0)})
 
 def help_of(add):
     parser = argparse.ArgumentParser()
@@ -88,13 +105,26 @@ serving, serve_help = help_of(serve.add_arguments)
 _, sweep_help = help_of(sweep.add_arguments)
 training, train_help = help_of(add_arguments)
 limits = serve.read_limits(serving.parse_args(["--max-capacity", "3"]))
+gains = serve.read_limits(serving.parse_args(["--max-gain", "0.7"]))
+
+def wrong_limit(**bounds):
+    try:
+        Limits(**bounds).check(shape)
+    except ServerError as error:
+        return str(error)
+
 two = resolve(shape, capacity=2)
 always = SamplingPlan(capacity=1.0, depth=0, top_k=0, width=0, pool=0, threshold=0)
 drawn = [sample_subnet(shape, always, range(4), random.Random(seed)) for seed in range(20)]
+only_gain = SamplingPlan(**{**dict.fromkeys((a.trained for a in TRAINED), 0.0), "gain": 1.0})
+gained = [sample_subnet(shape, only_gain, range(4), random.Random(seed)) for seed in range(20)]
 plan = TrainingPlan.from_json(OLD_PLAN)
 sweep = _read(Path(OLD_SWEEP))
 whole_points = sweep["points"]
 whole = full_point(whole_points)
+swept = json.loads(Path(OLD_SWEEP).read_bytes())
+swept["points"].append({**swept["points"][0], "name": "g2", "gain": 2.0})
+sizes = {axis.size: axis.most(shape) for axis in TRAINED if axis.size}
 print(json.dumps({
     "name": two.name,
     "parsed": parse_name(shape, "c2-L3").layers[0].expert_capacity,
@@ -126,6 +156,24 @@ print(json.dumps({
     ),
     "smallest": smallest_subnet(shape, always, range(4)).name,
     "ledger": _values(two, [0, 1, 2, 3])["capacity"],
+    "gain": {
+        "name": resolve(shape, gain=0.5).name,
+        "parsed": parse_name(shape, "g2x1,1x3").layers[0].gain,
+        "full": resolve(shape).layers[0].gain,
+        "ranges": [refusal(gain=value) for value in (0, 1e-50, 4.5)],
+        "largest": resolve(shape, gain=4).name,
+        "limited": gains.apply(resolve(shape)).name,
+        "limits": [wrong_limit(gain=(None, 0)), wrong_limit(gain=(4.5, None))],
+        "grid": [subnet.name for subnet in default_grid(shape, elastic).subnets],
+        "trained": [is_trained(resolve(shape, gain=g), elastic) for g in (0.4, 0.6, 1, 2, 2.1)],
+        "wire": config.RoutingConfig.parse({"gain": 2}).resolve(shape).name,
+        "answer": values(resolve(shape, gain=0.5))["gain"],
+        "drawn": sorted({subnet.name for subnet in gained}),
+        "smallest": smallest_subnet(shape, only_gain, range(4)).name,
+        "ledger": _values(resolve(shape, gain=0.5), [0, 1, 2, 3])["gain"],
+        "info": info._range(find("gain"), sizes, [0.5, 1.0, 2.0]),
+        "report": render_report(swept),
+    },
     "fingerprints": len({subnet.fingerprint for subnet in (two, resolve(shape))}),
 }))
 """
@@ -141,8 +189,8 @@ def seventh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     text = table.read_text(encoding="utf-8")
     for before, after in (
         ("\nAXES: ", ROW),
-        (")  # a name's order", ", CAPACITY)  # a name's order"),
-        ("\n\n\nPER_LAYER", "\n    expert_capacity: int = 0\n\n\nPER_LAYER"),
+        (")  # a name's order", ", CAPACITY, GAIN)  # a name's order"),
+        ("\n\n\nPER_LAYER", f"\n{FIELDS}\n\n\nPER_LAYER"),
     ):
         assert text.count(before) == 1, before
         text = text.replace(before, after)
@@ -205,6 +253,42 @@ def test_a_new_axis_is_trained(seventh: dict[str, Any]) -> None:
     assert seventh["ledger"] == [2, "2"]
 
 
+def test_a_new_real_axis_has_the_range_of_its_row(seventh: dict[str, Any]) -> None:
+    gain = seventh["gain"]
+    assert (gain["name"], gain["largest"]) == ("g0.5", "g4")
+    assert (gain["parsed"], gain["full"]) == (2.0, 1.0)
+    for message, value in zip(gain["ranges"], ("0", "1e-50", "4.5"), strict=True):
+        assert f"gain must be a number in (0, 4], got {value}" in message
+    assert gain["wire"] == "g2"
+    assert gain["answer"] == 0.5
+    assert gain["info"] == "above 0 to 4; trained at 0.5-2.0"
+
+
+def test_a_new_real_axis_is_limited(seventh: dict[str, Any]) -> None:
+    assert seventh["gain"]["limited"] == "g0.7"
+    for message, bound in zip(seventh["gain"]["limits"], ("max gain", "min gain"), strict=True):
+        assert message.startswith(f"{bound} must be in (0, 4] for this model")
+    assert "--max-gain T at most this gain of the router's logits" in seventh["serve"]
+
+
+def test_a_new_real_axis_is_swept_and_drawn_in_a_report(seventh: dict[str, Any]) -> None:
+    gain = seventh["gain"]
+    assert {"g2", "g3", "g4"} <= set(gain["grid"])
+    assert "g1" not in gain["grid"]  # full
+    assert gain["trained"] == [False, True, True, True, False]
+    assert "gain (g)" in gain["report"]
+
+
+def test_a_new_real_axis_is_trained(seventh: dict[str, Any]) -> None:
+    gain = seventh["gain"]
+    drawn = [float(name.removeprefix("g")) for name in gain["drawn"]]
+    assert 1.2 <= min(drawn) < max(drawn) <= 3.6
+    assert len(drawn) > 10
+    assert gain["smallest"] == "full"  # no gain is cheaper
+    assert gain["ledger"] == [0.5, "0.50"]
+    assert "--reduce-gain X" in seventh["train"]
+
+
 def test_a_new_axis_changes_no_draw_of_a_plan_that_does_not_know_it(
     seventh: dict[str, Any],
 ) -> None:
@@ -230,11 +314,19 @@ def test_a_new_axis_is_full_in_a_sweep_that_does_not_know_it(seventh: dict[str, 
 TABLE = "elastic_moe/routing/axes.py"
 # Words of other things too: a pool of blocks, the width of a drawing, sampling's top_k. One of them
 # is no vocabulary of axes; two of them in a file are.
+QUOTED = re.compile(r"\"([^\"]*)\"|'([^']*)'")
 ORDINARY = {"depth", "width", "pool", "threshold", "top_k", "topK"}
 
 
-def strings(path: Path) -> list[tuple[int, str]]:
-    """(line, text) of the strings of a file that are no docstrings."""
+def files(*patterns: str) -> list[Path]:
+    return sorted(path for pattern in patterns for path in (ROOT / "elastic_moe").rglob(pattern))
+
+
+def strings(path: Path) -> list[str]:
+    """The strings of a Python file that are no docstrings, or those in a template's code."""
+    if path.suffix == ".j2":
+        code = re.findall(r"\{[{%].*?[}%]\}", path.read_text(encoding="utf-8"), re.DOTALL)
+        return [double or single for part in code for double, single in QUOTED.findall(part)]
     tree = ast.parse(path.read_text(encoding="utf-8"))
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docs = {
@@ -243,7 +335,7 @@ def strings(path: Path) -> list[tuple[int, str]]:
         if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
     }
     return [
-        (node.lineno, node.value)
+        node.value
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs
     ]
@@ -251,9 +343,9 @@ def strings(path: Path) -> list[tuple[int, str]]:
 
 def test_no_other_file_spells_an_axis() -> None:
     found = []
-    for path in sorted((ROOT / "elastic_moe").rglob("*.py")):
+    for path in files("*.py", "*.j2"):
         place = path.relative_to(ROOT).as_posix()
-        spelled = {text for _, text in strings(path) if text in KEYS}
+        spelled = {text for text in strings(path) if text in KEYS}
         if place != TABLE and (spelled - ORDINARY or len(spelled) > 1):
             found.append((place, sorted(spelled)))
     assert found == []
@@ -262,7 +354,7 @@ def test_no_other_file_spells_an_axis() -> None:
 def test_no_other_file_has_a_table_of_letters() -> None:
     letters = {axis.letter for axis in AXES}
     found = []
-    for path in sorted((ROOT / "elastic_moe").rglob("*.py")):
+    for path in files("*.py"):
         if path.relative_to(ROOT).as_posix() == TABLE:
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -276,6 +368,6 @@ def test_no_other_file_has_a_table_of_letters() -> None:
 
 def test_a_key_of_trained_values_must_be_a_spelling() -> None:
     row = {"title": "Floor", "unit": "score", "part": "expert", "spellings": ("floor",)}
-    assert Axis("score_floor", "f", "share", **row, trained="floor").trained == "floor"
+    assert Axis("score_floor", "f", "real", **row, trained="floor").trained == "floor"
     with pytest.raises(ValueError, match="trained must be one of its spellings score_floor, floor"):
-        Axis("score_floor", "f", "share", **row, trained="least")
+        Axis("score_floor", "f", "real", **row, trained="least")

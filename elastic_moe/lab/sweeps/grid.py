@@ -46,8 +46,8 @@ def default_grid(shape: ModelShape, elastic: ElasticBlock | None, *, quick: bool
             grid.add(shape, {DEPTH.name: depth, TOP_K.name: top_k})
     trained = elastic.trained if elastic else {}
     for axis in TRAINED:
-        if axis.kind == "share":
-            steps: list[Any] = [0.25, 0.5, 0.75, 1.0]
+        if axis.kind == "real":
+            steps: list[Any] = [axis.most(shape) * part / 4 for part in (1, 2, 3, 4)]
         elif axis not in (DEPTH, TOP_K) and axis.trained in trained:
             steps = _quarters(axis.most(shape))
         else:

@@ -50,7 +50,9 @@ from elastic_moe.lab.view.report_plots import curve_figure, expert_use_figure
 from elastic_moe.lab.view.style import (
     DARK,
     LIGHT,
+    PATHS,
     SHAPE_NAMES,
+    SHAPES,
     depth_colours,
     figure_to_svg,
     marker_size,
@@ -139,7 +141,9 @@ def render_report(sweep: Sweep) -> str:
             for k in sorted({p[TOP_K.name] for p in points if p[TOP_K.name]}, reverse=True)
         ],
         shapes=[
-            (s, SHAPE_NAMES[s]) for s in SHAPE_NAMES if s in {shape_of(p, sweep) for p in points}
+            (PATHS[SHAPES[s]], SHAPE_NAMES[s])
+            for s in SHAPES
+            if s in {shape_of(p, sweep) for p in points}
         ],
         panels=[
             (

@@ -39,6 +39,18 @@ SHAPES = {
     **{a.name: m for a, m in zip(_SHOWN_BY_SHAPE, "s^Dvp*X", strict=False)},
     "+": "h",
 }
+# The same shapes as paths of SVG, within 8 units of the origin.
+PATHS = {
+    "o": "M0-6A6 6 0 1 1-.01-6Z",
+    "s": "M-5.5-5.5H5.5V5.5H-5.5Z",
+    "^": "M0-6L6 6H-6Z",
+    "D": "M0-7.5L7.5 0 0 7.5-7.5 0Z",
+    "v": "M0 6L6-6H-6Z",
+    "p": "M0-7L6.7-2.2 4.1 5.7H-4.1L-6.7-2.2Z",
+    "*": "M0-7.5L1.7-2.3H7.1L2.7 .9 4.4 6.1 0 2.9-4.4 6.1-2.7 .9-7.1-2.3H-1.7Z",
+    "X": "M-3.5-7L0-3.5 3.5-7 7-3.5 3.5 0 7 3.5 3.5 7 0 3.5-3.5 7-7 3.5-3.5 0-7-3.5Z",
+    "h": "M0-7L6-3.5V3.5L0 7-6 3.5V-3.5Z",
+}
 SHAPE_NAMES = {
     "": f"{DEPTH.title.lower()}, {TOP_K.title.lower()}",
     **{axis.name: f"{axis.title.lower()} ({axis.letter})" for axis in _SHOWN_BY_SHAPE},

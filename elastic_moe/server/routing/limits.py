@@ -35,12 +35,12 @@ class Limits:
     def check(self, shape: ModelShape) -> None:
         """Raise `ServerError` unless the model can obey them."""
         for axis in TRAINED:
-            low, high = axis.least, axis.most(shape)
+            largest = axis.most(shape)
             least, most = self[axis]
             for word, value in (("min", least), ("max", most)):
-                if value is not None and not low <= value <= high:
+                if value is not None and not axis.contains(value, largest):
                     raise ServerError(
-                        f"{word} {axis.wire} must be in [{low}, {high}] for this model, "
+                        f"{word} {axis.wire} must be in {axis.interval(largest)} for this model, "
                         f"got {value}."
                     )
             if least is not None and most is not None and least > most:
@@ -107,7 +107,7 @@ class Limits:
                 value = _clamp(value, bounds)
                 if axis.bounded_by is not None:
                     value = min(value, count(row[axis.bounded_by]))
-                if axis.kind == "share":
+                if axis.kind == "real":
                     value = as_float32(value)
             row[axis.name] = value
         return LayerSubnet(True, **row)

@@ -12,12 +12,13 @@ from elastic_moe.routing import ModelShape, Subnet, is_name, parse_name, resolve
 from elastic_moe.routing.axes import DEPTH, POOL, THRESHOLD, TOP_K, TRAINED, WIDTH, Axis
 from elastic_moe.routing.subnet import INACTIVE
 
-# The order in which a draw decides which axes it reduces, fixed by a run's seed: shares last.
-_DRAWN = sorted(TRAINED, key=lambda axis: axis.kind == "share")
+# The order in which a draw decides which axes it reduces, fixed by a run's seed: real ones last.
+_DRAWN = sorted(TRAINED, key=lambda axis: axis.kind == "real")
 AXES = tuple(str(axis.trained) for axis in _DRAWN)
 # They take a random number at chance 0 too: the plans of checkpoints that exist replay so. Any
 # other axis takes none then, so a row in the table of axes changes no draw of those plans.
 _ALWAYS_TAKE_A_NUMBER = (DEPTH, TOP_K, WIDTH, THRESHOLD, POOL)
+_REAL = (0.3, 0.9)  # where reduced values lie, in parts of the largest
 
 if TYPE_CHECKING:
 
@@ -136,17 +137,17 @@ def smallest_subnet(shape: ModelShape, plan: SamplingPlan, grown: Sequence[int])
     values: dict[str, Any] = {}
     for axis in _BY_KIND:
         chance = getattr(plan, str(axis.trained))
-        if axis.kind == "share":  # of one expert it drops nothing
-            values[axis.name] = 0.9 if chance and not plan.top_k else None
+        if chance and not (axis == THRESHOLD and plan.top_k):  # of one expert it drops nothing
+            values[axis.name] = _least(axis, shape)
         else:
-            values[axis.name] = _least(axis, shape) if chance else _most(axis, shape, values)
+            values[axis.name] = _most(axis, shape, values)
     return resolve(shape, **{str(DEPTH.members): layers}, **values)
 
 
-# The order in which their values are drawn: sets, then the counts that they bound, then shares.
+# The order in which their values are drawn: sets, then the counts that they bound, then real ones.
 _BY_KIND = sorted(
     (axis for axis in TRAINED if axis.per_layer),
-    key=lambda axis: ("set", "count", "share").index(axis.kind),
+    key=lambda axis: ("set", "count", "real").index(axis.kind),
 )
 
 
@@ -156,15 +157,19 @@ def _most(axis: Axis, shape: ModelShape, values: Mapping[str, Any]) -> Any:
     return whole if axis.bounded_by is None else min(whole, values[axis.bounded_by])
 
 
-def _least(axis: Axis, shape: ModelShape) -> int:
-    """The least value that training draws: 1 of top_k, a quarter of others."""
+def _least(axis: Axis, shape: ModelShape) -> Any:
+    """The cheapest value that training draws: 1 of top_k, a quarter of other counts and sets."""
+    if axis.kind == "real":
+        if axis.cheaper is None:
+            return axis.whole(shape)
+        return axis.most(shape) * (max(_REAL) if axis.cheaper == "higher" else min(_REAL))
     return 1 if axis == TOP_K else max(1, int(axis.most(shape)) // 4)
 
 
 def _draw(axis: Axis, shape: ModelShape, most: Any, plan: SamplingPlan, rng: random.Random) -> Any:
     """A reduced value."""
-    if axis.kind == "share":
-        return round(rng.uniform(0.3, 0.9), 2)
+    if axis.kind == "real":
+        return round(axis.most(shape) * rng.uniform(*_REAL), 2)
     if axis.kind == "set":
         return max(1, int(axis.most(shape)) * rng.randint(1, 3) // 4)
     if axis == TOP_K and rng.random() < plan.per_layer:

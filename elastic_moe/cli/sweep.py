@@ -26,7 +26,7 @@ from elastic_moe.cli.arguments import (
 from elastic_moe.routing.axes import TRAINED
 
 if TYPE_CHECKING:
-    from elastic_moe.lab.sweeps.schema import SweepResult
+    from elastic_moe.lab.schema import SweepResult
     from elastic_moe.lab.sweeps.sweep import Progress
 
 EXAMPLES = """examples:

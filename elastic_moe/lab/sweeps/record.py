@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 
 from elastic_moe.engine import Engine
+from elastic_moe.lab.schema import ExpertUse, SweepPoint
 from elastic_moe.lab.sweeps.grid import is_trained
 from elastic_moe.lab.sweeps.quality import Quality, paired_difference
-from elastic_moe.lab.sweeps.schema import ExpertUse, SweepPoint
 from elastic_moe.lab.sweeps.text import WINDOW, EvaluationSet
 from elastic_moe.model.checkpoints.folder import file_in
 from elastic_moe.routing import Subnet

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from elastic_moe.errors import ElasticMoEError
-from elastic_moe.lab.sweeps.schema import (
+from elastic_moe.lab.schema import (
     POINT_FIELDS,
     SCHEMA_VERSION,
     ExpertUse,

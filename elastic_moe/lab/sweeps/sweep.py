@@ -18,6 +18,7 @@ from elastic_moe.engine import Engine
 from elastic_moe.files import write_text
 from elastic_moe.lab.bench.speed import measure_speed
 from elastic_moe.lab.provenance import describe_provenance
+from elastic_moe.lab.schema import SCHEMA_VERSION, SweepPoint, SweepResult
 from elastic_moe.lab.sweeps import record
 from elastic_moe.lab.sweeps.grid import Grid, default_grid, groups, product_grid
 from elastic_moe.lab.sweeps.quality import FullNetwork, Quality, measure_depths
@@ -28,7 +29,6 @@ from elastic_moe.lab.sweeps.results import (
     prepare_folder,
     read_earlier,
 )
-from elastic_moe.lab.sweeps.schema import SCHEMA_VERSION, SweepPoint, SweepResult
 from elastic_moe.lab.sweeps.text import (
     EvaluationSet,
     evaluation_set,

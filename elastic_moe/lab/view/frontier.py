@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from elastic_moe.lab.sweeps.schema import SweepPoint, full_values
+from elastic_moe.lab.schema import SweepPoint, full_values
 from elastic_moe.routing.axes import THRESHOLD, TRAINED, Axis, was_trained
 from elastic_moe.routing.names import is_listed, split_name
 

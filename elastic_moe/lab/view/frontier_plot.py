@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from elastic_moe.files import write_bytes
-from elastic_moe.lab.sweeps.schema import with_every_axis
+from elastic_moe.lab.schema import with_every_axis
 from elastic_moe.lab.view.frontier import (
     SI_PREFIXES,
     Point,

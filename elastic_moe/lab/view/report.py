@@ -23,7 +23,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from elastic_moe.files import write_text
-from elastic_moe.lab.sweeps.schema import full_values, with_every_axis
+from elastic_moe.lab.schema import full_values, with_every_axis
 from elastic_moe.lab.view.frontier import (
     Point,
     Sweep,

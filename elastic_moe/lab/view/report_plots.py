@@ -10,7 +10,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from elastic_moe.lab.sweeps.schema import full_values, with_every_axis
+from elastic_moe.lab.schema import full_values, with_every_axis
 from elastic_moe.lab.view.frontier import (
     Sweep,
     curves,

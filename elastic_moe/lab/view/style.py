@@ -14,7 +14,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from elastic_moe.lab.sweeps.schema import full_values
+from elastic_moe.lab.schema import full_values
 from elastic_moe.lab.view.frontier import Point, Sweep, changed_axes
 from elastic_moe.routing.axes import DEPTH, TOP_K, TRAINED
 

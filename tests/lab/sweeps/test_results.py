@@ -12,8 +12,8 @@ import pytest
 from elastic_moe.engine import Engine
 from elastic_moe.errors import ElasticMoEError
 from elastic_moe.lab import sweep
+from elastic_moe.lab.schema import POINT_FIELDS
 from elastic_moe.lab.sweeps import results
-from elastic_moe.lab.sweeps.schema import POINT_FIELDS
 
 MARK = 123.0  # a quality that only a kept point carries
 

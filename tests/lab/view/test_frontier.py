@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_moe.lab.sweeps.schema import full_values
+from elastic_moe.lab.schema import full_values
 from elastic_moe.lab.view.frontier import (
     clean,
     curves,

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import matplotlib
 import pytest
 
-from elastic_moe.lab.sweeps.schema import full_values
+from elastic_moe.lab.schema import full_values
 from elastic_moe.lab.view.frontier import (
     curves,
     decode_time,

@@ -12,7 +12,7 @@ from elastic_moe.protocol.admin.profiles import NamedProfile, Profile, ProfileLi
 from elastic_moe.protocol.admin.requests import RequestRecords
 from elastic_moe.protocol.errors import ErrorResponse
 from elastic_moe.server.errors import ApiError, as_api_error
-from elastic_moe.server.middleware.etags import check_match, etag
+from elastic_moe.server.etags import check_match, etag
 from elastic_moe.server.middleware.fault_selection import FaultSelector
 from elastic_moe.server.service import Service
 

@@ -12,9 +12,8 @@ from urllib.parse import unquote
 from pydantic import ValidationError
 
 from elastic_moe.protocol.admin.faults import Effects, FaultPlan, FaultRule, FaultState, RuleCount
-from elastic_moe.routing import Subnet, shorten
+from elastic_moe.routing import shorten
 from elastic_moe.server.errors import ApiError
-from elastic_moe.server.routing.limits import Limits
 
 PREFIX = b"x-inject-"
 FORCE_TEXT = b"x-force-text"
@@ -39,16 +38,6 @@ class Injection:
         if span is None:
             return 0.0
         return (self.rng.uniform(*span) if isinstance(span, list) else span) / 1000
-
-    def reduced(self, subnet: Subnet) -> Subnet:
-        """A sub-network somewhat below this one, as an overloaded API might run."""
-        most = self.effects.routing_jitter
-        if most is None:
-            return subnet
-        depth, top_k = (1 - self.rng.uniform(0, most) for _ in range(2))
-        shrunk = Limits(depth=(None, max(1, round(subnet.depth * depth)))).apply(subnet)
-        ks = [shrunk.layers[i].top_k for i in shrunk.routed_layers]
-        return Limits(top_k=(None, max(1, round(max(ks, default=1) * top_k)))).apply(shrunk)
 
 
 class _CountedRule:

@@ -25,7 +25,7 @@ from elastic_moe.files import write_text
 from elastic_moe.protocol.admin.profiles import Profile, TopKStep
 from elastic_moe.routing import ModelShape, is_name, shorten
 from elastic_moe.routing.axes import DEPTH, TOP_K
-from elastic_moe.server.middleware.etags import check_match, etag
+from elastic_moe.server.etags import check_match, etag
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 

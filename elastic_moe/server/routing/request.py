@@ -82,7 +82,7 @@ class RoutingRequest:
             requested = self.profile.routing_for(tokens).resolve(requested.shape)
         subnet = self.limits.apply(requested)
         if self.injection is not None:
-            subnet = self.injection.reduced(subnet)
+            subnet = _jittered(subnet, self.injection)
         return ResolvedRouting(subnet, requested, self.profile_name)
 
     def with_sampling(self, body: R) -> R:
@@ -186,3 +186,14 @@ class RoutingPolicy:
             profile=found,
             injection=injection,
         )
+
+
+def _jittered(subnet: Subnet, injection: Injection) -> Subnet:
+    """A sub-network somewhat below this one, as an overloaded API might run."""
+    most = injection.effects.routing_jitter
+    if most is None:
+        return subnet
+    depth, top_k = (1 - injection.rng.uniform(0, most) for _ in range(2))
+    shrunk = Limits(depth=(None, max(1, round(subnet.depth * depth)))).apply(subnet)
+    ks = [shrunk.layers[i].top_k for i in shrunk.routed_layers]
+    return Limits(top_k=(None, max(1, round(max(ks, default=1) * top_k)))).apply(shrunk)

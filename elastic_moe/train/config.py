@@ -20,8 +20,9 @@ from elastic_moe.model.families import FAMILIES
 from elastic_moe.model.families.config_keys import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE
 from elastic_moe.routing.axes import DEPTH, KEYS, TOP_K, find
 from elastic_moe.train.models import DEFAULT_MODEL, MODELS, SIZES
-from elastic_moe.train.step.plan import BALANCE, DTYPES, PIECE_TOKENS, SAVE_EVERY_STEPS
+from elastic_moe.train.step.plan import BALANCE, DTYPES, SAVE_EVERY_STEPS
 from elastic_moe.train.step.sampling import AXES, SamplingPlan
+from elastic_moe.train.text import PIECE_TOKENS
 from elastic_moe.train.text.corpus import HoldOut, Mixture
 
 TOKENS = 3_000_000  # about one pass over the Python library

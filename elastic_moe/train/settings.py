@@ -41,8 +41,9 @@ from elastic_moe.train.runs.folder import (
     check_recorded,
     to_record,
 )
-from elastic_moe.train.step.plan import PIECE_TOKENS, PLAN, Stage, TrainingPlan, parse_stages
+from elastic_moe.train.step.plan import PLAN, Stage, TrainingPlan, parse_stages
 from elastic_moe.train.step.sampling import AXES, SamplingPlan
+from elastic_moe.train.text import PIECE_TOKENS
 from elastic_moe.train.text.corpus import Listing, SourceFile, text_files
 from elastic_moe.train.text.prepare import MANIFEST, TOKENIZER, check_options, read_manifest
 from elastic_moe.train.text.tokens import check_tokenizer
@@ -124,7 +125,7 @@ def read_settings(config: TrainConfig) -> Settings:
         plan = _plan(config, model, stages) if (stages := _stages(config, model)) else None
         trial = plan or _plan(config, model, (_stage(config, model, 1),))
         check_device(config.device)
-        choose_backend(config.backend, model.config, trial, torch.device(config.device))
+        choose_backend(config.backend, model.config, torch.device(config.device), trial.dtype)
     return Settings(config, model, tokenizer, texts, plan, record)
 
 

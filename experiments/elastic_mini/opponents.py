@@ -12,7 +12,8 @@ import numpy as np
 from elastic_moe.errors import BenchmarkError
 from elastic_moe.lab.sweeps.text import EvaluationSet
 from elastic_moe.model.checkpoints.folder import read_json_if_there
-from elastic_moe.train.step.plan import PIECE_TOKENS, TrainingPlan
+from elastic_moe.train.step.plan import TrainingPlan
+from elastic_moe.train.text import PIECE_TOKENS
 from elastic_moe.train.text.prepare import MANIFEST, open_stream, read_manifest
 from experiments.elastic_mini.bigram import fit_bigram
 from experiments.elastic_mini.ngram import MAX_ORDER, fit_kneser_ney

@@ -42,7 +42,7 @@ from elastic_moe.errors import CorpusError, ElasticMoEError
 from elastic_moe.lab.provenance import describe_provenance
 from elastic_moe.lab.sweeps.text import Corpus, language_reference
 from elastic_moe.routing import Subnet
-from elastic_moe.train.step.plan import PIECE_TOKENS
+from elastic_moe.train.text import PIECE_TOKENS
 from experiments.science.coherence_picture import write_picture
 from experiments.science.formulas import (
     by_position,

@@ -24,7 +24,6 @@ from elastic_moe.model.reference.transformer import (
 )
 from elastic_moe.model.rotary import rotary_angles
 from elastic_moe.routing import LayerSubnet, Subnet
-from elastic_moe.train.step.plan import TrainingPlan
 
 # What `last_state` computes of a `ModelConfig`: these fields at any value, `KNOWN_VALUES` at those
 # listed, every other at its default alone. A model with another trait is trained in PyTorch:
@@ -79,9 +78,7 @@ def refusal(config: ModelConfig, device: torch.device, dtype: str) -> str | None
     return training.refusal(config.hidden_size, config.head_dim, config.expert_hidden)
 
 
-def choose_backend(
-    wanted: str, config: ModelConfig, plan: TrainingPlan, device: torch.device
-) -> str:
+def choose_backend(wanted: str, config: ModelConfig, device: torch.device, dtype: str) -> str:
     """What "auto" comes to, and whether "cpu" can be had.
 
     Raises:
@@ -89,7 +86,7 @@ def choose_backend(
     """
     if wanted not in ("auto", "reference", "cpu"):
         raise TrainingError(f"backend must be auto, reference or cpu, got {wanted!r}.")
-    why = refusal(config, device, plan.dtype)
+    why = refusal(config, device, dtype)
     if wanted == "cpu" and why is not None:
         raise TrainingError(f"the C++ kernels cannot train this model: {why}. Use backend auto.")
     return "reference" if wanted == "reference" or why is not None else "cpu"

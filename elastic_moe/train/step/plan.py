@@ -19,9 +19,9 @@ from elastic_moe.train.step.sampling import (
     sample_subnet,
     smallest_subnet,
 )
+from elastic_moe.train.text import PIECE_TOKENS
 
 PLAN = "plan.json"  # in the folder of a run
-PIECE_TOKENS = 512  # the unit of a step's text
 SAVE_EVERY_STEPS = 100
 DTYPES = ("float32", "bfloat16")
 BALANCE = 0.003

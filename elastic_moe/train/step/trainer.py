@@ -79,7 +79,7 @@ class Trainer:
         plan.check_model(config)
         self.config, self.plan, self.stream = config, plan, stream
         self.device = torch.device(device)
-        self.backend = native.choose_backend(backend, config, plan, self.device)
+        self.backend = native.choose_backend(backend, config, self.device, plan.dtype)
         self.model = ElasticTransformer(config)
         initialize(self.model, plan.seed)
         self.model.to(self.device)

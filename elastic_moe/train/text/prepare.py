@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from elastic_moe.errors import CorpusError
 from elastic_moe.files import replacing, write_text
-from elastic_moe.train.step.plan import PIECE_TOKENS
+from elastic_moe.train.text import PIECE_TOKENS
 from elastic_moe.train.text.chats import Docstring, chats, docstrings
 from elastic_moe.train.text.corpus import LIBRARY, TEXTS, HoldOut, Listing, Mixture, SourceFile
 from elastic_moe.train.text.tokens import (

@@ -205,6 +205,37 @@ def no_cycles(root: Path) -> list[str]:
     return broken
 
 
+def siblings_import_one_way(root: Path) -> list[str]:
+    """Of two folders of one folder, only one imports from the other.
+
+    A folder and the files beside it may import from one another, as long as no modules do.
+    """
+    known = modules(root)
+    found: dict[tuple[str, str], str] = {}  # (importing folder, imported one) -> one import
+    for module in known:
+        for item in imports(root, module):
+            pair = _sibling_folders(known, module, item.target)
+            if pair is not None and not item.typing_only:
+                found.setdefault(pair, f"{module}:{item.line} imports {item.target}")
+    return [
+        f"{where}, and {found[b, a]}"
+        for (a, b), where in found.items()
+        if a < b and (b, a) in found
+    ]
+
+
+def _sibling_folders(known: dict[str, Path], *pair: str) -> tuple[str, str] | None:
+    """The folders in which two modules part, if they do so in folders."""
+    a, b = (module.split(".") for module in pair)
+    depth = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    if depth is None or depth == 0 or not set(pair) <= set(known):
+        return None
+    for parts in (a, b):
+        if len(parts) == depth + 1 and known[".".join(parts)].name != "__init__.py":
+            return None
+    return ".".join(a[: depth + 1]), ".".join(b[: depth + 1])
+
+
 def no_torch_below_the_model(root: Path) -> list[str]:
     """Nor the kernels, which load torch; not even inside a function."""
     return [
@@ -356,6 +387,7 @@ def kernels_folder_is_no_package(root: Path) -> list[str]:
 RULES: tuple[Rule, ...] = (
     only_lower_levels,
     no_cycles,
+    siblings_import_one_way,
     no_torch_below_the_model,
     light_model_and_training,
     standard_library_alone_for_testing,

@@ -28,6 +28,7 @@ from tests.layering_rules import (
     only_lower_levels,
     run_time_needs_no_reference,
     short_files,
+    siblings_import_one_way,
     small_folders,
     sources,
     standard_library_alone_for_testing,
@@ -80,6 +81,8 @@ GOOD = {
     "kernels/elastic_moe_kernels/__init__.py": "",
     "kernels/elastic_moe_kernels/ops.py": "import torch\n",
     "elastic_moe/model/reference/moe.py": "from elastic_moe.model.moe import render\n",
+    "elastic_moe/model/config.py": "from elastic_moe.model.text.chat import x\n",
+    "elastic_moe/model/text/chat.py": "from elastic_moe.model.moe import render\n",
     "elastic_moe/testing/kit.py": "import json\nfrom elastic_moe.errors import EngineError\n",
     "kernels/build/generated.py": "\n" * 500,
     "kernels/csrc/experts.cpp": "// A kernel. It is\n// long because ...\n" + "\n" * 500,
@@ -164,6 +167,32 @@ BAD: list[tuple[Rule, str, Mapping[str, str]]] = [
         {
             "kernels/elastic_moe_kernels/__init__.py": "from elastic_moe_kernels import ops\n",
             "kernels/elastic_moe_kernels/ops.py": "import elastic_moe_kernels\n",
+        },
+    ),
+    (
+        siblings_import_one_way,
+        "elastic_moe.lab.sweeps.sweep:1 imports elastic_moe.lab.view.plot, and "
+        "elastic_moe.lab.view.report:2 imports elastic_moe.lab.sweeps.schema",
+        {
+            "elastic_moe/lab/sweeps/sweep.py": "from elastic_moe.lab.view.plot import x\n",
+            "elastic_moe/lab/sweeps/schema.py": "",
+            "elastic_moe/lab/view/plot.py": "",
+            "elastic_moe/lab/view/report.py": (
+                "def f():\n    from elastic_moe.lab.sweeps.schema import x\n"
+            ),
+        },
+    ),
+    (
+        siblings_import_one_way,  # by way of a folder in it, and of the folder itself
+        "elastic_moe_kernels.ops.cpu.route:1 imports elastic_moe_kernels.step, and "
+        "elastic_moe_kernels.step.model:1 imports elastic_moe_kernels.ops.checks",
+        {
+            "kernels/elastic_moe_kernels/ops/cpu/route.py": "import elastic_moe_kernels.step\n",
+            "kernels/elastic_moe_kernels/ops/checks.py": "",
+            "kernels/elastic_moe_kernels/step/__init__.py": "",
+            "kernels/elastic_moe_kernels/step/model.py": (
+                "from elastic_moe_kernels.ops.checks import x\n"
+            ),
         },
     ),
     (

@@ -228,7 +228,7 @@ def _sibling_folders(known: dict[str, Path], *pair: str) -> tuple[str, str] | No
     """The folders in which two modules part, if they do so in folders."""
     a, b = (module.split(".") for module in pair)
     depth = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-    if depth is None or depth == 0 or not set(pair) <= set(known):
+    if not depth or any(module not in known for module in pair):
         return None
     for parts in (a, b):
         if len(parts) == depth + 1 and known[".".join(parts)].name != "__init__.py":

@@ -171,8 +171,10 @@ BAD: list[tuple[Rule, str, Mapping[str, str]]] = [
     ),
     (
         siblings_import_one_way,
-        "elastic_moe.lab.sweeps.sweep:1 imports elastic_moe.lab.view.plot, and "
-        "elastic_moe.lab.view.report:2 imports elastic_moe.lab.sweeps.schema",
+        (
+            "elastic_moe.lab.sweeps.sweep:1 imports elastic_moe.lab.view.plot, and "
+            "elastic_moe.lab.view.report:2 imports elastic_moe.lab.sweeps.schema"
+        ),
         {
             "elastic_moe/lab/sweeps/sweep.py": "from elastic_moe.lab.view.plot import x\n",
             "elastic_moe/lab/sweeps/schema.py": "",
@@ -184,8 +186,10 @@ BAD: list[tuple[Rule, str, Mapping[str, str]]] = [
     ),
     (
         siblings_import_one_way,  # by way of a folder in it, and of the folder itself
-        "elastic_moe_kernels.ops.cpu.route:1 imports elastic_moe_kernels.step, and "
-        "elastic_moe_kernels.step.model:1 imports elastic_moe_kernels.ops.checks",
+        (
+            "elastic_moe_kernels.ops.cpu.route:1 imports elastic_moe_kernels.step, and "
+            "elastic_moe_kernels.step.model:1 imports elastic_moe_kernels.ops.checks"
+        ),
         {
             "kernels/elastic_moe_kernels/ops/cpu/route.py": "import elastic_moe_kernels.step\n",
             "kernels/elastic_moe_kernels/ops/checks.py": "",

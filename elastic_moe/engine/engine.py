@@ -29,8 +29,8 @@ from elastic_moe.engine.outputs import Completion, Delta, Embedding
 from elastic_moe.engine.request import OutputQueue, Request
 from elastic_moe.engine.running.loading import Backend, check_device, choose_backend, load_runner
 from elastic_moe.engine.running.runner import ModelRunner
-from elastic_moe.engine.running.scoring import embed, score
 from elastic_moe.engine.sampling_params import SamplingParams
+from elastic_moe.engine.scoring import embed, score
 from elastic_moe.engine.stats import EngineStats
 from elastic_moe.engine.streams import AsyncOutputs, BlockingOutputs, DeltaStream, LoopNotifiers
 from elastic_moe.errors import EngineError, RequestError

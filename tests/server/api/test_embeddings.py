@@ -56,7 +56,7 @@ def test_a_vector_is_the_normalised_mean_of_the_final_states(
 def test_a_long_text_is_read_in_chunks_and_gives_the_same(
     served: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from elastic_moe.engine.running import scoring
+    from elastic_moe.engine import scoring
 
     ids = list(range(5, 205))
     whole = served.engine.embed(ids, "k2")

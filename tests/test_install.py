@@ -75,9 +75,10 @@ import json, warnings
 import torch
 import elastic_moe_kernels
 from elastic_moe_kernels import native, ops
-from elastic_moe_kernels.table import LayerTable
-one = torch.ones(1, dtype=torch.int32)
-table = LayerTable(2 * one, one, torch.zeros(1), one, torch.ones(1, 4, dtype=torch.bool))
+from elastic_moe_kernels.table import build_table
+from elastic_moe.routing.subnet import full_layer
+sizes = {"num_experts": 4, "max_top_k": 2, "width_granules": 1}
+table = build_table([[full_layer(sizes)]], 4, 1).layer(0)
 logits, rows = torch.tensor([[0.0, 3.0, 1.0, 2.0]]), torch.zeros(1, dtype=torch.int64)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 from elastic_moe_kernels import ops, reference
-from elastic_moe_kernels.table import LayerTable
+from elastic_moe_kernels.table import build_table
 
 from benchmarks.kernels.conftest import Report
+from elastic_moe.routing.subnet import full_layer
 
 TOP_K = {16: 4, 64: 8, 128: 8}  # elastic-mini, OLMoE, Qwen3-MoE
 
@@ -55,14 +56,8 @@ def test_route(
     top_k = TOP_K[num_experts]
     logits = torch.randn(rows, num_experts, generator=torch.Generator().manual_seed(rows))
     subnet_of_row = torch.zeros(rows, dtype=torch.int64)
-    one = torch.ones(1, dtype=torch.int32)
-    table = LayerTable(
-        top_k=top_k * one,
-        min_experts=one,
-        threshold=torch.zeros(1),
-        channels=one,
-        pool=torch.ones(1, num_experts, dtype=torch.bool),
-    )
+    sizes = {"num_experts": num_experts, "max_top_k": top_k, "width_granules": 1}
+    table = build_table([[full_layer(sizes)]], num_experts, 1).layer(0)
 
     def call() -> tuple[torch.Tensor, torch.Tensor]:
         return ops.route(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,8 +22,8 @@ from elastic_moe.routing.shape import ModelShape
 INACTIVE = LayerSubnet(active=False)
 
 
-def full_layer(shape: ModelShape) -> LayerSubnet:
-    """What runs in a layer of experts of the whole network."""
+def full_layer(shape: ModelShape | Mapping[str, int]) -> LayerSubnet:
+    """What runs in a layer of experts of the whole network; of a shape, the axes' sizes do."""
     whole = {axis.name: axis.whole(shape) for axis in PER_LAYER}
     sets = {axis.name: tuple(range(whole[axis.name])) for axis in PER_LAYER if axis.kind == "set"}
     return LayerSubnet(True, **{**whole, **sets})

@@ -13,6 +13,16 @@ from torch import Tensor
 from elastic_moe_kernels.table import LayerTable
 
 
+def router_scores(router_logits: Tensor, pool: Tensor) -> Tensor:
+    """Softmax of each row over its pool, as if the other experts' rows did not exist: 0 there.
+
+    Args:
+        router_logits: (..., E).
+        pool: bool that broadcasts to it.
+    """
+    return torch.softmax(router_logits.masked_fill(~pool, -torch.inf), dim=-1)
+
+
 def route(
     router_logits: Tensor,
     table: LayerTable,
@@ -46,8 +56,7 @@ def route(
     min_experts = table.min_experts[rows].unsqueeze(1)  # (T, 1)
     threshold = table.threshold[rows].unsqueeze(1).to(router_logits.dtype)  # (T, 1)
 
-    # Experts outside the pool leave before the normalisation, as if their rows did not exist.
-    scores = torch.softmax(router_logits.masked_fill(~pool, -torch.inf), dim=-1)  # (T, E)
+    scores = router_scores(router_logits, pool)  # (T, E)
     preference = scores if correction_bias is None else scores + correction_bias
     preference = preference.detach().masked_fill(~pool, -torch.inf)
     # A stable sort puts the lower index first among equals.

@@ -31,9 +31,10 @@ ROUTE = """
 import torch
 from elastic_moe_kernels import native, ops
 from elastic_moe_kernels.errors import KernelError
-from elastic_moe_kernels.table import LayerTable
-one = torch.ones(1, dtype=torch.int32)
-table = LayerTable(4 * one, one, torch.zeros(1), one, torch.ones(1, 64, dtype=torch.bool))
+from elastic_moe_kernels.table import build_table
+from elastic_moe.routing.subnet import full_layer
+sizes = {"num_experts": 64, "max_top_k": 4, "width_granules": 1}
+table = build_table([[full_layer(sizes)]], 64, 1).layer(0)
 def route(rows):
     subnet_of_row = torch.zeros(rows, dtype=torch.int64)
     return ops.route(torch.zeros(rows, 64), table, subnet_of_row, renormalize=True)

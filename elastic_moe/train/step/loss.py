@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from elastic_moe_kernels import training
+from elastic_moe_kernels import reference, training
 from torch import Tensor
 
 from elastic_moe.model.reference.transformer import Trace
@@ -129,6 +129,6 @@ def balance_loss(trace: Trace, subnet: Subnet, loads: Loads | None = None) -> Te
     loads = expert_loads(trace) if loads is None else loads
     logits = torch.stack([layer.router_logits for layer in trace.layers])  # (n, N, E)
     pool = expert_pools(loads, subnet)  # (n, E)
-    probability = logits.masked_fill(~pool.unsqueeze(1), -torch.inf).softmax(-1).mean(1)  # (n, E)
+    probability = reference.router_scores(logits, pool.unsqueeze(1)).mean(1)  # (n, E)
     share = loads.counts / loads.counts.sum(1, keepdim=True)
     return (pool.sum(1) * (share * probability).sum(1)).sum()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from elastic_moe_kernels.table import LayerTable
+from elastic_moe_kernels.reference import router_scores
+from elastic_moe_kernels.table import LayerTable, build_table
 from torch import Tensor
+
+from elastic_moe.routing import LayerSubnet
+from elastic_moe.routing.subnet import full_layer
 
 
 @dataclass(frozen=True)
@@ -18,18 +22,21 @@ class Entry:
     threshold: float = 0.0
     pool: tuple[int, ...] | None = None
 
+    def choice(self, num_experts: int) -> LayerSubnet:
+        """With the full value of every other axis."""
+        sizes = {"num_experts": num_experts, "max_top_k": self.k, "width_granules": 1}
+        return replace(
+            full_layer(sizes),
+            min_experts=self.min_experts,
+            sparsity_threshold=self.threshold,
+            expert_pool=tuple(range(num_experts)) if self.pool is None else self.pool,
+        )
+
 
 def make_table(num_experts: int, entries: list[Entry]) -> LayerTable:
-    pool = torch.zeros(len(entries), num_experts, dtype=torch.bool)
-    for row, entry in enumerate(entries):
-        pool[row, list(range(num_experts)) if entry.pool is None else list(entry.pool)] = True
-    return LayerTable(
-        top_k=torch.tensor([entry.k for entry in entries], dtype=torch.int32),
-        min_experts=torch.tensor([entry.min_experts for entry in entries], dtype=torch.int32),
-        threshold=torch.tensor([entry.threshold for entry in entries], dtype=torch.float32),
-        channels=torch.full((len(entries),), 8, dtype=torch.int32),
-        pool=pool,
-    )
+    """Each entry's choice, with 8 channels of each expert."""
+    choices = [[entry.choice(num_experts)] for entry in entries]
+    return build_table(choices, num_experts, channels_per_granule=8).layer(0)
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ def comparable(
     """
     rows = subnet_of_row.long()
     pool = table.pool[rows]
-    scores = logits.double().masked_fill(~pool, -torch.inf).softmax(-1)
+    scores = router_scores(logits.double(), pool)
     preference = scores if bias is None else scores + bias.double()
     preference = preference.masked_fill(~pool, -torch.inf)
     clear = torch.zeros(len(rows), dtype=torch.bool)

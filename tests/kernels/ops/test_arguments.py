@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from elastic_moe_kernels import ops
 from elastic_moe_kernels.constants import MAX_EXPERTS
 from elastic_moe_kernels.errors import KernelError
-from elastic_moe_kernels.table import LayerTable, SubnetTable
+from elastic_moe_kernels.table import LayerTable, SubnetTable, build_table
 
+from elastic_moe.routing import LayerSubnet
 from tests.kernels.ops.route_cases import Entry, make_table
 
 IMPLEMENTATIONS = ("reference", "cpu", "auto")
@@ -68,14 +70,7 @@ def test_good_arguments_are_taken(implementation: Any) -> None:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_row_whose_layer_routes_nothing(implementation: Any) -> None:
-    table = SubnetTable(
-        active=torch.tensor([[True], [False]]),
-        top_k=torch.tensor([[2], [0]], dtype=torch.int32),
-        min_experts=torch.tensor([[1], [0]], dtype=torch.int32),
-        threshold=torch.zeros(2, 1),
-        channels=torch.tensor([[8], [0]], dtype=torch.int32),
-        pool=torch.tensor([[[True] * 4], [[False] * 4]]),
-    )
+    table = build_table([[Entry(k=2).choice(4)], [LayerSubnet(active=False)]], 4, 8)
     with pytest.raises(KernelError, match="row 1: its sub-network has top_k 0 here"):
         ops.route(**{**arguments(), "table": table.layer(0)}, implementation=implementation)
 
@@ -179,14 +174,15 @@ def test_bad_table_tensor(change: dict[str, Any], message: str) -> None:
 
 def test_layers_of_a_model_keep_their_own_slots() -> None:
     """K is per layer, inactive entries are never read, and a layer is made once."""
-    table = SubnetTable(
-        active=torch.tensor([[True, True, True], [True, False, True]]),
-        top_k=torch.tensor([[2, 3, 0], [1, -7, 0]], dtype=torch.int32),
-        min_experts=torch.tensor([[1, 3, 0], [1, 99, 0]], dtype=torch.int32),
-        threshold=torch.tensor([[0.0, 1.0, 0.0], [0.5, float("nan"), 0.0]]),
-        channels=torch.tensor([[8, 8, 0], [4, -1, 0]], dtype=torch.int32),
-        pool=torch.tensor([True, True, True, False]).expand(2, 3, 4),
-    )
+    pool = (0, 1, 2)
+    dense = LayerSubnet(active=True, expert_pool=pool)
+    first = Entry(k=2, pool=pool).choice(4)
+    second = Entry(k=3, min_experts=3, threshold=1.0, pool=pool).choice(4)
+    half = replace(Entry(k=1, threshold=0.5, pool=pool).choice(4), expert_width=1)
+    wrong = Entry(k=-7, min_experts=99, threshold=float("nan"), pool=pool).choice(4)
+    wrong = replace(wrong, active=False, expert_width=-1)
+    wide = [replace(layer, expert_width=2) for layer in (first, second)]
+    table = build_table([[*wide, dense], [half, wrong, dense]], 4, 4)
     assert [table.layer(i).max_top_k for i in range(3)] == [2, 3, 0]
     assert table.layer(1) is table.layer(1)
     assert table.to("cpu") is table

@@ -17,6 +17,7 @@ namespace {
 
 using elastic_moe::ExpertsArgs;
 using elastic_moe::LinearArgs;
+using elastic_moe::NormArgs;
 
 template <class Kind>
 void linear_as(Member& member, const LinearArgs& args) {
@@ -31,10 +32,10 @@ void linear_as(Member& member, const LinearArgs& args) {
         });
 }
 
-void linear(const LinearArgs& args) {
-    run_team(args.threads, [&](Member& member) {
-        if (args.bf16) linear_as<Bf16>(member, args);
-        else linear_as<Float32>(member, args);
+void linear(LinearArgs& args) {
+    run_team(args.threads, args, [](Member& member, LinearArgs& a) {
+        if (a.bf16) linear_as<Bf16>(member, a);
+        else linear_as<Float32>(member, a);
     });
 }
 
@@ -54,25 +55,26 @@ void experts_as(Member& member, ExpertsArgs& args) {
 }
 
 void experts(ExpertsArgs& args) {
-    run_team(args.threads, [&](Member& member) {
-        if (args.bf16) experts_as<Bf16>(member, args);
-        else experts_as<Float32>(member, args);
+    run_team(args.threads, args, [](Member& member, ExpertsArgs& a) {
+        if (a.bf16) experts_as<Bf16>(member, a);
+        else experts_as<Float32>(member, a);
     });
 }
 
-void attention(const AttentionArgs& args) {
-    run_team(args.threads, [&](Member& member) {
-        if (args.bf16) run_attention<Bf16>(member, args, [](const Span&, int) {});
-        else run_attention<Float32>(member, args, [](const Span&, int) {});
+void attention(AttentionArgs& args) {
+    run_team(args.threads, args, [](Member& member, AttentionArgs& a) {
+        if (a.bf16) run_attention<Bf16>(member, a, [](const Span&, int) {});
+        else run_attention<Float32>(member, a, [](const Span&, int) {});
     });
 }
 
-void rms_norm_rows(const float* x, const float* gain, int64_t rows, int n, float eps, float* out,
-                   int threads) {
+void rms_norm_rows(NormArgs& args) {
     // Alone, a norm is over before a sleeping thread is awake.
-    run_team(rows * n <= 32 * kAlone ? 1 : threads, [&](Member& member) {
-        member.share(rows, 16, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i) rms_norm(x + i * n, gain, n, eps, out + i * n);
+    const int threads = args.rows * args.columns <= 32 * kAlone ? 1 : args.threads;
+    run_team(threads, args, [](Member& member, NormArgs& a) {
+        member.share(a.rows, 16, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i)
+                rms_norm(a.x + i * a.columns, a.gain, a.columns, a.eps, a.out + i * a.columns);
         });
     });
 }

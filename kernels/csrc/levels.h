@@ -15,12 +15,11 @@ namespace elastic_moe {
 // What one level offers.
 struct Kernels {
     const char* level;
-    void (*route)(const RouteArgs&);
-    void (*linear)(const LinearArgs&);
+    void (*route)(RouteArgs&);
+    void (*linear)(LinearArgs&);
     void (*experts)(ExpertsArgs&);
-    void (*attention)(const AttentionArgs&);
-    void (*rms_norm)(const float* x, const float* gain, int64_t rows, int n, float eps, float* out,
-                     int threads);
+    void (*attention)(AttentionArgs&);
+    void (*rms_norm)(NormArgs&);
     void (*step)(StepArgs&);
     int32_t (*probe)(const char* data, int64_t bytes, int threads);
 

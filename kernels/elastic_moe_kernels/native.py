@@ -2,24 +2,16 @@
 
 kernels/CMakeLists.txt lists the levels. The strongest that the install has and the machine runs is
 used, unless the environment variable ELASTIC_MOE_ISA names another; it is read once, at first use.
-
-The extension contains OpenMP code but names no OpenMP library: torch brings one, under a path and
-sometimes a name of its own, and a second in the same process would keep a second team of threads.
-So torch is imported first, and its library is made visible to the extension before it is loaded.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import os
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-import torch  # noqa: F401 (brings the OpenMP library that the extension needs)
 
 from elastic_moe_kernels import constants
 from elastic_moe_kernels.errors import KernelError
@@ -33,13 +25,11 @@ class BuildInfo:
 
     Attributes:
         compiler: name and version, "" without one.
-        openmp: whether the kernels use more than one thread.
         levels: instruction-set levels compiled, weakest first.
         reason: why something is missing, "" if nothing is.
     """
 
     compiler: str
-    openmp: bool
     levels: tuple[str, ...]
     reason: str
 
@@ -50,8 +40,8 @@ def build_info() -> BuildInfo:
     try:
         info: Any = importlib.import_module("elastic_moe_kernels._build_info")
     except ImportError:
-        return BuildInfo("", False, (), "this is a source checkout that was not installed")
-    return BuildInfo(info.COMPILER, info.OPENMP, tuple(info.LEVELS), info.REASON)
+        return BuildInfo("", (), "this is a source checkout that was not installed")
+    return BuildInfo(info.COMPILER, tuple(info.LEVELS), info.REASON)
 
 
 @cache
@@ -110,7 +100,7 @@ def _runnable() -> dict[str, int]:
 
 @cache
 def extension() -> ModuleType:
-    """The extension, with an OpenMP library for it to find.
+    """The extension.
 
     Raises:
         KernelError: it is not installed or does not load.
@@ -123,8 +113,6 @@ def extension() -> ModuleType:
             f"or `pip install --force-reinstall --no-deps --no-binary :all: elastic-moe`."
         )
     try:
-        if info.openmp:
-            _expose_openmp()
         module = importlib.import_module("elastic_moe_kernels._native")
     except (ImportError, OSError) as error:
         raise KernelError(
@@ -145,21 +133,3 @@ def _check_constants(found: dict[str, int]) -> None:
                 f"has {expected.get(name)}: they come from different versions. Install elastic-moe "
                 f"again."
             )
-
-
-def _expose_openmp() -> None:
-    """Make GOMP_parallel resolvable, from the OpenMP library that torch has loaded if any has."""
-    if hasattr(ctypes.CDLL(None), "GOMP_parallel"):
-        return
-    # Loaded, but privately: opening a loaded library again only widens its visibility.
-    mapped = {
-        line.split(maxsplit=5)[-1]
-        for line in Path("/proc/self/maps").read_text().split("\n")
-        if "/" in line
-    }
-    for path in sorted(mapped):
-        if Path(path).name.startswith(("libgomp", "libomp", "libiomp")):
-            library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-            if hasattr(library, "GOMP_parallel"):
-                return
-    ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)

@@ -123,8 +123,7 @@ print(json.dumps(sorted(p for p in paths if p.rsplit("/", 1)[-1].startswith(open
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_kernel_joins_torchs_team() -> None:
-    """No thread is added by the kernel once torch has its team, and none for a few rows."""
+def test_few_rows_need_no_helper_and_many_have_one_beside_torchs() -> None:
     code = (
         ROUTE
         + """
@@ -132,11 +131,12 @@ import os
 def threads(): return len(os.listdir("/proc/self/task"))
 torch.set_num_threads(2)
 route(1)
-before = threads()
 torch.ones(1 << 20).exp().sum()
-team = threads()
+before = threads()
+route(1)
+few = threads()
 route(4096)
-print(before < team == threads())
+print([few - before, threads() - before])
 """
     )
-    assert run(code) == "True"
+    assert run(code) == "[0, 1]"

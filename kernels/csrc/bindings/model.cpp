@@ -22,7 +22,15 @@ QKNorm qk_norm_of(const std::string& name) {
     return name == "none" ? QKNorm::kNone : name == "head" ? QKNorm::kHead : QKNorm::kAll;
 }
 
+// Models that exist. Helpers end with the last of them.
+std::atomic<int> models{0};
+
 }  // namespace
+
+NativeModel::~NativeModel() {
+    settle_threads();
+    if (--models == 0) stop_threads();
+}
 
 NativeModel::NativeModel(const Kernels* kernels, const ModelSpec& spec)
     : kernels_(kernels),
@@ -50,6 +58,7 @@ NativeModel::NativeModel(const Kernels* kernels, const ModelSpec& spec)
     weights_.renormalize = spec.renormalize;
     weights_.routing_epsilon = spec.routing_epsilon;
     weights_.layer = layer_.data();
+    ++models;
 }
 
 void NativeModel::set_layer(int index, LayerArrays arrays) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bindings/arrays.h"
+#include "core/threads.h"
 #include "core/workspace.h"
 #include "levels.h"
 
@@ -104,6 +105,9 @@ struct LayerArrays {
 class NativeModel {
   public:
     NativeModel(const Kernels* kernels, const ModelSpec& spec);
+    ~NativeModel();
+    NativeModel(const NativeModel&) = delete;
+    NativeModel& operator=(const NativeModel&) = delete;
 
     // Weights are kept, not copied.
     void set_layer(int index, LayerArrays arrays);

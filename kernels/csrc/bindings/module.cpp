@@ -12,6 +12,7 @@
 
 #include "bindings/bindings.h"
 #include "compiled_levels.h"
+#include "core/threads.h"
 
 namespace nb = nanobind;
 using namespace elastic_moe;
@@ -55,6 +56,8 @@ NB_MODULE(_native, m) {
     for (const SharedConstant& shared : kShared) constants[shared.name] = shared.value;
     m.attr("CONSTANTS") = constants;
     m.def("levels", &levels);
+    m.def("helper_count", &helper_count);
+    m.def("stop_threads", &stop_threads, nb::call_guard<nb::gil_scoped_release>());
     define_ops(m);
     define_model(m);
     define_training(m);

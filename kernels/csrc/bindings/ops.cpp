@@ -134,8 +134,9 @@ void rms_norm(int level, const Array<const float, 2>& x, const Floats& gain, flo
             "out must have the shape of x.");
     require_size("gain", gain, static_cast<int64_t>(x.shape(1)));
     nb::gil_scoped_release release;
-    kernels_of(level)->rms_norm(x.data(), gain.data(), static_cast<int64_t>(x.shape(0)),
-                                static_cast<int>(x.shape(1)), eps, out.data(), threads);
+    NormArgs args = {x.data(), gain.data(), static_cast<int64_t>(x.shape(0)),
+                     static_cast<int>(x.shape(1)), eps, out.data(), threads};
+    kernels_of(level)->rms_norm(args);
 }
 
 // (weight bytes, FLOPs). Python has checked that ids are in [-1, num_experts) and row_channels in

@@ -1,38 +1,30 @@
-// The threads that work on one call: torch's OpenMP team, joined for one parallel region. A call is
-// a sequence of phases, and a phase is a number of pieces of work that are taken one by one.
+// How threads work on one call (core/threads.h): a call is a sequence of phases, and a phase is a
+// number of pieces of work that are taken one by one.
 //
 // A phase ends when its pieces are done, not when all threads have come: one that the system holds
 // up, on a machine with other things to do, is waited for only while it works on a piece, and finds
 // its place when it comes back. Barriers would cost a time slice each.
+//
+// A thread that comes back may find that the call has long returned. So what is read outside pieces
+// (how many layers there are, which of them have rows) lies in the call's copy of its arguments or in
+// memory that outlives `settle_threads`; all else is read and written by whoever holds a piece.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#include <sched.h>
-#endif
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
+#include "core/threads.h"
 
 namespace {
 
-// Turns of waiting before a thread offers its core to another: some ten microseconds.
-constexpr int kSpins = 4000;
-
-// What the threads share; each on a cache line of its own.
-struct Team {
-    alignas(64) int64_t ticket = 0;  // upper half: the open phase; lower: its pieces not yet taken
-    alignas(64) int64_t total = 0;   // pieces of the open phase
-    alignas(64) int64_t done = 0;    // of them
-};
+using elastic_moe::Call;
 
 // One thread's view of its team. All threads go through the same phases in the same order; what
 // they read between phases must not change during the call.
 class Member {
   public:
-    Member(Team& team, int number, int size) : id(number), threads(size), team_(team) {}
+    Member(Call& call, int number) : id(number), threads(call.threads), call_(call) {}
 
     const int id;
     const int threads;
@@ -47,9 +39,9 @@ class Member {
         if (leads_) {
             total = count();
             if (!total) return;  // no other thread will notice
-            __atomic_store_n(&team_.total, total, __ATOMIC_RELAXED);
-            __atomic_store_n(&team_.done, 0, __ATOMIC_RELAXED);
-            __atomic_store_n(&team_.ticket, phase_ << 32 | total, __ATOMIC_RELEASE);
+            __atomic_store_n(&call_.total, total, __ATOMIC_RELAXED);
+            __atomic_store_n(&call_.done, 0, __ATOMIC_RELAXED);
+            __atomic_store_n(&call_.ticket, phase_ << 32 | total, __ATOMIC_RELEASE);
             leads_ = false;
         } else if (!wait()) {
             return;
@@ -61,7 +53,7 @@ class Member {
             const int64_t next = take(total);
             work(now, next);
             // No thread is left in a phase that is done: this thread opens the next one.
-            leads_ = __atomic_add_fetch(&team_.done, 1, __ATOMIC_ACQ_REL) == total;
+            leads_ = __atomic_add_fetch(&call_.done, 1, __ATOMIC_ACQ_REL) == total;
             now = next;
         }
     }
@@ -69,6 +61,7 @@ class Member {
     // After the last phase, which no other thread may have noticed: let the others go.
     void finish() {
         alone([] {});
+        if (!id) call_.waited = waited_;
     }
 
     // A phase of one piece.
@@ -91,57 +84,101 @@ class Member {
 
   private:
     // Until this thread's phase is open; false if it is past.
-    bool wait() const {
+    bool wait() {
+        int64_t since = 0;
         for (int turn = 0;; ++turn) {
-            const int64_t open = __atomic_load_n(&team_.ticket, __ATOMIC_ACQUIRE) >> 32;
-            if (open >= phase_) return open == phase_;
-#if defined(__SSE2__)
-            _mm_pause();
-#endif
-#if defined(_OPENMP)
-            if (turn >= kSpins) sched_yield();  // another process may need this core
-#endif
+            const int64_t open = __atomic_load_n(&call_.ticket, __ATOMIC_ACQUIRE) >> 32;
+            if (open >= phase_) {
+                if (since) waited_ += elastic_moe::now_nanoseconds() - since;
+                return open == phase_;
+            }
+            if (turn == elastic_moe::kSpins) since = elastic_moe::now_nanoseconds();
+            elastic_moe::wait_a_turn(turn);
         }
     }
 
     // The next piece of this thread's phase, -1 if there is none or the phase is past; with a
     // piece, `total` is set to how many the phase has.
     int64_t take(int64_t& total) {
-        int64_t ticket = __atomic_load_n(&team_.ticket, __ATOMIC_ACQUIRE);
+        int64_t ticket = __atomic_load_n(&call_.ticket, __ATOMIC_ACQUIRE);
         for (;;) {
             const int64_t left = ticket & 0xFFFFFFFF;
             if (ticket >> 32 != phase_ || !left) return -1;
-            if (__atomic_compare_exchange_n(&team_.ticket, &ticket, ticket - 1, true,
+            if (__atomic_compare_exchange_n(&call_.ticket, &ticket, ticket - 1, true,
                                             __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
                 // Not before: only who holds a piece knows that the phase is still this one.
-                total = __atomic_load_n(&team_.total, __ATOMIC_RELAXED);
+                total = __atomic_load_n(&call_.total, __ATOMIC_RELAXED);
                 return total - left;
             }
         }
     }
 
-    Team& team_;
+    Call& call_;
+    int64_t waited_ = 0;  // nanoseconds, but for the first microseconds of each time
     int64_t phase_ = 0;
     bool leads_ = id == 0;
 };
 
-// Run `work(member)` on at most `threads` threads.
-template <class Work>
-static void run_team(int threads, Work work) {
-    Team team;
-#if defined(_OPENMP)
-    if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-        {
-            Member member(team, omp_get_thread_num(), omp_get_num_threads());
-            work(member);
-            member.finish();
-        }
+template <class Args>
+static void enter_call(Call& call, int id) {
+    Member member(call, id);
+    reinterpret_cast<void (*)(Member&, Args&)>(call.work)(member,
+                                                          *static_cast<Args*>(call.arguments));
+    member.finish();
+}
+
+// Run `work(member, args)` on at most `threads` threads, all with one copy of `args`, which comes
+// back. `work` captures nothing. `keep(args, memory)` copies what pointers in `args` lead to and
+// threads read outside pieces, up to `bytes`. `amount(args)` estimates the work that was done.
+template <class Args, class Work, class Keep, class Amount>
+static void run_team(int threads, Args& args, Work work, size_t bytes, Keep keep, Amount amount) {
+    static_assert(std::is_empty<Work>::value, "a late thread would read what was captured");
+    static_assert(std::is_trivially_copyable<Args>::value, "arguments are copied as bytes");
+    void (*const function)(Member&, Args&) = work;
+    const size_t own = (sizeof(Args) + 63) / 64 * 64;
+    Call* const call = elastic_moe::begin_call(threads, own + bytes);
+    if (!call) {
+        Call alone;
+        Member member(alone, 0);
+        function(member, args);
         return;
     }
-#endif
-    Member member(team, 0, 1);
-    work(member);
+    Args& copy = *static_cast<Args*>(call->arguments);
+    std::memcpy(call->arguments, &args, sizeof(Args));
+    keep(copy, static_cast<char*>(call->arguments) + own);
+    call->work = reinterpret_cast<void (*)()>(function);
+    call->enter = enter_call<Args>;
+    elastic_moe::run_call(*call, false);
+    std::memcpy(&args, call->arguments, sizeof(Args));
+    elastic_moe::end_call(*call, amount(args));
+}
+
+template <class Args, class Work>
+static void run_team(int threads, Args& args, Work work) {
+    run_team(
+        threads, args, work, 0, [](Args&, char*) {}, [](const Args&) { return 0.0; });
+}
+
+// Run `work(member)` on at most `threads` threads, and wait until those that came have left it: it
+// may capture and read what it likes. For long calls, as training's.
+template <class Work>
+static void run_team_and_wait(int threads, Work work) {
+    Call* const call = elastic_moe::begin_call(threads, sizeof(Work*));
+    if (!call) {
+        Call alone;
+        Member member(alone, 0);
+        work(member);
+        return;
+    }
+    Work* const at = &work;
+    std::memcpy(call->arguments, &at, sizeof at);
+    call->enter = [](Call& c, int id) {
+        Member member(c, id);
+        (**static_cast<Work**>(c.arguments))(member);
+        member.finish();
+    };
+    elastic_moe::run_call(*call, true);
+    elastic_moe::end_call(*call, 0.0);
 }
 
 }  // namespace

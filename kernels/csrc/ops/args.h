@@ -114,6 +114,16 @@ struct LinearArgs {
     bool bf16;
 };
 
+struct NormArgs {
+    const float* x;     // (rows, columns)
+    const float* gain;  // (columns,)
+    int64_t rows;
+    int columns;
+    float eps;
+    float* out;  // (rows, columns)
+    int threads;
+};
+
 struct ExpertsArgs {
     Ffn ffn;
     ExpertPlan plan;

@@ -28,15 +28,22 @@ static inline int32_t probe_stretch(const char* data, int64_t bytes) {
     return sum;
 }
 
+struct ProbeArgs {
+    const char* data;
+    int64_t each;
+    int parts;
+    int32_t sum;
+};
+
 static int32_t probe(const char* data, int64_t bytes, int threads) {
-    const int64_t each = bytes / threads / kProbeStep * kProbeStep;
-    int32_t sum = 0;
-    run_team(threads, [&](Member& member) {
-        // The team may come out smaller than asked for.
-        for (int part = member.id; part < threads; part += member.threads)
-            __atomic_fetch_xor(&sum, probe_stretch(data + each * part, each), __ATOMIC_RELAXED);
+    ProbeArgs args = {data, bytes / threads / kProbeStep * kProbeStep, threads, 0};
+    run_team(threads, args, [](Member& member, ProbeArgs& a) {
+        member.share(a.parts, 1, [&](int64_t part, int64_t) {
+            __atomic_fetch_xor(&a.sum, probe_stretch(a.data + a.each * part, a.each),
+                               __ATOMIC_RELAXED);
+        });
     });
-    return sum;
+    return args.sum;
 }
 
 }  // namespace

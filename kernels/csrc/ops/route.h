@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "core/simd.h"
+#include "core/team.h"
 #include "ops/args.h"
 
 namespace {
@@ -277,19 +278,14 @@ static void route_rows(const RouteArgs& args, int64_t begin, int64_t end) {
     }
 }
 
-static void route(const RouteArgs& args) {
-#if defined(_OPENMP)
+static void route(RouteArgs& args) {
     const int64_t useful = args.rows * args.experts / (kParallelElements / 2);
     const int64_t most = args.threads < args.rows ? args.threads : args.rows;
-    const int threads = static_cast<int>(useful < most ? useful : most);
-    if (threads > 1) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-        for (int part = 0; part < threads; ++part)
-            route_rows(args, args.rows * part / threads, args.rows * (part + 1) / threads);
-        return;
-    }
-#endif
-    route_rows(args, 0, args.rows);
+    run_team(static_cast<int>(useful < most ? useful : most), args,
+             [](Member& member, RouteArgs& a) {
+                 member.share(a.rows, 1 + a.rows / (4 * member.threads),
+                              [&](int64_t begin, int64_t end) { route_rows(a, begin, end); });
+             });
 }
 
 }  // namespace

@@ -29,6 +29,9 @@ constexpr int64_t kAlone = 8192;
 // Nor is a matrix of up to this many bytes, for few rows.
 constexpr int64_t kAloneBytes = 32 << 10;
 
+// What an operation costs beside a byte that is read, about.
+constexpr double kBytesPerFlop = 0.1;
+
 // Phase: body(row) for 0..rows-1, `cost` numbers each.
 template <class Body>
 static inline void each_row(Member& member, int rows, int64_t cost, Body body) {
@@ -342,10 +345,28 @@ static void step(StepArgs& s) {
         s.counters.flops = s.logits_count * (2 * static_cast<int64_t>(m.vocab) * m.hidden +
                                              4 * static_cast<int64_t>(m.hidden));
     }
-    run_team(s.threads, [&](Member& member) {
-        if (m.bf16) step_as<Bf16>(member, s);
-        else step_as<Float32>(member, s);
-    });
+    // Threads read these between phases.
+    const size_t layers = static_cast<size_t>(m.layers);
+    const size_t rows_bytes = layers * sizeof(LayerRows);
+    run_team(
+        s.threads, s,
+        [](Member& member, StepArgs& a) {
+            if (a.model->bf16) step_as<Bf16>(member, a);
+            else step_as<Float32>(member, a);
+        },
+        rows_bytes + layers + 1,
+        [&](StepArgs& copy, char* memory) {
+            copy.layers = reinterpret_cast<LayerRows*>(memory);
+            std::memcpy(memory, s.layers, rows_bytes);
+            if (!s.state_layers) return;
+            copy.state_layers = reinterpret_cast<uint8_t*>(memory + rows_bytes);
+            std::memcpy(memory + rows_bytes, s.state_layers, layers + 1);
+        },
+        [](const StepArgs& a) {
+            const Counters& c = a.counters;
+            return static_cast<double>(c.weight_bytes + c.kv_bytes) +
+                   static_cast<double>(c.flops) * kBytesPerFlop;
+        });
 }
 
 }  // namespace

@@ -122,7 +122,7 @@ static void attention_forward(AttentionTraining& a) {
     const AttentionSizes n(a);
     float* const qkv_weights = a.weights;
     float* const out_weights = qkv_weights + packed_size(a.hidden, n.all);
-    run_team(a.threads, [&](Member& member) {
+    run_team_and_wait(a.threads, [&](Member& member) {
         float* const scratch = a.scratch + member.id * a.scratch_size;
         member.share(4, 1, [&](int64_t i, int64_t) {
             const float* const of[] = {a.q, a.k, a.v};
@@ -268,7 +268,7 @@ static void attention_backward(AttentionTraining& a) {
     const int64_t blocks = (a.rows + kBlockRows - 1) / kBlockRows;
     float* const qkv_weights = a.weights;
     float* const out_weights = qkv_weights + packed_size(n.all, a.hidden);
-    run_team(a.threads, [&](Member& member) {
+    run_team_and_wait(a.threads, [&](Member& member) {
         float* const scratch = a.scratch + member.id * a.scratch_size;
         member.share(4, 1, [&](int64_t i, int64_t) {
             const float* const of[] = {a.q, a.k, a.v};

@@ -137,7 +137,7 @@ static void experts_forward(ExpertsTraining& a) {
     const int64_t wide = round_up(a.experts, kColumns);
     int pool = 0;
     for (int e = 0; e < a.experts; ++e) pool += a.pool[e] != 0;
-    run_team(a.threads, [&](Member& member) {
+    run_team_and_wait(a.threads, [&](Member& member) {
         float* const scratch = a.scratch + member.id * a.scratch_size;
         float* const weights = a.weights + member.id * a.weights_size;
         float* const router = scratch;  // every thread packs it for itself
@@ -281,7 +281,7 @@ static void experts_backward(ExpertsTraining& a) {
     const int64_t partial_row = a.hidden + a.experts;
     int pool = 0;
     for (int e = 0; e < a.experts; ++e) pool += a.pool[e] != 0;
-    run_team(a.threads, [&](Member& member) {
+    run_team_and_wait(a.threads, [&](Member& member) {
         float* const scratch = a.scratch + member.id * a.scratch_size;
         float* const weights = a.weights + member.id * a.weights_size;
         member.share(a.experts, 1,

@@ -56,7 +56,7 @@ static void head_loss(HeadLossArgs& a) {
     float* const columns = a.weights;
     float* const rows_packed = columns + packed_size(a.hidden, a.vocab);
     double losses[kHeadParts] = {};
-    run_team(a.threads, [&](Member& member) {
+    run_team_and_wait(a.threads, [&](Member& member) {
         float* const logits = a.scratch + member.id * a.scratch_size;
         member.share(a.vocab, 512, [&](int64_t begin, int64_t end) {
             pack_rows_as_columns(a.weight + begin * a.hidden, a.hidden, end - begin, a.hidden,

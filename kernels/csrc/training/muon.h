@@ -82,7 +82,7 @@ static inline void muon_matrix(const MuonArgs& args, const MuonMatrices& of, int
 }
 
 static void muon(MuonArgs& args) {
-    run_team(args.threads, [&](Member& member) {
+    run_team_and_wait(args.threads, [&](Member& member) {
         float* const scratch = args.scratch + member.id * args.scratch_size;
         int64_t all = 0;
         for (int i = 0; i < args.count; ++i) all += args.list[i].matrices;

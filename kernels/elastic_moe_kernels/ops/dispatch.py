@@ -39,7 +39,7 @@ def backends() -> list[Backend]:
     if why_not:
         return [reference_backend, Backend("cpu", False, None, (), why_not)]
     info = native.build_info()
-    detail = f"{info.compiler}, {'OpenMP' if info.openmp else 'one thread'}"
+    detail = info.compiler
     idle = [name for name in info.levels if name not in native.levels()]
     if idle:
         detail += f"; compiled, but this machine lacks it: {', '.join(idle)}"
@@ -74,22 +74,15 @@ def _why_not_cpu() -> str:
 
 @cache
 def warn_if_degraded() -> None:
-    """Warn, once per process, if the C++ kernels are not installed or lack OpenMP.
+    """Warn, once per process, if the C++ kernels are not installed.
 
-    "auto" then runs the reference, or one thread: the results are right, but slow.
+    "auto" then runs the reference: the results are right, but slow.
     """
-    if native.missing():
-        problem = (
-            f"the PyTorch reference runs instead of the C++ kernels, and is slower: "
-            f"{native.missing()}"
-        )
-    elif not native.build_info().openmp:
-        problem = (
-            f"the C++ kernels run on one thread: {native.build_info().reason}. With a compiler "
-            f"that has OpenMP, install elastic-moe again: `pip install .` in its source."
-        )
-    else:
+    if not native.missing():
         return
+    problem = (
+        f"the PyTorch reference runs instead of the C++ kernels, and is slower: {native.missing()}"
+    )
     warnings.warn(problem, RuntimeWarning, stacklevel=3)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import settings
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch
+from elastic_moe_kernels import native
 
 from elastic_moe.engine import Engine
 from elastic_moe.model.checkpoints.folder import BUNDLED
@@ -48,6 +50,18 @@ TINY = dataclasses.replace(
         trained={"depth": (2, 3, 4, 5, 6), "top_k": (1, 2, 3), "width": (2, 4), "pool": (4, 8)},
     ),
 )
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """For tests that set the number of threads: kernels use them, however busy the machine is."""
+    before = torch.get_num_threads()
+    if not native.missing():
+        native.extension().assume_free_cores(64)
+    yield
+    torch.set_num_threads(before)
+    if not native.missing():
+        native.extension().assume_free_cores(0)
 
 
 def random_model(config: object = TINY, seed: int = 0) -> ElasticTransformer:

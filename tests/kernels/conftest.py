@@ -23,14 +23,6 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """For tests that set the number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def unfilled_memory_is_nan() -> Iterator[None]:
     """What an op forgets to write, or reads before it is written, shows."""

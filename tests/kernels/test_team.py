@@ -37,6 +37,7 @@ import json, os
 import numpy as np
 from elastic_moe_kernels import native
 extension = native.extension()
+extension.assume_free_cores(8)  # however busy the machine is
 data = np.zeros(1 << 20, np.uint8)
 def call():
     extension.probe(0, data, 3)

@@ -57,6 +57,7 @@ NB_MODULE(_native, m) {
     m.attr("CONSTANTS") = constants;
     m.def("levels", &levels);
     m.def("helper_count", &helper_count);
+    m.def("assume_free_cores", &assume_free_cores, nb::arg("cores"));
     m.def("stop_threads", &stop_threads, nb::call_guard<nb::gil_scoped_release>());
     define_ops(m);
     define_model(m);

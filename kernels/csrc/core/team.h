@@ -41,7 +41,8 @@ class Member {
             if (!total) return;  // no other thread will notice
             __atomic_store_n(&call_.total, total, __ATOMIC_RELAXED);
             __atomic_store_n(&call_.done, 0, __ATOMIC_RELAXED);
-            __atomic_store_n(&call_.ticket, phase_ << 32 | total, __ATOMIC_RELEASE);
+            __atomic_store_n(&call_.ticket, phase_ << 32 | total, __ATOMIC_SEQ_CST);
+            if (__atomic_load_n(&call_.waiting, __ATOMIC_SEQ_CST)) elastic_moe::wake_waiting(call_);
             leads_ = false;
         } else if (!wait()) {
             return;
@@ -61,7 +62,6 @@ class Member {
     // After the last phase, which no other thread may have noticed: let the others go.
     void finish() {
         alone([] {});
-        if (!id) call_.waited = waited_;
     }
 
     // A phase of one piece.
@@ -85,16 +85,9 @@ class Member {
   private:
     // Until this thread's phase is open; false if it is past.
     bool wait() {
-        int64_t since = 0;
-        for (int turn = 0;; ++turn) {
-            const int64_t open = __atomic_load_n(&call_.ticket, __ATOMIC_ACQUIRE) >> 32;
-            if (open >= phase_) {
-                if (since) waited_ += elastic_moe::now_nanoseconds() - since;
-                return open == phase_;
-            }
-            if (turn == elastic_moe::kSpins) since = elastic_moe::now_nanoseconds();
-            elastic_moe::wait_a_turn(turn);
-        }
+        int64_t open = __atomic_load_n(&call_.ticket, __ATOMIC_ACQUIRE) >> 32;
+        if (open < phase_) open = elastic_moe::wait_for_phase(call_, phase_);
+        return open == phase_;
     }
 
     // The next piece of this thread's phase, -1 if there is none or the phase is past; with a
@@ -114,7 +107,6 @@ class Member {
     }
 
     Call& call_;
-    int64_t waited_ = 0;  // nanoseconds, but for the first microseconds of each time
     int64_t phase_ = 0;
     bool leads_ = id == 0;
 };
@@ -129,9 +121,9 @@ static void enter_call(Call& call, int id) {
 
 // Run `work(member, args)` on at most `threads` threads, all with one copy of `args`, which comes
 // back. `work` captures nothing. `keep(args, memory)` copies what pointers in `args` lead to and
-// threads read outside pieces, up to `bytes`. `amount(args)` estimates the work that was done.
-template <class Args, class Work, class Keep, class Amount>
-static void run_team(int threads, Args& args, Work work, size_t bytes, Keep keep, Amount amount) {
+// threads read outside pieces, up to `bytes`.
+template <class Args, class Work, class Keep>
+static void run_team(int threads, Args& args, Work work, size_t bytes, Keep keep) {
     static_assert(std::is_empty<Work>::value, "a late thread would read what was captured");
     static_assert(std::is_trivially_copyable<Args>::value, "arguments are copied as bytes");
     void (*const function)(Member&, Args&) = work;
@@ -150,13 +142,12 @@ static void run_team(int threads, Args& args, Work work, size_t bytes, Keep keep
     call->enter = enter_call<Args>;
     elastic_moe::run_call(*call, false);
     std::memcpy(&args, call->arguments, sizeof(Args));
-    elastic_moe::end_call(*call, amount(args));
+    elastic_moe::end_call(*call);
 }
 
 template <class Args, class Work>
 static void run_team(int threads, Args& args, Work work) {
-    run_team(
-        threads, args, work, 0, [](Args&, char*) {}, [](const Args&) { return 0.0; });
+    run_team(threads, args, work, 0, [](Args&, char*) {});
 }
 
 // Run `work(member)` on at most `threads` threads, and wait until those that came have left it: it
@@ -178,7 +169,7 @@ static void run_team_and_wait(int threads, Work work) {
         member.finish();
     };
     elastic_moe::run_call(*call, true);
-    elastic_moe::end_call(*call, 0.0);
+    elastic_moe::end_call(*call);
 }
 
 }  // namespace

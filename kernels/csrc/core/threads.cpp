@@ -10,6 +10,7 @@
 #include <cstring>
 
 #if defined(__linux__)
+#include <fcntl.h>
 #include <linux/futex.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -27,27 +28,23 @@ constexpr int64_t kMicrosecond = 1000, kMillisecond = 1000000;
 // A helper waits awake for the next call so long, if calls lately came sooner.
 constexpr int64_t kSpinTime = 200 * kMicrosecond;
 
+// What a longer time between calls counts as.
+constexpr int64_t kLongestGap = 5 * kMillisecond;
+
+// Turns of waiting within a call before a thread sleeps: some ten microseconds. One that sleeps has
+// not used up its share when there is work again, and runs at once, which one that spins or yields
+// does not where others want the cores.
+constexpr int kSpins = 4000;
+
 // The stack of a helper: the scratch of an attention piece, with room to spare.
 constexpr size_t kStackBytes = 4 << 20;
 
-// Where something else wants the cores, a helper may be held up with a piece that the caller waits
-// for, and fewer threads may get more done. How many is found by trying: work per second of numbers
-// next to each other is compared over windows of calls. Nothing is tried as long as all threads take
-// part and the caller waits for less than this share of its time.
-constexpr double kCalmShare = 0.1;
-constexpr int64_t kWindow = 40 * kMillisecond;  // inside calls
-constexpr int64_t kFirstInterval = 200 * kMillisecond, kLongestInterval = 2000 * kMillisecond;
-constexpr double kBetter = 1.05;   // what another number must be to be preferred
-constexpr double kRemember = 0.6;  // of earlier windows, when one is added
-constexpr int kNumbers = 9;        // all threads, half of them, ...
-
-// Work and time of one number of threads, in its latest windows.
-struct Rate {
-    double work = 0, seconds = 0;
-    int windows = 0;
-
-    double value() const { return seconds > 0 ? work / seconds : 0; }
-};
+// Where something else wants the cores, a helper is held up with a piece that the caller waits for,
+// and one thread gets more done than two. So as many threads take part as there are cores that
+// nothing else wants, by the system's count of runnable threads. It is read so often, and the mean of
+// about four readings counts.
+constexpr int64_t kReadTime = 4 * kMillisecond;
+constexpr double kNewest = 0.25;
 
 struct Team {
     alignas(64) int taken = 0;  // by a caller
@@ -60,14 +57,11 @@ struct Team {
 
     // The caller's, under `taken`.
     int helpers = 0;
-    int64_t last_end = 0, gap = kMillisecond;
-    // How many threads take part: `asked` halved so many times.
-    int asked = 0, halvings = 0, preferred = 0;
-    Rate rate[kNumbers];
-    double window_work = 0;
-    int64_t window_time = 0, window_waited = 0;
-    int64_t try_at = 0, interval = kFirstInterval;
-    bool try_more = false;  // threads, next time
+    int64_t last_end = 0, gap = kLongestGap;
+    double others = 0;  // runnable threads that are not the team's
+    int64_t read_at = 0;
+    int free_cores = kMaxThreads;
+    int assumed_cores = 0;
 
     Call call[kMaxThreads + 1];
 };
@@ -92,19 +86,19 @@ void pause_briefly() {
 #endif
 }
 
+// Sleeping and waking, by the address of a number: its lower or upper half changes before a wake.
 #if defined(__linux__)
 
-uint32_t* word_of(uint64_t& calls) {
-    return reinterpret_cast<uint32_t*>(&calls) + (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__);
+uint32_t* half_of(void* number, bool upper) {
+    return static_cast<uint32_t*>(number) + (upper != (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__));
 }
 
-void sleep_while(uint64_t& calls, uint64_t seen) {
-    syscall(SYS_futex, word_of(calls), FUTEX_WAIT_PRIVATE, static_cast<uint32_t>(seen), nullptr,
-            nullptr, 0);
+void sleep_while(void* number, bool upper, uint32_t seen) {
+    syscall(SYS_futex, half_of(number, upper), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
 }
 
-void wake(uint64_t& calls, int count) {
-    syscall(SYS_futex, word_of(calls), FUTEX_WAKE_PRIVATE, count, nullptr, nullptr, 0);
+void wake(void* number, bool upper, int count) {
+    syscall(SYS_futex, half_of(number, upper), FUTEX_WAKE_PRIVATE, count, nullptr, nullptr, 0);
 }
 
 #else
@@ -112,19 +106,32 @@ void wake(uint64_t& calls, int count) {
 pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 pthread_cond_t condition = PTHREAD_COND_INITIALIZER;
 
-void sleep_while(uint64_t& calls, uint64_t seen) {
+void sleep_while(void* number, bool upper, uint32_t seen) {
     pthread_mutex_lock(&mutex);
-    while (load(calls) == seen) pthread_cond_wait(&condition, &mutex);
+    while (static_cast<uint32_t>(load(*static_cast<uint64_t*>(number)) >> (upper ? 32 : 0)) == seen)
+        pthread_cond_wait(&condition, &mutex);
     pthread_mutex_unlock(&mutex);
 }
 
-void wake(uint64_t&, int) {
+void wake(void*, bool, int) {
     pthread_mutex_lock(&mutex);
     pthread_cond_broadcast(&condition);
     pthread_mutex_unlock(&mutex);
 }
 
 #endif
+
+int64_t now_nanoseconds() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * int64_t{1000000000} + t.tv_nsec;
+}
+
+// After `turn` turns of waiting: pause, or offer the core to another thread.
+void wait_a_turn(int turn) {
+    pause_briefly();
+    if (turn >= kSpins) sched_yield();
+}
 
 // Until there was a call after the one numbered `seen`: awake at first, if that paid lately.
 uint64_t next_call(uint64_t seen) {
@@ -143,7 +150,7 @@ uint64_t next_call(uint64_t seen) {
     }
     while (load(team.calls) == seen) {
         __atomic_add_fetch(&team.sleeping, 1, __ATOMIC_SEQ_CST);
-        if (load(team.calls) == seen) sleep_while(team.calls, seen);
+        if (load(team.calls) == seen) sleep_while(&team.calls, false, static_cast<uint32_t>(seen));
         __atomic_sub_fetch(&team.sleeping, 1, __ATOMIC_SEQ_CST);
     }
     return load(team.calls);
@@ -218,71 +225,73 @@ Call* unused_call() {
     return nullptr;
 }
 
-int threads_after(int asked, int halvings) {
-    const int threads = asked >> halvings;
-    return threads < 1 ? 1 : threads;
-}
+#if defined(__linux__)
 
-// Forget what was found out, for a caller with another number of threads.
-void begin_trials(int asked) {
-    team.asked = asked;
-    team.halvings = team.preferred = 0;
-    for (Rate& rate : team.rate) rate = Rate();
-    team.window_work = 0;
-    team.window_time = team.window_waited = 0;
-    team.interval = kFirstInterval;
-}
-
-// A window has ended: decide on how many threads the next one runs.
-void choose_threads(int64_t now) {
-    Rate& rate = team.rate[team.halvings];
-    rate.work = kRemember * rate.work + team.window_work;
-    rate.seconds = kRemember * rate.seconds + static_cast<double>(team.window_time) * 1e-9;
-    ++rate.windows;
-    const bool calm =
-        static_cast<double>(team.window_waited) < kCalmShare * static_cast<double>(team.window_time);
-    team.window_work = 0;
-    team.window_time = team.window_waited = 0;
-
-    if (team.halvings != team.preferred) {  // a trial, until it has as many windows
-        if (rate.windows < team.rate[team.preferred].windows && rate.windows < 3) return;
-        if (rate.value() > kBetter * team.rate[team.preferred].value()) {
-            team.preferred = team.halvings;
-            team.interval = kFirstInterval;
-        } else {
-            team.halvings = team.preferred;
-            if (team.interval < kLongestInterval) team.interval *= 2;
-        }
-        team.try_at = now + team.interval;
-        return;
+// Threads of the whole system that run or could run, 0 if it does not tell.
+int runnable_threads() {
+    const int file = open("/proc/loadavg", O_RDONLY | O_CLOEXEC);
+    if (file < 0) return 0;
+    char text[128];
+    const ssize_t size = read(file, text, sizeof text - 1);
+    close(file);
+    text[size > 0 ? size : 0] = 0;
+    // "0.20 0.18 0.12 1/80 11206": the fourth column
+    const char* at = text;
+    for (int column = 0; column < 3 && at; ++column) {
+        at = std::strchr(at, ' ');
+        if (at) ++at;
     }
-    if (now < team.try_at || (team.preferred == 0 && calm)) return;
-    const bool more = team.preferred > 0, fewer = threads_after(team.asked, team.preferred) > 1;
-    if (!more && !fewer) return;
-    team.try_more = more && (!fewer || !team.try_more);
-    team.halvings = team.preferred + (team.try_more ? -1 : 1);
-    team.rate[team.halvings].windows = 0;
+    return at ? std::atoi(at) : 0;
 }
+
+void count_free_cores() {
+    cpu_set_t mask;
+    const long online = sysconf(_SC_NPROCESSORS_ONLN);
+    const int own = 1 + load(team.spinning), runnable = runnable_threads();
+    if (online < 1 || !runnable) return;
+    team.others += kNewest * ((runnable > own ? runnable - own : 0) - team.others);
+    const int left = static_cast<int>(online) - static_cast<int>(team.others + 0.5);
+    const int allowed = sched_getaffinity(0, sizeof mask, &mask) ? left : CPU_COUNT(&mask);
+    const int free = left < allowed ? left : allowed;
+    team.free_cores = free < 1 ? 1 : free;
+}
+
+#else
+
+void count_free_cores() {}
+
+#endif
 
 }  // namespace
 
-int64_t now_nanoseconds() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * int64_t{1000000000} + t.tv_nsec;
+int64_t wait_for_phase(Call& call, int64_t phase) {
+    int64_t open = 0;
+    for (int turn = 0; turn < kSpins; ++turn) {
+        open = __atomic_load_n(&call.ticket, __ATOMIC_ACQUIRE) >> 32;
+        if (open >= phase) return open;
+        pause_briefly();
+    }
+    __atomic_add_fetch(&call.waiting, 1, __ATOMIC_SEQ_CST);
+    while ((open = load(call.ticket) >> 32) < phase)
+        sleep_while(&call.ticket, true, static_cast<uint32_t>(open));
+    __atomic_sub_fetch(&call.waiting, 1, __ATOMIC_SEQ_CST);
+    return open;
 }
 
-void wait_a_turn(int turn) {
-    pause_briefly();
-    if (turn >= kSpins) sched_yield();  // another process may need this core
-}
+void wake_waiting(Call& call) { wake(&call.ticket, true, INT_MAX); }
 
 Call* begin_call(int threads, size_t bytes) {
     if (threads < 2 || __atomic_exchange_n(&team.taken, 1, __ATOMIC_ACQUIRE)) return nullptr;
     static const bool watching = watch_forks();
     const int64_t now = now_nanoseconds();
     if (threads > kMaxThreads) threads = kMaxThreads;
-    if (threads != team.asked) begin_trials(threads);
+    if (now >= team.read_at) {
+        count_free_cores();
+        team.read_at = now + kReadTime;
+    }
+    const int assumed = __atomic_load_n(&team.assumed_cores, __ATOMIC_RELAXED);
+    const int free = assumed ? assumed : team.free_cores;
+    if (threads > free) threads = free;
     Call* const call = watching ? unused_call() : nullptr;
     if (call && call->capacity < bytes) {
         std::free(call->arguments);
@@ -295,14 +304,11 @@ Call* begin_call(int threads, size_t bytes) {
         return nullptr;
     }
     int64_t gap = now - team.last_end;
-    if (gap > kMillisecond) gap = kMillisecond;
-    team.gap += (gap - team.gap) / 8;
+    if (gap > kLongestGap) gap = kLongestGap;
+    team.gap += (gap - team.gap) / 4;
     store(team.spin_time, team.gap < kSpinTime ? kSpinTime : int64_t{0});
-    threads = threads_after(threads, team.halvings);
     while (team.helpers < threads - 1 && add_helper()) ++team.helpers;
     call->ticket = call->total = call->done = 0;
-    call->started = now;
-    call->waited = 0;
     __atomic_store_n(&call->threads, threads, __ATOMIC_RELAXED);
     return call;
 }
@@ -317,21 +323,15 @@ void run_call(Call& call, bool leave) {
     __atomic_add_fetch(&team.calls, uint64_t{1}, __ATOMIC_SEQ_CST);
     if (load(team.sleeping)) {
         const int missing = call.threads - 1 - load(team.spinning);
-        if (missing > 0) wake(team.calls, missing);
+        if (missing > 0) wake(&team.calls, false, missing);
     }
     call.enter(call, 0);
     __atomic_and_fetch(&call.gate, ~uint64_t{1}, __ATOMIC_ACQ_REL);
     for (int turn = 0; leave && load(call.gate) & 0xFFFFFFFE; ++turn) wait_a_turn(turn);
 }
 
-void end_call(Call& call, double work) {
+void end_call(Call& call) {
     team.last_end = now_nanoseconds();
-    if (work > 0) {
-        team.window_work += work;
-        team.window_time += team.last_end - call.started;
-        team.window_waited += call.waited;
-        if (team.window_time >= kWindow) choose_threads(team.last_end);
-    }
     // From here on only helpers that are inside look at it; the last of them leaves it unused.
     for (uint64_t gate = load(call.gate);
          !__atomic_compare_exchange_n(&call.gate, &gate, gate & 0xFFFFFFFF, true, __ATOMIC_ACQ_REL,
@@ -345,13 +345,17 @@ void settle_threads() {
         for (int turn = 0; load(call.gate) && !(load(call.gate) & 1); ++turn) wait_a_turn(turn);
 }
 
+void assume_free_cores(int cores) {
+    __atomic_store_n(&team.assumed_cores, cores < 0 ? 0 : cores, __ATOMIC_RELAXED);
+}
+
 void stop_threads() {
     for (int turn = 0; __atomic_exchange_n(&team.taken, 1, __ATOMIC_ACQUIRE); ++turn)
         wait_a_turn(turn);
     __atomic_add_fetch(&team.generation, uint64_t{1}, __ATOMIC_SEQ_CST);
     store(team.current, static_cast<Call*>(nullptr));
     __atomic_add_fetch(&team.calls, uint64_t{1}, __ATOMIC_SEQ_CST);
-    wake(team.calls, INT_MAX);
+    wake(&team.calls, false, INT_MAX);
     team.helpers = 0;
     __atomic_store_n(&team.taken, 0, __ATOMIC_RELEASE);
 }

@@ -16,15 +16,13 @@
 
 namespace elastic_moe {
 
-// Turns of waiting within a call before a thread offers its core to another: some ten microseconds.
-constexpr int kSpins = 4000;
-
 // The most threads of one call.
 constexpr int kMaxThreads = 256;
 
 // What the threads of one call share; what they write to often has cache lines of its own.
 struct alignas(64) Call {
     alignas(64) int64_t ticket = 0;  // upper half: the open phase; lower: its pieces not yet taken
+    int64_t waiting = 0;             // threads that sleep until a later phase opens
     alignas(64) int64_t total = 0;   // pieces of the open phase
     alignas(64) int64_t done = 0;    // of them
     alignas(64) uint64_t gate = 0;   // bit 0: open; bits 1 to 31: helpers inside; above: that came
@@ -33,7 +31,6 @@ struct alignas(64) Call {
     void (*work)() = nullptr;  // what `enter` runs, under the type that it knows
     void* arguments = nullptr;
     size_t capacity = 0;                 // bytes at `arguments`
-    int64_t started = 0, waited = 0;     // the caller's, in nanoseconds: when, for helpers' pieces
 };
 
 // A call of the team with room for `bytes` of arguments, or null: the team is taken, work alone.
@@ -43,12 +40,14 @@ Call* begin_call(int threads, size_t bytes);
 // Let helpers in, take part as thread 0, shut the call; with `leave`, wait until helpers have left.
 void run_call(Call& call, bool leave);
 
-// Give the team back. `work` is an estimate of what was done, in units of the caller's choice, by
-// which calls on different numbers of threads are compared; 0 if there is none.
-void end_call(Call& call, double work);
+// Give the team back.
+void end_call(Call& call);
 
 // Wait until no helper looks at any call that has ended: what calls were given may go.
 void settle_threads();
+
+// Take so many cores as free instead of asking the system; 0 asks it again.
+void assume_free_cores(int cores);
 
 // Have all helpers end; the next call starts new ones.
 void stop_threads();
@@ -56,10 +55,10 @@ void stop_threads();
 // Helpers that exist.
 int helper_count();
 
-// Nanoseconds of a clock that only rises.
-int64_t now_nanoseconds();
+// Wait until a phase from `phase` on is open; returns it.
+int64_t wait_for_phase(Call& call, int64_t phase);
 
-// After `turn` turns of waiting within a call: pause, or offer the core to another thread.
-void wait_a_turn(int turn);
+// Wake threads that sleep, after a phase was opened.
+void wake_waiting(Call& call);
 
 }  // namespace elastic_moe

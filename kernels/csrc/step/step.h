@@ -29,9 +29,6 @@ constexpr int64_t kAlone = 8192;
 // Nor is a matrix of up to this many bytes, for few rows.
 constexpr int64_t kAloneBytes = 32 << 10;
 
-// What an operation costs beside a byte that is read, about.
-constexpr double kBytesPerFlop = 0.1;
-
 // Phase: body(row) for 0..rows-1, `cost` numbers each.
 template <class Body>
 static inline void each_row(Member& member, int rows, int64_t cost, Body body) {
@@ -361,11 +358,6 @@ static void step(StepArgs& s) {
             if (!s.state_layers) return;
             copy.state_layers = reinterpret_cast<uint8_t*>(memory + rows_bytes);
             std::memcpy(memory + rows_bytes, s.state_layers, layers + 1);
-        },
-        [](const StepArgs& a) {
-            const Counters& c = a.counters;
-            return static_cast<double>(c.weight_bytes + c.kv_bytes) +
-                   static_cast<double>(c.flops) * kBytesPerFlop;
         });
 }
 

@@ -6,7 +6,6 @@ tests/model/test_pack.py. Strangers are other sequences under random sub-network
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -22,17 +21,13 @@ from elastic_moe.engine.running.native import NativeRunner
 from elastic_moe.engine.running.runner import Chunk
 from elastic_moe.routing import ModelShape, Subnet, resolve
 
-pytestmark = pytest.mark.skipif(bool(native.missing()), reason="the C++ kernels are not installed")
+pytestmark = [
+    pytest.mark.skipif(bool(native.missing()), reason="the C++ kernels are not installed"),
+    pytest.mark.usefixtures("threads"),
+]
 
 TOKENS = 300  # more than one tile of 256 positions
 DTYPES = ["float32", "bfloat16"]
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @cache

@@ -260,6 +260,7 @@ def block_inputs(tokens: int = 200) -> dict[str, Tensor]:
 
 
 @levels
+@pytest.mark.usefixtures("threads")
 def test_gradients_have_the_same_bits_on_any_number_of_threads(level: str) -> None:
     given = block_inputs()
     choice = choice_of(CONFIG, resolve(CONFIG.shape), 3)

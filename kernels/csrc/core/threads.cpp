@@ -31,10 +31,10 @@ constexpr int64_t kSpinTime = 200 * kMicrosecond;
 // What a longer time between calls counts as.
 constexpr int64_t kLongestGap = 5 * kMillisecond;
 
-// Turns of waiting within a call before a thread sleeps: some ten microseconds. One that sleeps has
+// Turns of waiting within a call before a thread sleeps: some 200 microseconds. One that sleeps has
 // not used up its share when there is work again, and runs at once, which one that spins or yields
 // does not where others want the cores.
-constexpr int kSpins = 4000;
+constexpr int kSpins = 20000;
 
 // The stack of a helper: the scratch of an attention piece, with room to spare.
 constexpr size_t kStackBytes = 4 << 20;

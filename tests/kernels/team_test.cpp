@@ -17,9 +17,9 @@ namespace {
 struct Args {
     int phases;
     int64_t pieces;
-    int64_t* sums;          // (pieces,) each written by one thread at a time
-    const uint8_t* skips;   // (phases,) kept with the call
-    int64_t total;          // comes back
+    int64_t* sums;         // (pieces,) each written by one thread at a time
+    const uint8_t* skips;  // (phases,) kept with the call
+    int64_t total;         // comes back
 };
 
 int64_t expected(int phases, int64_t pieces, const std::vector<uint8_t>& skips) {
@@ -27,7 +27,8 @@ int64_t expected(int phases, int64_t pieces, const std::vector<uint8_t>& skips) 
     std::vector<int64_t> sums(static_cast<size_t>(pieces));
     for (int phase = 0; phase < phases; ++phase) {
         if (skips[static_cast<size_t>(phase)]) continue;
-        for (size_t i = 0; i < sums.size(); ++i) sums[i] = sums[i] * 3 + phase + static_cast<int64_t>(i);
+        for (size_t i = 0; i < sums.size(); ++i)
+            sums[i] = sums[i] * 3 + phase + static_cast<int64_t>(i);
         for (const int64_t sum : sums) total ^= sum;
     }
     return total;
@@ -80,9 +81,8 @@ void wait_often(int calls) {
     for (int call = 0; call < calls; ++call) {
         int64_t sum = 0;  // on this stack
         run_team_and_wait(4, [&](Member& member) {
-            member.share(16, 1, [&](int64_t i, int64_t) {
-                __atomic_fetch_add(&sum, i, __ATOMIC_RELAXED);
-            });
+            member.share(
+                16, 1, [&](int64_t i, int64_t) { __atomic_fetch_add(&sum, i, __ATOMIC_RELAXED); });
         });
         check(sum == 120, "a sum of a call that is waited for");
     }

@@ -134,8 +134,13 @@ void rms_norm(int level, const Array<const float, 2>& x, const Floats& gain, flo
             "out must have the shape of x.");
     require_size("gain", gain, static_cast<int64_t>(x.shape(1)));
     nb::gil_scoped_release release;
-    NormArgs args = {x.data(), gain.data(), static_cast<int64_t>(x.shape(0)),
-                     static_cast<int>(x.shape(1)), eps, out.data(), threads};
+    NormArgs args = {x.data(),
+                     gain.data(),
+                     static_cast<int64_t>(x.shape(0)),
+                     static_cast<int>(x.shape(1)),
+                     eps,
+                     out.data(),
+                     threads};
     kernels_of(level)->rms_norm(args);
 }
 

@@ -6,8 +6,8 @@
 // its place when it comes back. Barriers would cost a time slice each.
 //
 // A thread that comes back may find that the call has long returned. So what is read outside pieces
-// (how many layers there are, which of them have rows) lies in the call's copy of its arguments or in
-// memory that outlives `settle_threads`; all else is read and written by whoever holds a piece.
+// (how many layers there are, which of them have rows) lies in the call's copy of its arguments or
+// in memory that outlives `settle_threads`; all else is read and written by whoever holds a piece.
 #pragma once
 
 #include <cstdint>

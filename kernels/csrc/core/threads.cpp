@@ -41,13 +41,13 @@ constexpr size_t kStackBytes = 4 << 20;
 
 // Where something else wants the cores, a helper is held up with a piece that the caller waits for,
 // and one thread gets more done than two. So as many threads take part as there are cores that
-// nothing else wants, by the system's count of runnable threads. It is read so often, and the mean of
-// about four readings counts.
+// nothing else wants, by the system's count of runnable threads. It is read so often, and the mean
+// of about four readings counts.
 constexpr int64_t kReadTime = 4 * kMillisecond;
 constexpr double kNewest = 0.25;
 
 struct Team {
-    alignas(64) int taken = 0;  // by a caller
+    alignas(64) int taken = 0;       // by a caller
     alignas(64) uint64_t calls = 0;  // that helpers were asked to, ever; the low half is waited on
     Call* current = nullptr;
     alignas(64) int sleeping = 0;
@@ -193,9 +193,9 @@ bool add_helper() {
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     pthread_t thread;
-    const bool started = !pthread_create(
-        &thread, &attributes, run_helper,
-        reinterpret_cast<void*>(static_cast<uintptr_t>(load(team.generation))));
+    const bool started =
+        !pthread_create(&thread, &attributes, run_helper,
+                        reinterpret_cast<void*>(static_cast<uintptr_t>(load(team.generation))));
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
     pthread_attr_destroy(&attributes);
     return started;
@@ -214,9 +214,7 @@ void forget_helpers() {
     team.current = nullptr;
 }
 
-bool watch_forks() {
-    return !pthread_atfork(nullptr, nullptr, forget_helpers);
-}
+bool watch_forks() { return !pthread_atfork(nullptr, nullptr, forget_helpers); }
 
 // A call that nobody looks at, or null.
 Call* unused_call() {
@@ -333,9 +331,8 @@ void run_call(Call& call, bool leave) {
 void end_call(Call& call) {
     team.last_end = now_nanoseconds();
     // From here on only helpers that are inside look at it; the last of them leaves it unused.
-    for (uint64_t gate = load(call.gate);
-         !__atomic_compare_exchange_n(&call.gate, &gate, gate & 0xFFFFFFFF, true, __ATOMIC_ACQ_REL,
-                                      __ATOMIC_ACQUIRE);) {
+    for (uint64_t gate = load(call.gate); !__atomic_compare_exchange_n(
+             &call.gate, &gate, gate & 0xFFFFFFFF, true, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);) {
     }
     __atomic_store_n(&team.taken, 0, __ATOMIC_RELEASE);
 }
@@ -360,8 +357,6 @@ void stop_threads() {
     __atomic_store_n(&team.taken, 0, __ATOMIC_RELEASE);
 }
 
-int helper_count() {
-    return __atomic_load_n(&team.helpers, __ATOMIC_RELAXED);
-}
+int helper_count() { return __atomic_load_n(&team.helpers, __ATOMIC_RELAXED); }
 
 }  // namespace elastic_moe

@@ -3,9 +3,9 @@
 //
 // Helpers are never needed: a call is whole if none comes. So the caller waits for pieces of work
 // that a helper has taken (core/team.h), but never for a helper to arrive, to wake or to leave. One
-// that the system holds up may look at a call long after its caller returned; therefore a call, with
-// a copy of its arguments, lives in memory of the team and is used again when the last helper has
-// left it.
+// that the system holds up may look at a call long after its caller returned; therefore a call,
+// with a copy of its arguments, lives in memory of the team and is used again when the last helper
+// has left it.
 //
 // A second caller at the same time (another engine, another thread) finds the team taken and works
 // alone. In a forked child there are no helpers; its first call starts its own.
@@ -30,7 +30,7 @@ struct alignas(64) Call {
     void (*enter)(Call& call, int id) = nullptr;
     void (*work)() = nullptr;  // what `enter` runs, under the type that it knows
     void* arguments = nullptr;
-    size_t capacity = 0;                 // bytes at `arguments`
+    size_t capacity = 0;  // bytes at `arguments`
 };
 
 // A call of the team with room for `bytes` of arguments, or null: the team is taken, work alone.

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -82,23 +80,6 @@ def _exchange(a: Path, b: Path) -> bool:
         return False
     done = renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange)
     return bool(done == 0)
-
-
-def parse_size(text: str) -> int:
-    """Bytes: '500MB' is 500,000,000, '16MiB' is 16,777,216.
-
-    Raises:
-        ValueError: it is none.
-    """
-    digits = text.rstrip("KMGIBkmgib")
-    unit = text[len(digits) :].upper()
-    try:
-        size = int(float(digits) * (_UNITS[unit] if unit else 1))
-    except (ValueError, KeyError, OverflowError):
-        size = 0
-    if size < 1:
-        raise ValueError(f"{text!r} is no size such as 500MB or 5GB")
-    return size
 
 
 def write_text(path: Path, text: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 LEVELS = {
     "errors": 0,
     "files": 0,
+    "sizes": 0,
     "routing": 1,
     "config": 2,
     "protocol": 3,

@@ -1,4 +1,4 @@
-"""Folders change places as a whole; sizes are read as people write them."""
+"""Folders change places as a whole."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from elastic_moe import files
-from elastic_moe.files import exchanging_folder, parse_size
+from elastic_moe.files import exchanging_folder
 
 
 def fill(folder: Path, text: str) -> None:
@@ -59,17 +59,3 @@ def test_a_reader_finds_a_whole_folder_at_every_moment(tmp_path: Path) -> None:
     reader.join()
     assert missing == []
     assert contents(folder) == {"a": "49", "b": "49"}
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("123", 123), ("500MB", 500_000_000), ("16MiB", 1 << 24), ("1.5kb", 1500), ("2GiB", 2 << 30)],
-)
-def test_sizes_are_read(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "MB", "0", "-1GB", "12 parsecs", "nan", "infGB"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no size such as 500MB or 5GB"):
-        parse_size(text)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_moe.cli.arguments import add_download, add_ranking, read_routing
-from elastic_moe.files import parse_size
+from elastic_moe.sizes import parse_size
 
 EXAMPLES = """examples:
   elastic-moe extract elastic-mini L24-k2-w4 --out mini-L24

@@ -15,10 +15,10 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, get_args, get_type_hints
 
 from elastic_moe.errors import OptionError
-from elastic_moe.files import parse_size
 from elastic_moe.model.families import FAMILIES
 from elastic_moe.model.families.config_keys import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE
 from elastic_moe.routing.axes import DEPTH, KEYS, TOP_K, find
+from elastic_moe.sizes import parse_size
 from elastic_moe.train.models import DEFAULT_MODEL, MODELS, SIZES
 from elastic_moe.train.step.plan import BALANCE, DTYPES, SAVE_EVERY_STEPS
 from elastic_moe.train.step.sampling import AXES, SamplingPlan

@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from elastic_moe.files import parse_size
 from elastic_moe.routing.axes import find
+from elastic_moe.sizes import parse_size
 from elastic_moe.train.config import SHARD_SIZE, TrainConfig, flag, flag_of_axis, kinds, options
 from elastic_moe.train.step.sampling import AXES, SamplingPlan
 

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 from elastic_moe.errors import TrainingError
-from elastic_moe.files import parse_size
 from elastic_moe.model.checkpoints.checkpoint import load_config
 from elastic_moe.model.checkpoints.saving import Item, _share_out
 from elastic_moe.model.config import ElasticBlock
 from elastic_moe.model.families import parameter_shapes
 from elastic_moe.model.reference.loading import load_model
+from elastic_moe.sizes import parse_size
 from elastic_moe.train import export as export_module
 from elastic_moe.train.export import export, main, trained_axes
 from elastic_moe.train.ledger import replay

@@ -95,7 +95,7 @@ class SubnetTable(SubnetColumns):
 
     def __post_init__(self) -> None:
         check_tensors(self, SUBNET_COLUMNS, "S, L")
-        routed = self.active & (self.top_k != 0)
+        routed = _routed(self)
         check_values(self, routed)
         slots = torch.where(routed, self.top_k, 0)  # (S, L)
         max_top_k = slots.amax(dim=0).tolist() if len(slots) else [0] * slots.shape[1]
@@ -132,6 +132,18 @@ def build_table(
     Args:
         channels_per_granule: hidden channels of an expert that one granule of width has.
     """
+    return SubnetTable(**_tensors(subnets, num_experts, channels_per_granule))
+
+
+def _routed(columns: SubnetColumns) -> Tensor:
+    """(S, L) bool: where the entries other than `active` are read."""
+    return columns.active & (columns.top_k != 0)
+
+
+def _tensors(
+    subnets: Sequence[Sequence[LayerChoice]], num_experts: int, channels_per_granule: int
+) -> dict[str, Tensor]:
+    """The columns of S >= 1 sub-networks by name, not checked."""
 
     def tensor(column: Column) -> Tensor:
         value = column.value
@@ -139,12 +151,17 @@ def build_table(
         if not column.per_expert:
             return torch.tensor(values, dtype=column.dtype)
         chosen = torch.zeros(len(subnets), len(subnets[0]), num_experts, dtype=column.dtype)
-        for s, of_subnet in enumerate(values):
-            for i, ids in enumerate(of_subnet):
-                chosen[s, i, list(ids)] = True
+        at = [
+            (s, i, expert)
+            for s, of_subnet in enumerate(values)
+            for i, ids in enumerate(of_subnet)
+            for expert in ids
+        ]
+        if at:  # one write for all: each costs some microseconds
+            chosen[tuple(torch.tensor(at).unbind(1))] = True
         return chosen
 
-    return SubnetTable(**{name: tensor(column) for name, column in SUBNET_COLUMNS.items()})
+    return {name: tensor(column) for name, column in SUBNET_COLUMNS.items()}
 
 
 class GrowingTable:
@@ -156,7 +173,7 @@ class GrowingTable:
 
     Args:
         num_layers, num_experts, channels_per_granule: of the model.
-        check: raises for a sub-network that the model cannot run; called with a table of it alone.
+        check: raises for a sub-network that the model cannot run; called with its columns, (1, L).
 
     Attributes:
         columns: what kernels read; another object after growth. Rows without users are named by no
@@ -168,7 +185,7 @@ class GrowingTable:
         num_layers: int,
         num_experts: int,
         channels_per_granule: int,
-        check: Callable[[SubnetTable], None],
+        check: Callable[[SubnetColumns], None],
     ) -> None:
         self._num_experts, self._channels_per_granule = num_experts, channels_per_granule
         self._check = check
@@ -204,14 +221,16 @@ class GrowingTable:
         self._count_removed()
         row = self._row_of.get(key)
         if row is None:
-            table = build_table([layers], self._num_experts, self._channels_per_granule)
-            self._check(table)
+            new = _tensors([layers], self._num_experts, self._channels_per_granule)
+            columns = SubnetColumns(**new)  # of this row alone
+            check_values(columns, _routed(columns))
+            self._check(columns)
             if not self._unused:
                 self._grow()
             row = next(iter(self._unused))
             self._row_of.pop(self._key_of[row], None)
-            for name in SUBNET_COLUMNS:
-                getattr(self.columns, name)[row] = getattr(table, name)[0]
+            for name, tensor in new.items():
+                getattr(self.columns, name)[row] = tensor[0]
             self._row_of[key] = row
             self._key_of[row] = key
         self._unused.pop(row, None)

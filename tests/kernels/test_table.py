@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from elastic_moe_kernels import native
-from elastic_moe_kernels.columns import LAYER_COLUMNS, SUBNET_COLUMNS
+from elastic_moe_kernels.columns import LAYER_COLUMNS, SUBNET_COLUMNS, SubnetColumns
 from elastic_moe_kernels.errors import KernelError
-from elastic_moe_kernels.table import FIRST_ROWS, GrowingTable, SubnetTable
+from elastic_moe_kernels.table import FIRST_ROWS, GrowingTable
 
 from elastic_moe.routing import Subnet, resolve
 from tests.kernels.compare import assert_same_bits
@@ -25,7 +26,7 @@ SUBNETS = [
 ]
 
 
-def table_with(checked: list[SubnetTable] | None = None) -> GrowingTable:
+def table_with(checked: list[SubnetColumns] | None = None) -> GrowingTable:
     check = (lambda _: None) if checked is None else checked.append
     return GrowingTable(SHAPE.num_layers, SHAPE.num_experts, SHAPE.channels_per_granule, check)
 
@@ -41,7 +42,7 @@ def assert_row(table: GrowingTable, row: int, subnet: Subnet) -> None:
 
 
 def test_rows_stay_where_they_are_while_the_table_grows() -> None:
-    checked: list[SubnetTable] = []
+    checked: list[SubnetColumns] = []
     table = table_with(checked)
     rows = [add(table, subnet) for subnet in SUBNETS]
     assert sorted(rows) == list(range(len(SUBNETS)))
@@ -61,7 +62,7 @@ def test_rows_made_in_inference_mode_may_be_written_outside_of_it() -> None:
 
 
 def test_a_row_goes_with_its_last_user() -> None:
-    checked: list[SubnetTable] = []
+    checked: list[SubnetColumns] = []
     table = table_with(checked)
     first, second = add(table, SUBNETS[0]), add(table, SUBNETS[1])
     add(table, SUBNETS[0])
@@ -121,6 +122,13 @@ def test_what_the_model_cannot_run_is_refused_and_takes_no_row() -> None:
     table = runner.model.new_table(SHAPE.channels_per_granule)
     with pytest.raises((KernelError, IndexError)):
         table.add("other", resolve(other).layers)
+    assert len(table) == 0
+    layers = resolve(SHAPE).layers
+    greedy = replace(layers[2], top_k=SHAPE.num_experts, expert_pool=(0, 1))
+    with pytest.raises(
+        KernelError, match=r"layer 2: top_k must be in \[1, 2\], the size of its pool"
+    ):
+        table.add("greedy", [*layers[:2], greedy, *layers[3:]])
     assert len(table) == 0
 
 

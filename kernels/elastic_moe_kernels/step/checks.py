@@ -101,13 +101,14 @@ def check_table(dims: ModelDims, table: SubnetColumns, routing_layers: Iterable[
     """
     shape = (dims.num_layers, dims.num_experts)
     expect("the table's pool", tuple(table.pool.shape[1:]), shape)
-    for i in routing_layers:
-        idle = table.active[:, i] & (table.top_k[:, i] < 1)
-        if bool(idle.any()):
-            raise KernelError(
-                f"sub-network {int(idle.int().argmax())}, layer {i}: top_k must be at least 1 in "
-                f"an active layer that has experts, got 0. Make it inactive, or choose one."
-            )
+    layers = list(routing_layers)
+    idle = (table.active & (table.top_k < 1))[:, layers]  # (S, routing layers)
+    if bool(idle.any()):
+        i = int(idle.any(dim=0).int().argmax())
+        raise KernelError(
+            f"sub-network {int(idle[:, i].int().argmax())}, layer {layers[i]}: top_k must be at "
+            f"least 1 in an active layer that has experts, got 0. Make it inactive, or choose one."
+        )
     routed = table.active & (table.top_k > 0)
     most = int(table.channels.where(routed, 0).max()) if routed.any() else 0
     if most > dims.expert_hidden:

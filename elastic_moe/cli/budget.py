@@ -278,9 +278,9 @@ def _networks(text: str) -> int:
     short = len(text) <= 20  # Python reads no integer of more than 4300 digits
     number = int(text) if short and text.isdecimal() else 0
     if not 1 <= number <= MOST_NETWORKS:
-        told = repr(text) if short else f"{len(text):,} characters"
+        shown = repr(text) if short else f"{len(text):,} characters"
         raise argparse.ArgumentTypeError(
-            f"must be an integer in [1, {MOST_NETWORKS:,}], got {told}"
+            f"must be an integer in [1, {MOST_NETWORKS:,}], got {shown}"
         )
     return number
 

@@ -1,4 +1,4 @@
-"""The committed measurements that the page of claims is made of, and how each is told."""
+"""The committed measurements that the page of claims is made of, and its sentences."""
 
 from __future__ import annotations
 

@@ -98,12 +98,12 @@ class Bars(list[dict[str, Any]]):
 
     def hold(self, what: str, value: float | None, direction: str, limit: float) -> None:
         """Add one: the value must be '<=', '>=' or '>' the limit."""
-        met = told = None
+        met = rounded = None
         if value is not None:
             met = {"<=": value <= limit, ">=": value >= limit, ">": value > limit}[direction]
-            told = round(value, 5)
+            rounded = round(value, 5)
         needed = f"{direction} {limit:g}"
-        self.append({"what": what, "value": told, "needed": needed, "met": met})
+        self.append({"what": what, "value": rounded, "needed": needed, "met": met})
 
 
 def judge(line: Line, first: Line | None) -> Bars:

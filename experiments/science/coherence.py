@@ -178,13 +178,13 @@ def measure_positions(engine: Engine, windows: Sequence[Sequence[int]]) -> dict[
     edges = range(0, LENGTH + 1, BIN)
     long = score(engine, BUNDLES, windows)
     short = score(engine, BUNDLES, short_context(windows))
-    told = {}
+    measured = {}
     for name, scored in long.items():
         lost = scored.nats - long["full"].nats
         # (2 W, 512) -> the scored halves, (W, 512)
         near = short[name].nats[:, STRIDE:].reshape(len(windows), TRAINED)
         change, error = mean_and_error(scored.nats[:, -TRAINED:] - near)
-        told[name] = {
+        measured[name] = {
             "nats": _short(by_position(scored.nats, edges)),
             "lost": _short(by_position(lost, edges)),
             "standard_error": _short(errors_by_position(lost, edges)),
@@ -193,7 +193,7 @@ def measure_positions(engine: Engine, windows: Sequence[Sequence[int]]) -> dict[
             "beyond": round(float(scored.nats[:, TRAINED:].mean()), 4),
             "long_context": {"nats": round(change, 4), "standard_error": round(error, 4)},
         }
-    return told
+    return measured
 
 
 def write_texts(
@@ -221,10 +221,10 @@ def describe_writing(
     whole = [[*prompt, *text] for prompt, text in zip(prompts, texts, strict=True)]
     full = {"full": (engine.shape.num_layers,)}
     nats = score(engine, full, whole)["full"].nats[:, len(prompts[0]) :]
-    told = {"repeated_4": repeated_share(texts, 4)}
-    told |= {f"distinct_{n}": distinct_share(texts, n) for n in (1, 2, 3)}
-    told["perplexity_under_full"] = perplexity(nats)
-    return {key: round(value, 4) for key, value in told.items()}
+    figures = {"repeated_4": repeated_share(texts, 4)}
+    figures |= {f"distinct_{n}": distinct_share(texts, n) for n in (1, 2, 3)}
+    figures["perplexity_under_full"] = perplexity(nats)
+    return {key: round(value, 4) for key, value in figures.items()}
 
 
 def measure_writing(
@@ -235,15 +235,15 @@ def measure_writing(
     written = write_texts(engine, names, prompts)
     whole = [[*p, *text] for p, text in zip(prompts, written["greedy"]["full"], strict=True)]
     along = score(engine, BUNDLES, whole)
-    told: dict[str, Any] = {"human": {"text": describe_writing(engine, prompts, human)}}
+    writing: dict[str, Any] = {"human": {"text": describe_writing(engine, prompts, human)}}
     for name in names:
-        told[name] = {
+        writing[name] = {
             kind: describe_writing(engine, prompts, texts[name]) for kind, texts in written.items()
         }
         apart = divergence(written["greedy"]["full"], written["greedy"][name])
         kl = along[name].kl[:, len(prompts[0]) :]
-        told[name]["divergence"] = apart | {"kl_along_full": _short(by_position(kl, SEEN_EDGES))}
-    return told
+        writing[name]["divergence"] = apart | {"kl_along_full": _short(by_position(kl, SEEN_EDGES))}
+    return writing
 
 
 def measure(engine: Engine, novels: Path | None) -> dict[str, Any]:

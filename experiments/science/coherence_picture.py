@@ -95,12 +95,12 @@ def _networks(line: Line) -> dict[str, Any]:
 def _draw_full(axes: Axes, line: Line, text: str) -> None:
     """The full network's own loss, and what the last tokens cost it with a short context."""
     edges = np.array(line["position_edges"])
-    told, short = line["positions"][text]["full"], line["trained_length"]
-    nats = np.array(told["nats"])
+    measured, short = line["positions"][text]["full"], line["trained_length"]
+    nats = np.array(measured["nats"])
     axes.plot(*_merged(edges, nats), color=INK, lw=2.0)
     ends = [edges[-1] - short, edges[-1]]
     long = float(nats[edges[:-1] >= ends[0]].mean())
-    near = long - told["long_context"]["nats"]
+    near = long - measured["long_context"]["nats"]
     axes.plot(ends, [long, long], color=INK, lw=1.2, ls=(0, (2, 1)))
     axes.plot(ends, [near, near], color=BLUE, lw=1.8, ls=(0, (2, 1)))
     axes.text(

@@ -73,7 +73,7 @@ def describe_run(
     noted = folder / SESSIONS  # may be missing where checkpoint and log came from elsewhere
     sittings = noted.read_text(encoding="utf-8").splitlines() if noted.is_file() else []
     devices = dict.fromkeys(json.loads(sitting)["device"] for sitting in sittings)
-    told = {}
+    results = {}
     for name, text in texts.items():
         points = {}
         for point, quality in measured[name].items():
@@ -84,7 +84,7 @@ def describe_run(
             counts = [window.scored for window in text.windows]
             windows = (window_sums(quality, text) / counts).round(5).tolist()
             points[point] = describe_quality(quality, text) | loss | {"window_nats": windows}
-        told[name] = {"corpus": text.describe(), "window_tokens": counts, "points": points}
+        results[name] = {"corpus": text.describe(), "window_tokens": counts, "points": points}
     return {
         "benchmark": "science",
         "kind": "run",
@@ -116,7 +116,7 @@ def describe_run(
         "weights_sha256": engine.weights_sha256,
         "dtype": engine.dtype,
         "backend": engine.backend,
-        "texts": told,
+        "texts": results,
     }
 
 
@@ -192,7 +192,7 @@ def read_runs(path: Path | None) -> dict[str, Line]:
 
 def is_of(line: Line, engine: Engine, texts: Texts) -> bool:
     """Whether the line was measured on this checkpoint, these texts and this dtype."""
-    corpora = {name: told["corpus"] for name, told in line["texts"].items()}
+    corpora = {name: result["corpus"] for name, result in line["texts"].items()}
     return (
         line["weights_sha256"] == engine.weights_sha256
         and line["dtype"] == engine.dtype

@@ -86,8 +86,8 @@ def science_words(summary: Summary) -> Iterator[str]:
         if family != "inelastic" and of_family["of_inelastic"] is not None
     }
     if shares:
-        told = ", ".join(f"{family} {share:.2f}" for family, share in shares.items())
-        yield f"At equal tokens, training cost this share of the inelastic network's FLOPs: {told}."
+        each = ", ".join(f"{family} {share:.2f}" for family, share in shares.items())
+        yield f"At equal tokens, training cost this share of the inelastic network's FLOPs: {each}."
     if any(map(_error_of_pair, _gains(summary))):
         yield (
             f"{ONE_SEED} 1 seed: ± is the standard error over windows of text alone, and says "
@@ -132,10 +132,10 @@ def coherence_table(line: Mapping[str, Any]) -> str:
     return _table(header, rows)
 
 
-def _written(told: Mapping[str, Any]) -> list[str]:
+def _written(figures: Mapping[str, Any]) -> list[str]:
     """The cells of texts that were sampled, or written by people."""
-    perplexity, distinct = told["perplexity_under_full"], told["distinct_2"]
-    return [f"{told['repeated_4']:.0%}", f"{perplexity:.0f}", f"{distinct:.2f}"]
+    perplexity, distinct = figures["perplexity_under_full"], figures["distinct_2"]
+    return [f"{figures['repeated_4']:.0%}", f"{perplexity:.0f}", f"{distinct:.2f}"]
 
 
 def coherence_words(line: Mapping[str, Any]) -> str:

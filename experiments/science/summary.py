@@ -67,11 +67,11 @@ Seeds = Mapping[int, Losses]  # of one family at one point on one text, by seed
 
 def losses_of(line: Line, text: str, point: str) -> Losses | None:
     """None where the run was not measured at this point."""
-    told = line["texts"][text]
-    at = told["points"].get(point)
+    measured = line["texts"][text]
+    at = measured["points"].get(point)
     if at is None:
         return None
-    return Losses(at["nats_per_token"], tuple(at["window_nats"]), tuple(told["window_tokens"]))
+    return Losses(at["nats_per_token"], tuple(at["window_nats"]), tuple(measured["window_tokens"]))
 
 
 def paired_difference(a: Losses, b: Losses) -> tuple[float, float | None]:
@@ -143,14 +143,14 @@ def point_summary(point: str, lines: Sequence[Line], text: str) -> dict[str, Any
     family = "inelastic" if point == "full" else named[0] if named else None
     special = of(family) if family else {}
     axis, share = POINTS[point]
-    told = nats(special)
+    difference = nats(special)
     return {
         "axis": axis,
         "share": share,
         "elastic": nats(elastic),
         "frugal": nats(frugal),
         "inelastic": nats(inelastic),
-        "specialist": None if told is None else {"family": family, **told},
+        "specialist": None if difference is None else {"family": family, **difference},
         "lost": {family: lost(family) for family in ("elastic", "frugal", "inelastic", "drawn")},
         "elastic_gain": compare(inelastic, elastic),
         "frugal_gain": compare(inelastic, frugal),
@@ -177,18 +177,18 @@ def compute_of(lines: Sequence[Line]) -> dict[str, Any]:
 
 def summarise(lines: Sequence[Line]) -> dict[str, Any]:
     """The summary of the runs that have a line, on every text, with its bars."""
-    told: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name in lines[0]["texts"]:
-        told[name] = {"points": {point: point_summary(point, lines, name) for point in POINTS}}
+        results[name] = {"points": {point: point_summary(point, lines, name) for point in POINTS}}
     return {
         "seeds": {
             family: sorted(line["seed"] for line in lines if line["family"] == family)
             for family in FAMILIES
         },
         "compute": compute_of(lines),
-        "texts": told,
+        "texts": results,
         "published_cost_at_full": list(PUBLISHED_COST_AT_FULL),
-        "bars": judge(told),
+        "bars": judge(results),
     }
 
 

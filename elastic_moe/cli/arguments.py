@@ -126,7 +126,7 @@ def load_engine(args: argparse.Namespace, *, rank: bool = True, **options: Any) 
     """The engine that MODEL and its options ask for; `rank` does what --rank-channels says.
 
     Args:
-        options: fields of `EngineOptions`.
+        options: fields of `EngineConfig`.
     """
     from elastic_moe.engine import Engine  # deferred: loads torch
 

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     with _progress() as progress:
         result = sweep(
             engine,
-            **{axis.wire: getattr(args, axis.name) for axis in TRAINED},
+            **{axis.name: getattr(args, axis.name) for axis in TRAINED},
             text=args.text,
             tokens=args.tokens,
             out=args.out,

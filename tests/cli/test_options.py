@@ -38,7 +38,7 @@ def reach(*args: object, **kwargs: object) -> None:
         ("--depth", "2,6", "depth", [2, 6]),
         ("--top-k", "1,3", "top_k", [1, 3]),
         ("--expert-width", "2", "expert_width", [2]),
-        ("--sparsity", "0,0.5", "sparsity", [0.0, 0.5]),
+        ("--sparsity", "0,0.5", "sparsity_threshold", [0.0, 0.5]),
         ("--expert-pool", "4", "expert_pool", [4]),
         ("--tokens", "600", "tokens", 600),
         ("--text", "notes.txt", "text", Path("notes.txt")),

@@ -2,21 +2,21 @@
 
 from elastic_moe.engine.engine import Engine
 from elastic_moe.engine.outputs import (
-    AppliedRouting,
     Choice,
     Completion,
     Delta,
+    RoutingStats,
     TokenLogprob,
     Usage,
 )
 from elastic_moe.engine.sampling_params import SamplingParams
 
 __all__ = [
-    "AppliedRouting",
     "Choice",
     "Completion",
     "Delta",
     "Engine",
+    "RoutingStats",
     "SamplingParams",
     "TokenLogprob",
     "Usage",

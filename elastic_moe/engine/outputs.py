@@ -42,7 +42,7 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
-class AppliedRouting:
+class RoutingStats:
     """The sub-network that ran, and what it cost.
 
     Attributes:
@@ -59,7 +59,7 @@ class AppliedRouting:
     flops_per_token: float
 
     @classmethod
-    def of(cls, subnet: Subnet, tokens: int, experts: int, mean_context: int) -> AppliedRouting:
+    def of(cls, subnet: Subnet, tokens: int, experts: int, mean_context: int) -> RoutingStats:
         """What it cost to run so many tokens, and (token, expert) pairs for them."""
         active = len(subnet.shape.moe_layers.intersection(subnet.active_layers))
         mean_experts = experts / (tokens * active) if active else 0.0
@@ -99,7 +99,7 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None
     finish_reason: FinishReason
     usage: Usage
-    routing: AppliedRouting
+    routing: RoutingStats
     choices: tuple[Choice, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
@@ -139,4 +139,4 @@ class Embedding:
 
     vector: Tensor
     prompt_tokens: int
-    routing: AppliedRouting
+    routing: RoutingStats

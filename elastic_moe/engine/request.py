@@ -19,11 +19,11 @@ from elastic_moe_kernels.constants import BLOCK_POSITIONS
 from elastic_moe.engine.generation.detokenizer import Detokenizer
 from elastic_moe.engine.generation.sampler import Logits, Sampler, token_logprob
 from elastic_moe.engine.outputs import (
-    AppliedRouting,
     Choice,
     Completion,
     Delta,
     FinishReason,
+    RoutingStats,
     TokenLogprob,
     Usage,
 )
@@ -331,7 +331,7 @@ class Request:
                 cached_tokens=self.sequences[0].num_cached_tokens or 0,
                 queue_seconds=self.scheduled_time - self.arrival_time,
             ),
-            routing=AppliedRouting.of(
+            routing=RoutingStats.of(
                 self.subnet,
                 self._computed_tokens,
                 self._experts_run,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from elastic_moe.engine.core import EngineCore
-from elastic_moe.engine.outputs import AppliedRouting, Embedding
+from elastic_moe.engine.outputs import Embedding, RoutingStats
 from elastic_moe.engine.running.runner import Chunk, LogitsMode, ModelRunner, StepOutput
 from elastic_moe.routing import Subnet
 
@@ -34,7 +34,7 @@ def embed(
         total += runner.final_states(out.states[last]).double().sum(dim=0).cpu()  # (D,)
         experts += out.experts_run[0]
     vector = torch.nn.functional.normalize(total, dim=0).float()
-    routing = AppliedRouting.of(subnet, len(tokens), experts, len(tokens) // 2)
+    routing = RoutingStats.of(subnet, len(tokens), experts, len(tokens) // 2)
     return Embedding(vector, len(tokens), routing)
 
 

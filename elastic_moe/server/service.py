@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from elastic_moe.engine import Engine
-from elastic_moe.engine.outputs import AppliedRouting, Usage
+from elastic_moe.engine.outputs import RoutingStats, Usage
 from elastic_moe.protocol.admin.faults import FaultPlan
 from elastic_moe.protocol.routing import values
 from elastic_moe.server.api.logprobs import LogprobWriter
@@ -78,7 +78,7 @@ class Service:
         """Raise `ApiError` or `RoutingError` unless requests may ask for this name."""
         self.routing.request(model, None, None)
 
-    def applied(self, routing: ResolvedRouting, applied: AppliedRouting) -> dict[str, Any]:
+    def applied(self, routing: ResolvedRouting, applied: RoutingStats) -> dict[str, Any]:
         """`protocol.AppliedRouting` of a request that has ended."""
         return {
             "name": applied.name,

@@ -11,7 +11,7 @@ from typing import assert_type
 from torch import Tensor
 
 from elastic_moe import Completion, Delta, Engine, SamplingParams
-from elastic_moe.engine import AppliedRouting, Choice, TokenLogprob, Usage
+from elastic_moe.engine import Choice, RoutingStats, TokenLogprob, Usage
 from elastic_moe.engine.streams import DeltaStream
 from elastic_moe.routing import Subnet
 
@@ -47,7 +47,7 @@ def parts(engine: Engine, completion: Completion, delta: Delta) -> None:
     assert_type(engine.score([1], "L3"), Tensor)
     assert_type(engine.resolve("L3"), Subnet)
     assert_type(completion.usage, Usage)
-    assert_type(completion.routing, AppliedRouting)
+    assert_type(completion.routing, RoutingStats)
     assert_type(completion.choices, tuple[Choice, ...])
     assert_type(completion.logprobs, tuple[TokenLogprob, ...] | None)
     assert_type(delta.completion, Completion | None)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from elastic_moe import Engine, SamplingParams
-from elastic_moe.engine.outputs import AppliedRouting, Completion, Usage
+from elastic_moe.engine.outputs import Completion, RoutingStats, Usage
 from elastic_moe.server.middleware.rate_limits import rate_limit_headers, retry_after_seconds
 from elastic_moe.server.observe.access_record import AccessRecord
 from elastic_moe.server.observe.metrics import Metrics
@@ -84,7 +84,7 @@ def test_who_has_no_key_or_asks_what_is_not_limited_is_told_nothing(narrow: Runn
 def ran(seconds: float, queued: float = 0.0) -> Completion:
     """A generation that ran so long."""
     usage = Usage(1, 2, queued + seconds / 2, seconds / 2, 0, queued)
-    routing = AppliedRouting("full", "", 1, 1, 1.0, 1.0)
+    routing = RoutingStats("full", "", 1, 1, 1.0, 1.0)
     return Completion("ab", (1, 2), None, "length", usage, routing)
 
 

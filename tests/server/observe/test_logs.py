@@ -16,7 +16,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from elastic_moe.engine.outputs import AppliedRouting, Completion, Usage
+from elastic_moe.engine.outputs import Completion, RoutingStats, Usage
 from elastic_moe.server.errors import log_failure
 from elastic_moe.server.observe import logs
 from elastic_moe.server.observe.access_record import AccessRecord
@@ -251,7 +251,7 @@ def test_the_client_that_went_and_the_stream_that_ended_are_told_apart(
 def test_several_prompts_are_one_line() -> None:
     def done(ttft: float, read: int, written: int) -> Completion:
         usage = Usage(read, written, ttft, 0.0)
-        return Completion("", (1,), None, "stop", usage, AppliedRouting("", "", 1, 1, 1.0, 1.0))
+        return Completion("", (1,), None, "stop", usage, RoutingStats("", "", 1, 1, 1.0, 1.0))
 
     fields = logs.request_fields(ended(completions=[done(0.5, 3, 1), done(0.25, 4, 2)]))
     assert (fields["prompt_tokens"], fields["completion_tokens"]) == (7, 3)

@@ -110,6 +110,22 @@ void fork_often(int forks) {
     }
 }
 
+// Ends while calls and helpers run, as an interpreter may.
+void exit_often(int exits) {
+    for (int i = 0; i < exits; ++i) {
+        const pid_t child = fork();
+        if (!child) {
+            alarm(20);
+            std::thread([] { call_often(1 << 30, 11); }).detach();
+            usleep(static_cast<useconds_t>(137 * (i % 50)));
+            std::exit(0);
+        }
+        int status = 0;
+        waitpid(child, &status, 0);
+        check(status == 0, "an exit during a call");
+    }
+}
+
 }  // namespace
 
 int main(int count, char** values) {
@@ -135,5 +151,6 @@ int main(int count, char** values) {
     stopper.join();
     elastic_moe::settle_threads();
     fork_often(forks);
+    exit_often(forks);
     std::printf("done\n");
 }

@@ -38,7 +38,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_execution(parser: argparse.ArgumentParser) -> None:
-    """--dtype and --backend."""
+    """--dtype, --backend and --threads."""
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -50,6 +50,13 @@ def add_execution(parser: argparse.ArgumentParser) -> None:
         default="auto",
         choices=("auto", "reference", "cpu"),
         help="reference: PyTorch alone; cpu: the C++ step; auto: cpu where it can run",
+    )
+    parser.add_argument(
+        "--threads",
+        metavar="N",
+        type=positive_integer,
+        help="threads of the kernels, at most (default: as many as there are cores to use); fewer "
+        "take part where other programs want the cores",
     )
 
 
@@ -136,6 +143,7 @@ def load_engine(args: argparse.Namespace, *, rank: bool = True, **options: Any) 
         backend=args.backend,
         device=args.device,
         download=args.download,
+        num_threads=args.threads,
         **options,
     )
     if rank and args.rank_channels is not None:

@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     from elastic_moe.model.checkpoints.folder import checkpoint_name, find_checkpoint
     from elastic_moe.model.reference.loading import load_model
 
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     kernel = None
     if args.kernel is not None:
         sys.path.insert(0, str(Path.cwd()))

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from elastic_moe.engine.config import EngineConfig
+from elastic_moe.engine.config import EngineConfig, allowed_cores
 from elastic_moe.engine.request import OutputQueue, Request, Sequence, SequenceOutput
 from elastic_moe.engine.running.runner import Chunk, LogitsMode, ModelRunner, StepOutput
 from elastic_moe.engine.scheduling.admission import Admission, Call
@@ -52,7 +52,7 @@ class EngineCore:
                 f"Choose a smaller kv_cache_bytes."
             ) from error
         self._runner, self._on_step = runner, config.on_step
-        self._num_threads = config.num_threads or torch.get_num_threads()
+        self._num_threads = config.num_threads or min(torch.get_num_threads(), allowed_cores())
         self._blocks = BlockManager(num_blocks, prefix_caching=config.enable_prefix_caching)
         self._scheduler = Scheduler(
             self._blocks,

@@ -235,14 +235,14 @@ def answer(subnet: Subnet) -> dict[str, Any]:
 def test_an_answers_routing_is_a_configuration_that_means_the_same(data):
     shape = data.draw(shapes())
     subnet = resolve(shape, **data.draw(choices(shape) | tables(shape)))
-    told = answer(subnet)
-    assert ElasticRoutingConfig.parse(told).resolve(shape) == subnet
-    assert ElasticRoutingConfig.parse_json(json.dumps(told)).resolve(shape) == subnet
-    assert ElasticRoutingConfig.full(**told).resolve(shape) == subnet
-    assert RoutingConfig.parse(told).resolve(shape) == subnet
+    reported = answer(subnet)
+    assert ElasticRoutingConfig.parse(reported).resolve(shape) == subnet
+    assert ElasticRoutingConfig.parse_json(json.dumps(reported)).resolve(shape) == subnet
+    assert ElasticRoutingConfig.full(**reported).resolve(shape) == subnet
+    assert RoutingConfig.parse(reported).resolve(shape) == subnet
     without_name = values_of(subnet)
     assert RoutingConfig.parse(without_name).resolve(shape) == subnet
-    assert {axis.wire for axis in AXES} <= told.keys()
+    assert {axis.wire for axis in AXES} <= reported.keys()
 
 
 def test_a_name_alone_says_all():
@@ -255,9 +255,9 @@ def test_a_name_alone_says_all():
     [{"depth": 23}, {"active_layers": [0]}, {"top_k": 3}, {"sparsity": 0.1}, {"name": "L3"}],
 )
 def test_a_name_beside_values_that_mean_something_else_is_refused(change):
-    told = {**answer(parse_name(MINI, "L24-k2")), **change}
+    reported = {**answer(parse_name(MINI, "L24-k2")), **change}
     with pytest.raises(RoutingError, match=r"name|both given"):
-        RoutingConfig.parse(told).resolve(MINI)
+        RoutingConfig.parse(reported).resolve(MINI)
 
 
 def test_what_an_answer_tells_of_its_run_is_accepted_beside_a_name_only():

@@ -112,12 +112,12 @@ with warnings.catch_warnings(record=True) as caught:
     from elastic_moe_kernels import native, ops
     engines = [Engine.from_pretrained("elastic-mini") for _ in range(2)]
     done = engines[0].generate("Once", "L2", SamplingParams(max_tokens=1))
-    told = [str(w.message) for w in caught]
+    reported = [str(w.message) for w in caught]
     Engine.from_pretrained("elastic-mini", backend="reference")
 print(json.dumps({
     "backend": engines[0].backend,
     "name": done.routing.name,
-    "warnings": told,
+    "warnings": reported,
     "in_all": len(caught),
 }))
 """

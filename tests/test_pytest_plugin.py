@@ -80,8 +80,8 @@ def test_importing_it_is_quick_and_loads_next_to_nothing():
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
         )
-        told, *loaded = done.stdout.split()
-        seconds.append(float(told))
+        reported, *loaded = done.stdout.split()
+        seconds.append(float(reported))
     assert {"elastic_moe", "elastic_moe.pytest_plugin"} <= set(loaded)
     outside = {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names
     assert outside == {"elastic_moe"}
@@ -257,10 +257,10 @@ def test_that_does_not():
     assert re.search(r"POST /v1/completions stream -> 200, (complete|gone) after 0", section)
     parts = re.split(r" ?_{3,} ?", text)  # of the report: a title, what it says, a title
     for title in ("ERROR at setup of test_that_needs_it", "test_that_kills_it"):
-        told = parts[parts.index(title) + 1]
-        assert len(re.findall(r"the elastic-moe server at http://.* has ended", told)) == 1
-        assert "POST /v1/completions 200" in told  # what it wrote
-        assert "exit status -9" in told
+        reported = parts[parts.index(title) + 1]
+        assert len(re.findall(r"the elastic-moe server at http://.* has ended", reported)) == 1
+        assert "POST /v1/completions 200" in reported  # what it wrote
+        assert "exit status -9" in reported
 
 
 def test_every_worker_has_its_own_server(pytester: pytest.Pytester, tiny_folder: Path) -> None:
@@ -329,10 +329,10 @@ def test_one_ends_when_it_is_told_to_another_by_force(
     """Its keys are new each time, and can be read nowhere."""
     with start_server(str(tiny_folder)) as one:
         command = Path(f"/proc/{one.pid}/cmdline").read_text()
-        told = command + repr(one) + one.log()
+        reported = command + repr(one) + one.log()
         keys = {one.api_key, one.admin_key}
         assert len(keys) == 2
-        assert not any(key in told for key in keys)
+        assert not any(key in reported for key in keys)
         assert one.healthy
         monkeypatch.setattr("elastic_moe.testing.process.END_SECONDS", 20)
     assert not alive(one.pid)

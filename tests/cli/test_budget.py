@@ -80,12 +80,14 @@ def test_the_table_shows_what_the_json_says(capsys: pytest.CaptureFixture[str]) 
         ]
         least = f"n={row['break_even_networks']}"
         assert [name, *refined, *(f"{100 * share:.1f}" for share in shares), least] in rows
-    trained, told = found["super_network"], " ".join(out.split())
-    assert format_si(trained["flops"], "FLOP") in told
-    assert f"{format_percent(1 - trained['of_inelastic'], 1)} less than an inelastic run" in told
-    assert f"These 2 cost {format_si(found['together']['flops'], 'FLOP')}" in told
-    assert "Time: not measured." in told
-    assert "Equal tokens do not make equal quality" in told
+    trained, reported = found["super_network"], " ".join(out.split())
+    assert format_si(trained["flops"], "FLOP") in reported
+    assert (
+        f"{format_percent(1 - trained['of_inelastic'], 1)} less than an inelastic run" in reported
+    )
+    assert f"These 2 cost {format_si(found['together']['flops'], 'FLOP')}" in reported
+    assert "Time: not measured." in reported
+    assert "Equal tokens do not make equal quality" in reported
 
 
 def test_a_refinement_is_put_in_its_place(capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,7 +117,7 @@ def test_from_scratch_is_told_as_it_grows_and_as_it_does_not(
     deep, shallow = budget["networks"]
     flops = budget["super_network"]["flops"]
     assert deep["ungrown_scratch_flops"] > deep["scratch_flops"]
-    told = words(capsys, "--refine", "L24-k2", "--refine", "L12")
+    reported = words(capsys, "--refine", "L24-k2", "--refine", "L12")
     shares = ", ".join(
         f"{row['name']} {format_percent(row['ungrown_scratch_flops'] / flops, 1)}"
         for row in (deep, shallow)
@@ -123,8 +125,8 @@ def test_from_scratch_is_told_as_it_grows_and_as_it_does_not(
     assert (
         f"From scratch grows as the super-network did; with all layers from the first step on: "
         f"{shares}."
-    ) in told
-    assert "Pays from: so many networks cost less by extracting them" in told
+    ) in reported
+    assert "Pays from: so many networks cost less by extracting them" in reported
     done = trainer(replace(PLAN, stages=parse_stages("6x8x1x128")))
     done.train_step()
     done.save(run_folder / "state.safetensors")
@@ -143,14 +145,16 @@ def test_a_network_that_has_not_grown_says_so(
 
 
 def test_extraction_alone_is_put_in_its_place_too(capsys: pytest.CaptureFixture[str]) -> None:
-    told = words(capsys, "--networks", "40")
-    assert "costs 0 % of an existing super-network, and 2.5 % of it when 40 networks bear" in told
+    reported = words(capsys, "--networks", "40")
+    assert (
+        "costs 0 % of an existing super-network, and 2.5 % of it when 40 networks bear" in reported
+    )
 
 
 def test_a_network_that_never_pays_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    told = words(capsys, "--refine", "L24:1G")
-    assert " never" in told
-    assert "…" not in told
+    reported = words(capsys, "--refine", "L24:1G")
+    assert " never" in reported
+    assert "…" not in reported
     (row,) = ledger(capsys, "--refine", "L24:1G")["networks"]
     assert row["break_even_networks"] is None
 
@@ -176,10 +180,10 @@ def test_a_run_tells_the_time_that_it_took(
         "timed_steps": 2,
         "flops_per_second": found["flops"],
     }
-    told = words(capsys, str(run_folder))
-    assert f"{run_folder.name} (run): 2 of 14 steps, 1.02 k tokens" in told
-    assert f"Measured: 1.0 s, {format_si(found['flops'], 'FLOP')}/s." in told
-    assert "That is as much as an inelastic run" in told
+    reported = words(capsys, str(run_folder))
+    assert f"{run_folder.name} (run): 2 of 14 steps, 1.02 k tokens" in reported
+    assert f"Measured: 1.0 s, {format_si(found['flops'], 'FLOP')}/s." in reported
+    assert "That is as much as an inelastic run" in reported
     (run_folder / "log.jsonl").write_text('{"step": 2, "seconds": 0.5}\n')
     assert "Measured: 0.5 s in 1 of the steps." in words(capsys, str(run_folder))
 
@@ -226,8 +230,8 @@ def refined(run_folder: Path) -> Path:
         "".join(f'{{"step": {step}, "seconds": 0.25}}\n' for step in (1, 2, 3))
     )
     began = read_training(run_folder)
-    told = {"plan": began.plan.to_json(), "steps": began.steps, "flops": began.flops}
-    manifest = {"corpus": {}, "training": told | {"tokens": began.tokens, "parent": None}}
+    reported = {"plan": began.plan.to_json(), "steps": began.steps, "flops": began.flops}
+    manifest = {"corpus": {}, "training": reported | {"tokens": began.tokens, "parent": None}}
     (folder / "parent-manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -240,16 +244,16 @@ def test_a_refinement_that_was_done_is_marked_and_timed(
     row = found["networks"][0]
     assert main(["budget", str(refined)]) == 0
     out = capsys.readouterr().out
-    told = " ".join(out.split())
-    assert "training 1 of 2 (parent): 2 of 14 steps, 1.02 k tokens, " in told
+    reported = " ".join(out.split())
+    assert "training 1 of 2 (parent): 2 of 14 steps, 1.02 k tokens, " in reported
     flops = format_si(row["refinement_flops"], "FLOP")
-    assert f"later (run): 3 of 14 steps, 1.54 k tokens, {flops}: refining L3 alone" in told
-    assert "NOT COUNTED" not in told
+    assert f"later (run): 3 of 14 steps, 1.54 k tokens, {flops}: refining L3 alone" in reported
+    assert "NOT COUNTED" not in reported
     share = format_percent(row["refinement_of_super_network"], 1)
     assert (
         f"Refining L3 costs {share} of an existing super-network, and "
         f"{format_percent(row['refinement_of_scratch'], 1)} of training L3 from scratch. It was "
-        f"done. Measured: 0.8 s, " in told
+        f"done. Measured: 0.8 s, " in reported
     )
     rows = [re.split(r"\s\s+", line.strip()) for line in out.splitlines()]
     (cells,) = [cells for cells in rows if cells[0].startswith("L3 ") or cells[0] == "L3"]
@@ -272,9 +276,9 @@ def test_a_sub_network_trained_alone_says_that_it_is_no_super_network(
     refined: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (refined / "parent-manifest.json").unlink()
-    told = words(capsys, str(refined))
-    assert "NOT COUNTED: the training of first sha256:ab" in told
-    assert "Every step trained L3 alone: what is called a super-network here is this" in told
+    reported = words(capsys, str(refined))
+    assert "NOT COUNTED: the training of first sha256:ab" in reported
+    assert "Every step trained L3 alone: what is called a super-network here is this" in reported
 
 
 def test_what_costs_more_than_an_inelastic_run_says_so(
@@ -285,8 +289,8 @@ def test_what_costs_more_than_an_inelastic_run_says_so(
     done.save(run_folder / "state.safetensors")
     ratio = ledger(capsys, str(run_folder))["super_network"]["of_inelastic"]
     assert ratio > 1
-    told = words(capsys, str(run_folder))
-    assert f"{format_percent(ratio - 1, 1)} more than an inelastic run" in told
+    reported = words(capsys, str(run_folder))
+    assert f"{format_percent(ratio - 1, 1)} more than an inelastic run" in reported
 
 
 @pytest.mark.parametrize(
@@ -381,10 +385,10 @@ def test_what_was_extracted_and_trained_on_is_a_refinement_of_the_whole(
     assert (row["refinement_flops"], row["refinement_tokens"]) == (last.flops, 2048)
     two = next(one for one in first["networks"] if one["name"] == "L2")
     assert row["scratch_flops"] == two["scratch_flops"]
-    told = words(capsys, on)
-    assert "NOT COUNTED" not in told
-    assert "on (run): 4 of 4 steps" in told
-    assert "training what was extracted, L2" in told
+    reported = words(capsys, on)
+    assert "NOT COUNTED" not in reported
+    assert "on (run): 4 of 4 steps" in reported
+    assert "training what was extracted, L2" in reported
 
     # What it can be extracted as is of the whole; naming the whole changes nothing but its name.
     assert ledger(capsys, on, "--refine", "L3:1k")["networks"][1]["name"] == "L3"

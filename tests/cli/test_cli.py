@@ -190,9 +190,9 @@ def test_a_json_file_stands_wherever_a_name_does(
         assert json.loads(capsys.readouterr().out)["subnet"]["name"] == "L3-k1"
     ask = ["generate", str(tiny_folder), "--prompt", "x", "--max-tokens", "1", "--json"]
     assert run(*ask, "--routing", str(path)) == 0
-    told = json.loads(capsys.readouterr().out)["routing"]
-    assert told["name"] == "L3-k1"
-    path.write_text(json.dumps(told))  # an answer, given back
+    reported = json.loads(capsys.readouterr().out)["routing"]
+    assert reported["name"] == "L3-k1"
+    path.write_text(json.dumps(reported))  # an answer, given back
     assert run("extract", str(tiny_folder), str(path), "--out", str(tmp_path / "out")) == 0
     assert capsys.readouterr().out.startswith("L3-k1 of ")
 

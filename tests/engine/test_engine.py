@@ -40,12 +40,12 @@ def test_generated_tokens_and_logprobs_are_those_of_scoring(tiny: Engine) -> Non
     for name in NAMES:
         done = tiny.generate(prompt, name, GREEDY)
         logprobs = tiny.score([*prompt, *done.token_ids], name).log_softmax(-1)[len(prompt) - 1 :]
-        for row, token, told in zip(logprobs, done.token_ids, done.logprobs, strict=False):
+        for row, token, reported in zip(logprobs, done.token_ids, done.logprobs, strict=False):
             assert token == int(row.argmax())
-            assert told.token_id == token
-            assert told.logprob == pytest.approx(float(row[token]), abs=2e-4)
-            assert told.top[0][0] == token
-            assert told.top[0][1] >= told.top[1][1]
+            assert reported.token_id == token
+            assert reported.logprob == pytest.approx(float(row[token]), abs=2e-4)
+            assert reported.top[0][0] == token
+            assert reported.top[0][1] >= reported.top[1][1]
 
 
 def test_each_way_to_write_a_routing_runs_the_same_subnet(tiny: Engine) -> None:

@@ -1,4 +1,4 @@
-"""What is told of a prompt: alone, or before the text that follows it."""
+"""Log-probabilities of a prompt: alone, or before the text that follows it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_first_piece_tells_of_the_prompt(tiny: Engine) -> None:
     params = SamplingParams(max_tokens=4, n=2, prompt_logprobs=1, temperature=1.0)
     first, *others = tiny.stream(PROMPT, None, params)
     assert first.prompt_logprobs is not None
-    assert [told.token_id for told in first.prompt_logprobs] == PROMPT[1:]
+    assert [reported.token_id for reported in first.prompt_logprobs] == PROMPT[1:]
     assert others[-1].completion is not None
     assert first.prompt_logprobs == others[-1].completion.prompt_logprobs
     assert [d.prompt_logprobs for d in others] == [None] * len(others)

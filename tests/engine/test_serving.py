@@ -54,11 +54,11 @@ def test_prompt_logprobs_are_those_of_scoring(tiny: Engine) -> None:
         logprobs = tiny.score(PROMPT, "L3").double().log_softmax(-1)
         assert done.prompt_logprobs is not None
         assert len(done.prompt_logprobs) == len(PROMPT) - 1
-        for position, told in enumerate(done.prompt_logprobs, 1):
+        for position, reported in enumerate(done.prompt_logprobs, 1):
             row = logprobs[position - 1]
-            assert told.token_id == PROMPT[position]
-            assert told.logprob == pytest.approx(float(row[PROMPT[position]]), abs=1e-5)
-            assert [t for t, _ in told.top] == row.topk(3).indices.tolist()
+            assert reported.token_id == PROMPT[position]
+            assert reported.logprob == pytest.approx(float(row[PROMPT[position]]), abs=1e-5)
+            assert [t for t, _ in reported.top] == row.topk(3).indices.tolist()
     assert tiny.generate(PROMPT, None, SHORT).prompt_logprobs is None
 
 
@@ -70,7 +70,7 @@ def test_prompt_logprobs_of_a_prompt_that_takes_many_steps(tiny_folder: Path) ->
         done = engine.generate(PROMPT, None, params)
         want = engine.score(PROMPT).log_softmax(-1)
         assert done.prompt_logprobs is not None
-        got = torch.tensor([told.logprob for told in done.prompt_logprobs])
+        got = torch.tensor([reported.logprob for reported in done.prompt_logprobs])
         expected = want[:-1].gather(1, torch.tensor(PROMPT[1:]).unsqueeze(1))[:, 0]
         assert torch.allclose(got, expected, atol=1e-4)
 
@@ -87,10 +87,10 @@ def test_forced_text_comes_with_the_models_own_numbers(tiny: Engine) -> None:
         assert done.finish_reason == "stop"
         assert done.usage.completion_tokens == len(ids) == len(deltas)
         rows = tiny.score([*PROMPT, *ids], "k2").log_softmax(-1)[len(PROMPT) - 1 :]
-        for row, told, token in zip(rows, done.logprobs or (), ids, strict=False):
-            assert told.token_id == token
-            assert told.logprob == pytest.approx(float(row[token]), abs=2e-4)
-            assert told.top[0][0] == int(row.argmax())
+        for row, reported, token in zip(rows, done.logprobs or (), ids, strict=False):
+            assert reported.token_id == token
+            assert reported.logprob == pytest.approx(float(row[token]), abs=2e-4)
+            assert reported.top[0][0] == int(row.argmax())
     cut = tiny.generate(PROMPT, None, SamplingParams(forced_text=text, max_tokens=2))
     assert (cut.token_ids, cut.finish_reason) == (tuple(ids[:2]), "length")
 
@@ -158,7 +158,7 @@ def test_json_follows_its_schema(tiny: Engine, temperature: float) -> None:
         assert read["kind"] in ("cat", "dog")
         # The log-probabilities are the model's, not those of what was allowed.
         assert done.logprobs is not None
-        assert min(told.logprob for told in done.logprobs) < -1
+        assert min(reported.logprob for reported in done.logprobs) < -1
 
 
 def test_json_objects_begin_as_such_and_are_cut_by_max_tokens(tiny: Engine) -> None:

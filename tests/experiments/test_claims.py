@@ -115,8 +115,8 @@ def test_check_finds_a_page_that_is_out_of_date(
     assert "is out of date" in capsys.readouterr().out
     change_lines(folder, "elastic-mini.jsonl", lambda line: line.update(weights_sha256=OTHER))
     assert main() == 1
-    assert "error: " in (told := capsys.readouterr()).err
-    assert told.out == ""
+    assert "error: " in (reported := capsys.readouterr()).err
+    assert reported.out == ""
 
 
 # --- one set of weights, one text
@@ -175,12 +175,12 @@ def test_a_sweep_of_another_text_is_refused(key: str, folder: Path) -> None:
 
 def test_the_page_says_how_many_tokens_each_figure_is_over_where_they_differ(folder: Path) -> None:
     scored = Results(folder).scored_tokens
-    for swept, told in ((4_096, True), (scored, False)):
+    for swept, reported in ((4_096, True), (scored, False)):
         change_sweep(folder, lambda sweep, n=swept: sweep["corpus"].update(scored_tokens=n))
         text = page(Results(folder))
         assert f"over\n  {scored:,} scored tokens" in text
-        assert ("scored tokens, unless a row gives another number." in text) == told
-        assert ("`t0.5` in the sweep, 4,096 tokens scored: " in text) == told
+        assert ("scored tokens, unless a row gives another number." in text) == reported
+        assert ("`t0.5` in the sweep, 4,096 tokens scored: " in text) == reported
 
 
 # --- what is published
@@ -214,8 +214,8 @@ def test_the_share_of_an_iteration_is_told_of_both_bases(folder: Path) -> None:
     assert ungrown["refinement_flops"] == pytest.approx(
         0.06 * ungrown["ungrown_scratch_flops"], rel=0.01
     )
-    told = format_si(ungrown["ungrown_scratch_flops"], "FLOP")
-    assert f"with all its layers from the first step on it is {told}," in text
+    reported = format_si(ungrown["ungrown_scratch_flops"], "FLOP")
+    assert f"with all its layers from the first step on it is {reported}," in text
     assert shares[1]["refinement_of_super_network"] == pytest.approx(0.06, rel=0.01)
     assert f"S, {format_si(shares[0]['scratch_flops'], 'FLOP')};" in text
     (claim,) = (claim for claim in CLAIMS if claim.measured is iteration)

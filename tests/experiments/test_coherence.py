@@ -195,8 +195,8 @@ def test_what_is_written_is_compared_with_the_full_network(tiny: Engine) -> None
             for prompt, text in zip(prompts, greedy, strict=True)
             for i, token in enumerate(text)
         ]
-        told = found[name]["greedy"]["perplexity_under_full"]
-        assert told == pytest.approx(math.exp(np.mean(nats)), rel=2e-3)
+        reported = found[name]["greedy"]["perplexity_under_full"]
+        assert reported == pytest.approx(math.exp(np.mean(nats)), rel=2e-3)
 
 
 @pytest.mark.usefixtures("small")

@@ -80,11 +80,13 @@ def test_a_card_names_the_ngrams_that_were_measured_and_no_others(
 
     assert "gram" not in card().partition("Held-out quality")[2]
     bigram = {"bigram_nats_per_token": 5.5, "bigram_k": 0.1}
-    told = card(**bigram)
-    assert "bigram over the same training tokens has 5.500 nats per token." in told
-    assert "Kneser-Ney" not in told
-    told = card(**bigram, ngram_nats_per_token=4.75, ngram_order=3)
-    assert "5.500 nats per token, the best interpolated n-gram (Kneser-Ney, n = 3) 4.750." in told
+    reported = card(**bigram)
+    assert "bigram over the same training tokens has 5.500 nats per token." in reported
+    assert "Kneser-Ney" not in reported
+    reported = card(**bigram, ngram_nats_per_token=4.75, ngram_order=3)
+    assert (
+        "5.500 nats per token, the best interpolated n-gram (Kneser-Ney, n = 3) 4.750." in reported
+    )
 
 
 def test_benchmarks_name_the_commit_of_this_project(

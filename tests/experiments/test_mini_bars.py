@@ -129,8 +129,8 @@ def manifest(
     plan = TrainingPlan(stages=parse_stages(f"6x{steps + 2}x1x512"))
     training = {"plan": plan.to_json(), "steps": steps, "tokens": 512 * steps}
     training["tokens_before"] = untold + (before["training"]["tokens"] if before else 0)
-    told = {"corpus": {"stream_sha256": sha256, "stream_tokens": stream_tokens}}
-    return told | {"training": training} | ({"before": before} if before else {})
+    reported = {"corpus": {"stream_sha256": sha256, "stream_tokens": stream_tokens}}
+    return reported | {"training": training} | ({"before": before} if before else {})
 
 
 def write(path: Path, value: Line) -> Path:
@@ -168,10 +168,10 @@ def test_a_manifest_of_something_else_is_refused(tmp_path: Path, spoilt: Line) -
 def test_the_ngrams_are_of_the_training_that_read_the_most(tmp_path: Path) -> None:
     trainings = read_trainings(write(tmp_path / "manifest.json", CHAIN))
     assert choose_training(trainings, prepared(tmp_path / "first", "a")) is trainings[0]
-    told = r"the run of 40 steps that read the most, 9,728: .* stream_sha256 is a\."
-    with pytest.raises(BenchmarkError, match=rf"\(stream_sha256 b\) .* read 6,144 .* {told}"):
+    reported = r"the run of 40 steps that read the most, 9,728: .* stream_sha256 is a\."
+    with pytest.raises(BenchmarkError, match=rf"\(stream_sha256 b\) .* read 6,144 .* {reported}"):
         choose_training(trainings, prepared(tmp_path / "later", "b"))
-    with pytest.raises(BenchmarkError, match=rf"\(stream_sha256 c\) .* read 0 .* {told}"):
+    with pytest.raises(BenchmarkError, match=rf"\(stream_sha256 c\) .* read 0 .* {reported}"):
         choose_training(trainings, prepared(tmp_path / "other", "c"))
 
 

@@ -60,14 +60,14 @@ def point(
 
 def summary(full: Any, nine: Any, special: Any, compute: Any = None) -> dict[str, Any]:
     points = {"full": point("none", 1.0, full, None), "L9": point("depth", 0.75, nine, special)}
-    told = {
+    reported = {
         "kind": "summary",
         "seeds": {"elastic": [0, 1], "inelastic": [0], "depth9": []},
         "tokens": 9_998_336,
         "texts": {name: {"points": points} for name in TEXTS},
         "bars": [],
     }
-    return told if compute is None else told | {"compute": compute}
+    return reported if compute is None else reported | {"compute": compute}
 
 
 def rows(table: str) -> list[list[str]]:
@@ -75,8 +75,8 @@ def rows(table: str) -> list[list[str]]:
 
 
 def test_differences_of_one_seed_have_the_error_of_their_pair_and_a_mark() -> None:
-    told = summary(gain(-0.02, 0.004), gain(0.25, 0.011), gain(0.07, 0.006))
-    header, _, full, nine = rows(science_table(told, TEXTS[0]))
+    reported = summary(gain(-0.02, 0.004), gain(0.25, 0.011), gain(0.07, 0.006))
+    header, _, full, nine = rows(science_table(reported, TEXTS[0]))
     assert header[3:5] == ["elastic is better by", "frugal is better by"]
     assert header[5:7] == ["specialist is better by", "defaults of `train` are better by"]
     # The specialist at full is the inelastic network, of which the column before tells.
@@ -87,46 +87,46 @@ def test_differences_of_one_seed_have_the_error_of_their_pair_and_a_mark() -> No
         *("`L9` (depth 75%)", "4.500 ± 0.010", "4.750 ± 0.020", "+0.250 ± 0.011†", "–"),
         *("+0.070 ± 0.006†", "–", "+0.125 ± 0.003", "+0.196 (depth 16 -> 12 layers)"),
     ]
-    marked = [line for line in science_words(told) if line.startswith("†")]
+    marked = [line for line in science_words(reported) if line.startswith("†")]
     assert len(marked) == 1
     assert "standard error over windows of text alone" in marked[0]
 
 
 def test_differences_of_several_seeds_have_deviations_and_no_mark() -> None:
     many = gain(0.25, 0.011, 0.012, 0.013, seed_sd=0.0204)
-    told = summary(gain(-0.02, 0.1, 0.1, 0.1, seed_sd=0.0144), many, many)
-    nine = rows(science_table(told, TEXTS[1]))[-1]
+    reported = summary(gain(-0.02, 0.1, 0.1, 0.1, seed_sd=0.0144), many, many)
+    nine = rows(science_table(reported, TEXTS[1]))[-1]
     # The deviation that two runs of different seeds would show, and not that of pairs, everywhere.
     assert (nine[3], nine[5]) == ("+0.250 (12.3 seed SDs)", "+0.250 ± 0.020")
-    assert not any("†" in line for line in science_words(told))
+    assert not any("†" in line for line in science_words(reported))
 
 
 def test_a_difference_that_is_not_there_or_of_one_window_has_no_mark() -> None:
-    told = summary(None, gain(0.25, None), None)
-    full, nine = rows(science_table(told, TEXTS[0]))[2:]
+    reported = summary(None, gain(0.25, None), None)
+    full, nine = rows(science_table(reported, TEXTS[0]))[2:]
     assert (full[3:6], nine[3:6]) == (["–", "–", "–"], ["+0.250", "–", "–"])
-    assert list(science_words(told)) == [
+    assert list(science_words(reported)) == [
         "Trained on 9,998,336 tokens each; seeds: elastic 2, inelastic 1."
     ]
     # Its own pair is in no table: what is judged there is the gain of the elastic network.
-    told["texts"][TEXTS[0]]["points"]["full"]["specialist_gain"] = gain(0.1, 0.2)
-    assert not any("†" in line for line in science_words(told))
+    reported["texts"][TEXTS[0]]["points"]["full"]["specialist_gain"] = gain(0.1, 0.2)
+    assert not any("†" in line for line in science_words(reported))
 
 
 def test_the_run_of_one_drawn_network_a_step_stands_beside_the_elastic_one() -> None:
-    told = summary(None, None, None)
+    reported = summary(None, None, None)
     nine = point("depth", 0.75, None, None, gain(-0.125, 0.004))
-    told["texts"][TEXTS[0]]["points"]["L9"] = nine
-    assert rows(science_table(told, TEXTS[0]))[-1][6] == "-0.125 ± 0.004†"
-    assert sum(line.startswith("†") for line in science_words(told)) == 1
+    reported["texts"][TEXTS[0]]["points"]["L9"] = nine
+    assert rows(science_table(reported, TEXTS[0]))[-1][6] == "-0.125 ± 0.004†"
+    assert sum(line.startswith("†") for line in science_words(reported)) == 1
 
 
 def test_the_frugal_recipe_stands_beside_the_elastic_one() -> None:
-    told = summary(None, None, None)
+    reported = summary(None, None, None)
     nine = point("depth", 0.75, None, None) | {"frugal_gain": gain(-0.125, 0.004)}
-    told["texts"][TEXTS[0]]["points"]["L9"] = nine
-    assert rows(science_table(told, TEXTS[0]))[-1][4] == "-0.125 ± 0.004†"
-    assert sum(line.startswith("†") for line in science_words(told)) == 1
+    reported["texts"][TEXTS[0]]["points"]["L9"] = nine
+    assert rows(science_table(reported, TEXTS[0]))[-1][4] == "-0.125 ± 0.004†"
+    assert sum(line.startswith("†") for line in science_words(reported)) == 1
 
 
 def test_the_cost_at_full_is_told_with_its_seed_deviation() -> None:
@@ -144,11 +144,11 @@ def test_the_cost_at_full_is_told_with_its_seed_deviation() -> None:
 
 
 def test_the_cost_of_one_network_a_step_is_told_beside_that_of_the_elastic_recipe() -> None:
-    told = summary(gain(-0.02, 0.004), None, None)
-    told["texts"][TEXTS[1]]["points"] = dict(told["texts"][TEXTS[1]]["points"])
-    full = told["texts"][TEXTS[1]]["points"]["full"] | {"drawn_cost": gain(0.125, 0.007)}
-    told["texts"][TEXTS[1]]["points"]["full"] = full
-    assert list(science_words(told))[3] == (
+    reported = summary(gain(-0.02, 0.004), None, None)
+    reported["texts"][TEXTS[1]]["points"] = dict(reported["texts"][TEXTS[1]]["points"])
+    full = reported["texts"][TEXTS[1]]["points"]["full"] | {"drawn_cost": gain(0.125, 0.007)}
+    reported["texts"][TEXTS[1]]["points"]["full"] = full
+    assert list(science_words(reported))[3] == (
         f"With the defaults of `train`, one network a step, it costs +0.125 ± 0.007† on "
         f"{TEXTS[1]} (1 seed)."
     )

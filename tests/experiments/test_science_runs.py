@@ -222,9 +222,9 @@ def test_what_is_measured_stays_when_a_later_run_fails(
     assert [line["case"] for line in lines] == ["elastic-0"]
     windows = lines[0]["texts"][REFERENCE]
     counts = np.array(windows["window_tokens"])
-    for told in windows["points"].values():
-        mean = float((np.array(told["window_nats"]) * counts).sum() / counts.sum())
-        assert mean == pytest.approx(told["nats_per_token"], abs=2e-5)
+    for reported in windows["points"].values():
+        mean = float((np.array(reported["window_nats"]) * counts).sum() / counts.sum())
+        assert mean == pytest.approx(reported["nats_per_token"], abs=2e-5)
 
 
 def test_a_run_goes_on_with_its_own_text_alone(
@@ -274,8 +274,8 @@ def check_lines(by_case: dict[str, Any], out: Path) -> None:
     assert all(bar["met"] is None and bar["seeds"] == 1 for bar in summary["bars"])
     # What the summary says is what the checkpoint does, asked in another way.
     nine = by_case["depth9-0"]["texts"][REFERENCE]["points"]["L9"]["nats_per_token"]
-    told = summary["texts"][REFERENCE]["points"]["L9"]
-    assert told["specialist"]["mean"] == nine
+    reported = summary["texts"][REFERENCE]["points"]["L9"]
+    assert reported["specialist"]["mean"] == nine
     with Engine.from_pretrained(out / "depth9-0" / CHECKPOINT) as engine:
         losses = []
         for window in evaluation_texts(engine.tokenizer, None, 1024)[REFERENCE].windows:

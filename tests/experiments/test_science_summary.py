@@ -197,9 +197,9 @@ def test_bars_are_met_by_three_seeds_far_apart() -> None:
 def test_every_split_that_was_trained_is_judged_by_its_own_runs() -> None:
     worse = runs({"frugal": [everywhere(4.58 + e, INELASTIC) for e in (0.0, 0.01, 0.02)]})
     found = summary([*THREE, *worse])
-    told = {(bar["text"], bar["what"].partition(",")[0]): bar["met"] for bar in found["bars"]}
-    assert len(told) == 2 * 2 * (4 + 1)
-    for (_, what), met in told.items():
+    reported = {(bar["text"], bar["what"].partition(",")[0]): bar["met"] for bar in found["bars"]}
+    assert len(reported) == 2 * 2 * (4 + 1)
+    for (_, what), met in reported.items():
         assert met is ("frugal" not in what)
     nine = found["texts"][NAMES[0]]["points"]["L9"]
     assert nine["frugal"]["mean"] == pytest.approx(4.59 + 0.5, abs=1e-4)
@@ -255,8 +255,8 @@ def test_without_its_control_a_network_stands_alone() -> None:
 
 
 def test_the_tables_show_the_summary() -> None:
-    told = summary() | {"tokens": 9_998_336}
-    rows = science_table(told, NAMES[0]).splitlines()
+    reported = summary() | {"tokens": 9_998_336}
+    rows = science_table(reported, NAMES[0]).splitlines()
     assert len(rows) == 2 + len(POINTS)
     assert rows[2].startswith("| `full` | 4.530 ± 0.010 | 4.510 ± 0.010 | -0.020 (-1.4 seed SDs) |")
     nine = next(row for row in rows if "`L9`" in row)
@@ -265,7 +265,7 @@ def test_the_tables_show_the_summary() -> None:
         "+0.070 ± 0.000† | – | +0.100 ± 0.000 | +0.196 (depth 16 -> 12 layers) |"
     )
     assert all(row.count("|") == rows[0].count("|") for row in rows)
-    words = list(science_words(told))
+    words = list(science_words(reported))
     assert words[0] == (
         "Trained on 9,998,336 tokens each; seeds: elastic 3, inelastic 3, depth9 1."
     )
@@ -276,10 +276,12 @@ def test_the_tables_show_the_summary() -> None:
 def test_the_words_name_what_is_missed_or_undecided() -> None:
     worse = [run_line("elastic", n, everywhere(9.0 + n / 100, {})) for n in range(3)]
     others = [line for line in THREE if line["family"] != "elastic"]
-    told = summary([*others, *worse]) | {"tokens": 1}
-    missed = [line for line in science_words(told) if line.startswith("Missed")]
+    reported = summary([*others, *worse]) | {"tokens": 1}
+    missed = [line for line in science_words(reported) if line.startswith("Missed")]
     assert len(missed) == 10
     two = [line for line in THREE if line["seed"] < 2]
-    told = summary(two) | {"tokens": 1}
-    undecided = [line for line in science_words(told) if line.startswith("Undecided with 2 seeds")]
+    reported = summary(two) | {"tokens": 1}
+    undecided = [
+        line for line in science_words(reported) if line.startswith("Undecided with 2 seeds")
+    ]
     assert len(undecided) == 10

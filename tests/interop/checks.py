@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
-SHOWN = 5  # failures of a check that are told
+SHOWN = 5  # failures of a check that are reported
 
 
 class Tally:
@@ -44,7 +44,7 @@ class Tally:
         """The exception of exactly this class that a call must raise; None if it does not."""
         try:
             got = call()
-        except Exception as error:  # noqa: BLE001  (whatever it is, it is told)
+        except Exception as error:  # noqa: BLE001  (whatever it is, it is reported)
             self.true(type(error) is kind, f"{what}: raised {error!r:.200}, not {kind.__name__}")
             return error if type(error) is kind else None
         self.true(False, f"{what}: got {got!r:.200}, not {kind.__name__}")

@@ -44,6 +44,6 @@ def version(python: Path, package: str) -> str:
 def _run(*command: str | Path) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        told = " ".join(map(str, command))
-        raise SystemExit(f"{told} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        reported = " ".join(map(str, command))
+        raise SystemExit(f"{reported} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     return done.stdout

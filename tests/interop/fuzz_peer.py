@@ -78,24 +78,26 @@ def fuzz(python: Path, work: Path, server: Served, only: tuple[str, ...]) -> Lin
     return judge(json.loads(report.read_text()), reached, only, time.perf_counter() - begun)
 
 
-def judge(told: dict[str, Any], reached: list[str], only: tuple[str, ...], seconds: float) -> Line:
+def judge(
+    reported: dict[str, Any], reached: list[str], only: tuple[str, ...], seconds: float
+) -> Line:
     """What a report of schemathesis comes to.
 
     Args:
         reached: operations that must have been asked for something that they take.
     """
     tally = Tally()
-    for failure in told["failures"]:
+    for failure in reported["failures"]:
         where = ", ".join(failure["operations"])
         tally.failures.append(f"{failure['title']}, {failure['count']} times: {where}")
-    tally.failures += [f"error: {error}" for error in told["errors"]]
-    cases, tested = told["test_cases"]["generated"], told["operations"]
+    tally.failures += [f"error: {error}" for error in reported["errors"]]
+    cases, tested = reported["test_cases"]["generated"], reported["operations"]
     accepted = {
         operation: sum(phase["accepted"] for phase in phases.values())
-        for operation, phases in told["valid_rates"].items()
+        for operation, phases in reported["valid_rates"].items()
     }
     for held, what in (
-        (told["complete"], f"it stopped early: {told['stop_reason']}"),
+        (reported["complete"], f"it stopped early: {reported['stop_reason']}"),
         (tested["tested"] == tested["selected"], f"operations tested: {tested}"),
         (only or cases >= LEAST_CASES, f"{cases} cases, not {LEAST_CASES}"),
         *((accepted.get(one), f"{one} took nothing of what it was asked") for one in reached),
@@ -106,7 +108,7 @@ def judge(told: dict[str, Any], reached: list[str], only: tuple[str, ...], secon
     ):
         if not held:
             tally.failures.append(what)
-    wrong = told["test_cases"]["with_failures"]
+    wrong = reported["test_cases"]["with_failures"]
     line = line_of(
         f"schemathesis: {tested['tested']} operations of /openapi.json"
         f"{' below /admin' if only else ''}, every check but {LEFT_OUT}, seed {SEED}",

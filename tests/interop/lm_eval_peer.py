@@ -109,8 +109,8 @@ def judge(
     tally, errors, greedy = Tally(), [0.0], 0
     for sample in found:
         asked = list(sample["arguments"].values())
-        for arguments, told in zip(asked, sample["resps"], strict=True):
-            (got,) = told
+        for arguments, reported in zip(asked, sample["resps"], strict=True):
+            (got,) = reported
             if task == "generate":
                 wanted = generated(engine, setting, arguments["arg_0"])
                 tally.equal(got, wanted, f"text after {arguments['arg_0']!r}")

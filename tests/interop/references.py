@@ -148,7 +148,7 @@ def _case(
     """One request, and what must come back.
 
     Args:
-        top: of a chat: likeliest tokens that are told, else as `body` says.
+        top: of a chat: likeliest tokens that are reported, else as `body` says.
     """
     knobs, camel = SUBNETS[subnet]
     top = body.get("logprobs") if top is None else top

@@ -52,7 +52,7 @@ def test_a_file_that_cannot_be_is_told_before_the_model_is_loaded(
 ) -> None:
     absent = tmp_path / "absent" / "url"
     assert main(["serve", str(tmp_path), "--port", "0", "--url-file", str(absent)]) == 2
-    told = capsys.readouterr().err
-    assert f"--url-file {absent} cannot be written: No such file or directory." in told
+    reported = capsys.readouterr().err
+    assert f"--url-file {absent} cannot be written: No such file or directory." in reported
     assert main(["serve", str(tmp_path), "--port", "0", "--url-file", str(tmp_path)]) == 2
     assert f"--url-file {tmp_path} cannot be written: Is a directory." in capsys.readouterr().err

@@ -11,7 +11,7 @@ from tests.server.conftest import Running
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "reported"),
     [
         (b"", "body is missing."),
         (b"{", "no JSON"),
@@ -27,16 +27,16 @@ from tests.server.conftest import Running
     ],
 )
 def test_malformed_bodies_get_an_error_and_no_traceback(
-    served: Running, content: bytes, told: str
+    served: Running, content: bytes, reported: str
 ) -> None:
     kind = {"content-type": "application/json"}
     for path in ("/v1/completions", "/v1/chat/completions"):
         answer = served.http.post(path, content=content, headers=kind)
-        status = 404 if told == "does not exist" and "chat" not in path else 400
+        status = 404 if reported == "does not exist" and "chat" not in path else 400
         assert answer.status_code == status, answer.text
         error = answer.json()["error"]
         if "chat" not in path:
-            assert told in error["message"]
+            assert reported in error["message"]
 
 
 def test_paths_and_methods_that_are_not_there(served: Running) -> None:

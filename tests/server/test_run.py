@@ -92,9 +92,9 @@ def test_a_taken_port_is_a_plain_message(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert main(["serve", str(tiny_folder), "--port", port]) == 2
-    told = capsys.readouterr().err
-    assert f"port {port} of 127.0.0.1 is taken" in told
-    assert "Traceback" not in told
+    reported = capsys.readouterr().err
+    assert f"port {port} of 127.0.0.1 is taken" in reported
+    assert "Traceback" not in reported
 
 
 def test_keys_come_from_a_file_or_the_environment(

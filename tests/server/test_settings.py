@@ -18,9 +18,9 @@ def test_settings_that_are_refused() -> None:
         assert ServerSettings(host="0.0.0.0", **fine).host == "0.0.0.0"
     for host in ("127.0.0.1", "::1", "[::1]", "localhost", "127.9.9.9"):
         assert ServerSettings(host=host).host == host
-    with pytest.raises(ServerError, match="API key 2 must be") as told:
+    with pytest.raises(ServerError, match="API key 2 must be") as reported:
         ServerSettings(api_keys=("fine", "not fine"))
-    assert "not fine" not in str(told.value)
+    assert "not fine" not in str(reported.value)
     with pytest.raises(ServerError, match="without '@'"):
         ServerSettings(aliases=("a@b",))
     with pytest.raises(ServerError, match="port must be"):

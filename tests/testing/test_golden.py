@@ -30,20 +30,20 @@ GOLDEN = (  # of PROMPTS[0], WAYS[0]
 
 def answers(server: ElasticMoEServer) -> tuple[str, list[Any]]:
     """What it calls itself, and all that it writes."""
-    told, fingerprints = [], set()
+    reported, fingerprints = [], set()
     with httpx2.Client(base_url=server.base_url, trust_env=False, timeout=60) as http:
         http.headers["authorization"] = f"Bearer {server.api_key}"
         for way in WAYS:
             asked = {"model": "elastic-mini", "max_tokens": 24, "logprobs": 3, **way}
             done = http.post("completions", json={"prompt": PROMPTS, **asked}).json()
             fingerprints.add(done["system_fingerprint"])
-            told += [(choice["text"], choice["logprobs"]) for choice in done["choices"]]
+            reported += [(choice["text"], choice["logprobs"]) for choice in done["choices"]]
         asked = {"model": "elastic-mini", "input": PROMPTS}
-        told.append(
+        reported.append(
             [one["embedding"] for one in http.post("embeddings", json=asked).json()["data"]]
         )
     (fingerprint,) = fingerprints
-    return fingerprint, told
+    return fingerprint, reported
 
 
 def callers() -> list[dict[str, str]]:
@@ -68,14 +68,14 @@ def test_the_portable_level_writes_the_same_everywhere(
 ) -> None:
     seen = [_run(environment, monkeypatch, isa="portable") for environment in callers()]
     assert {fingerprint for fingerprint, _ in seen} == {"em-cpu-portable-bfloat16"}
-    told = seen[0][1]
-    assert all(other == told for _, other in seen)
+    reported = seen[0][1]
+    assert all(other == reported for _, other in seen)
     if platform.machine() in {"x86_64", "AMD64"}:  # where it is promised
-        assert told[0][0] == GOLDEN
+        assert reported[0][0] == GOLDEN
 
     fingerprint, unpinned = answers(elastic_moe_server)
     assert fingerprint == f"em-cpu-{native.level()}-bfloat16"
-    assert (unpinned == told) == (native.level() == "portable")
+    assert (unpinned == reported) == (native.level() == "portable")
 
 
 def _run(

@@ -31,10 +31,10 @@ def found(server: ElasticMoEServer, call: Callable[[], Any], **options: Any) -> 
     return ()
 
 
-def faults_in(told: tuple[Finding, ...]) -> dict[str, list[str]]:
+def faults_in(reported: tuple[Finding, ...]) -> dict[str, list[str]]:
     """Fault -> the scenarios that show it."""
     table: dict[str, list[str]] = {}
-    for one in told:
+    for one in reported:
         table.setdefault(one.fault, []).append(one.scenario)
     return table
 
@@ -81,17 +81,17 @@ def test_every_scenario_strikes_as_it_says(elastic_moe_server: ElasticMoEServer)
     with closing(RightClient(elastic_moe_server)) as client:
         assert_resilient(elastic_moe_server, client.ask, retry_after_seconds=RETRY_AFTER)
     records = elastic_moe_server.requests
-    told = [(r.status, r.outcome) for r in records]
+    reported = [(r.status, r.outcome) for r in records]
     whole, error = (200, "complete"), "error"
-    assert told[:9] == [
+    assert reported[:9] == [
         whole,
         *((429, error), whole),
         *((500, error), whole),
         *((503, error), whole),
-        *((told[7][0], "truncated"), whole),  # no status went out
+        *((reported[7][0], "truncated"), whole),  # no status went out
     ]
-    assert told[9:13] == [(status, error) for status in (400, 401, 404, 422)]
-    assert told[13:] == [*[(200, "truncated"), whole] * 2, *[(503, error)] * 3]
+    assert reported[9:13] == [(status, error) for status in (400, 401, 404, 422)]
+    assert reported[13:] == [*[(200, "truncated"), whole] * 2, *[(503, error)] * 3]
     assert [r.injected for r in records[13:16:2]] == [{"drop_after": 1}, {"malformed_after": 1}]
 
 
@@ -126,8 +126,8 @@ def test_an_async_client_is_tested_too(openai_env: ElasticMoEServer) -> None:
         return answer.choices[0].text
 
     only = ["500", "400", "cut", "lasting"]
-    told = found(openai_env, ask, only=only)
-    assert faults_in(told) == {findings.NOT_RETRIED: ["500, once"]}
+    reported = found(openai_env, ask, only=only)
+    assert faults_in(reported) == {findings.NOT_RETRIED: ["500, once"]}
     assert len(openai_env.requests) == 1 + len(only)
     (loop,) = loops
     assert loop.is_closed()
@@ -164,28 +164,30 @@ def until_it_works(server: ElasticMoEServer) -> str:
 
 
 def test_who_never_gives_up_is_told(elastic_moe_server: ElasticMoEServer) -> None:
-    told = found(elastic_moe_server, lambda: until_it_works(elastic_moe_server), only=["lasting"])
-    assert faults_in(told) == {findings.ENDLESS: ["503, again and again"]}
-    assert told[0].seen == "had not given up after 10 requests"
-    assert len(told[0].records) == 11
+    reported = found(
+        elastic_moe_server, lambda: until_it_works(elastic_moe_server), only=["lasting"]
+    )
+    assert faults_in(reported) == {findings.ENDLESS: ["503, again and again"]}
+    assert reported[0].seen == "had not given up after 10 requests"
+    assert len(reported[0].records) == 11
 
 
 def test_who_asks_a_400_for_ever_is_told_in_time(elastic_moe_server: ElasticMoEServer) -> None:
     """And is let go, so that the others can be tried."""
     call = lambda: until_it_works(elastic_moe_server)  # noqa: E731
-    told = found(elastic_moe_server, call, only=["400", "401"], max_seconds=0.3)
-    assert faults_in(told) == {findings.RETRIED: ["400", "401"]}
-    assert "did not end within 0.3 s" in told[0].seen
+    reported = found(elastic_moe_server, call, only=["400", "401"], max_seconds=0.3)
+    assert faults_in(reported) == {findings.RETRIED: ["400", "401"]}
+    assert "did not end within 0.3 s" in reported[0].seen
 
 
 def test_who_returns_without_an_answer_is_told(elastic_moe_server: ElasticMoEServer) -> None:
-    told = found(
+    reported = found(
         elastic_moe_server, lambda: plain(elastic_moe_server).status_code, only=["429", "400"]
     )
-    assert faults_in(told) == {
+    assert faults_in(reported) == {
         findings.SWALLOWED: ["429 with Retry-After: 0.3, once", "400"],
     }
-    assert told[1].seen == "returned 400 after 1 request"
+    assert reported[1].seen == "returned 400 after 1 request"
 
 
 def test_who_hangs_is_told_and_what_was_not_tried(
@@ -231,9 +233,9 @@ def test_of_several_requests_one_is_named(elastic_moe_server: ElasticMoEServer) 
 
     with pytest.raises(AssertionError, match="must make one request to this server, it made 2"):
         assert_resilient(server, ask)
-    told = found(server, ask, path="/v1/completions", only=["500", "400"])
-    assert faults_in(told) == {findings.NOT_RETRIED: ["500, once"]}
-    assert [record.path for record in told[0].records] == ["/v1/completions"]
+    reported = found(server, ask, path="/v1/completions", only=["500", "400"])
+    assert faults_in(reported) == {findings.NOT_RETRIED: ["500, once"]}
+    assert [record.path for record in reported[0].records] == ["/v1/completions"]
 
 
 def test_faults_are_afterwards_what_they_were(

@@ -102,9 +102,9 @@ def test_losses_of_reduced_networks_are_told_in_a_sandwich_and_without_the_full_
     (root / "run").rename(root / "sandwich")
     assert train(root, "--fixed", "L3", length=short) == 0
     log = [json.loads(line) for line in (root / "run" / "log.jsonl").read_text().splitlines()]
-    told = capsys.readouterr().out.splitlines()[0]
+    reported = capsys.readouterr().out.splitlines()[0]
     last = sum(r["loss"] for r in log[-4:]) / 4
-    assert f"of reduced networks {log[0]['loss']:.3f} at first, {last:.3f} at last" in told
+    assert f"of reduced networks {log[0]['loss']:.3f} at first, {last:.3f} at last" in reported
 
 
 def test_options_reach_the_plan(tmp_path: Path) -> None:
@@ -455,12 +455,12 @@ def test_a_checkpoint_is_trained_on_and_named_as_the_parent(
     before = load_config(root / "gone").elastic
     assert block.parent == parent
     assert block.tokens == 2048 + 512
-    told, first_told = (
+    reported, first_told = (
         json.loads((root / where / "manifest.json").read_text())
         for where in ("run/checkpoint", "gone")
     )
-    assert told["before"] == first_told  # every file and step that led to the weights
-    assert told["training"]["tokens_before"] == 2048
+    assert reported["before"] == first_told  # every file and step that led to the weights
+    assert reported["training"]["tokens_before"] == 2048
     assert "before" not in first_told
     assert set(block.trained) >= {"threshold"}
     assert "width" not in block.trained  # not kept up

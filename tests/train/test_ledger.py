@@ -38,6 +38,6 @@ def test_a_model_with_a_dense_layer_is_trained_at_reduced_depth_to_a_checkpoint(
     options = ("--config", root / "config.json", "--reduce-depth", 1)
     length = ("--tokens", 4096, "--batch-tokens", 512, "--length", 128)
     assert train(root, *options, length=length, model=()) == 0
-    told = json.loads((root / "run" / "checkpoint" / "manifest.json").read_text())["training"]
-    assert told["draws"]["pool"]["none routes"] > 0
+    reported = json.loads((root / "run" / "checkpoint" / "manifest.json").read_text())["training"]
+    assert reported["draws"]["pool"]["none routes"] > 0
     assert 1 in load_config(root / "run" / "checkpoint").elastic.trained["depth"]

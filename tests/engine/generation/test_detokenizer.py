@@ -101,7 +101,7 @@ def test_an_end_token_is_no_text_but_may_cut_a_character(stop: tuple[str, ...]) 
 def test_text_that_cannot_be_made_ends_the_request(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reader is told, and the engine is free for others."""
+    """The reader gets an error, and the engine is free for others."""
     params = SamplingParams(max_tokens=500, ignore_eos=True)
 
     def broken(_: TextStream, token: int) -> str:

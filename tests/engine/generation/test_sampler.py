@@ -167,9 +167,9 @@ def test_choices_of_a_seed_differ_and_repeat() -> None:
 
 
 def test_logprobs_are_natural_logarithms_before_temperature() -> None:
-    told = token_logprob(LOGITS, 3, 2)
-    assert told.logprob == pytest.approx(math.log(0.3), abs=1e-6)
-    assert [token for token, _ in told.top] == [1, 3]
-    assert [value for _, value in told.top] == pytest.approx([math.log(0.5), math.log(0.3)])
+    reported = token_logprob(LOGITS, 3, 2)
+    assert reported.logprob == pytest.approx(math.log(0.3), abs=1e-6)
+    assert [token for token, _ in reported.top] == [1, 3]
+    assert [value for _, value in reported.top] == pytest.approx([math.log(0.5), math.log(0.3)])
     assert token_logprob(LOGITS, 3, 0).top == ()
     assert [token for token, _ in token_logprob(LOGITS, 3, 20).top] == [1, 3, 0, 2, 4]

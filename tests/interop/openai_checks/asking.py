@@ -100,9 +100,11 @@ def same_choices(tally: Tally, got: list[Any], case: dict[str, Any], *, chat: bo
             )
 
 
-def same_chat_logprobs(tally: Tally, told: Any, wanted: list[dict[str, Any]], what: str) -> None:
+def same_chat_logprobs(
+    tally: Tally, reported: Any, wanted: list[dict[str, Any]], what: str
+) -> None:
     """`logprobs` of a chat's choice."""
-    tokens = told.content
+    tokens = reported.content
     tally.equal([t.bytes for t in tokens], [own["bytes"] for own in wanted], f"{what}: bytes")
     tally.close(
         [t.logprob for t in tokens], [own["logprob"] for own in wanted], f"{what}: logprobs"
@@ -112,14 +114,16 @@ def same_chat_logprobs(tally: Tally, told: Any, wanted: list[dict[str, Any]], wh
         tally.close(top, own["top"], f"{what}: top_logprobs")
 
 
-def same_text_logprobs(tally: Tally, told: Any, wanted: list[dict[str, Any]], what: str) -> None:
+def same_text_logprobs(
+    tally: Tally, reported: Any, wanted: list[dict[str, Any]], what: str
+) -> None:
     """`logprobs` of a completion's choice."""
-    tally.close(told.token_logprobs, [own["logprob"] for own in wanted], f"{what}: logprobs")
-    for top, own in zip(told.top_logprobs, wanted, strict=False):
+    tally.close(reported.token_logprobs, [own["logprob"] for own in wanted], f"{what}: logprobs")
+    for top, own in zip(reported.top_logprobs, wanted, strict=False):
         tally.close(sorted(top.values(), reverse=True), own["top"], f"{what}: top_logprobs")
-    tally.equal(len(told.tokens), len(wanted), f"{what}: tokens")
-    tally.equal(told.text_offset[0], 0, f"{what}: first offset")
-    tally.equal(told.text_offset, sorted(told.text_offset), f"{what}: offsets ascend")
+    tally.equal(len(reported.tokens), len(wanted), f"{what}: tokens")
+    tally.equal(reported.text_offset[0], 0, f"{what}: first offset")
+    tally.equal(reported.text_offset, sorted(reported.text_offset), f"{what}: offsets ascend")
 
 
 def same_account(tally: Tally, answer: Any, case: dict[str, Any]) -> None:
@@ -134,8 +138,8 @@ def same_account(tally: Tally, answer: Any, case: dict[str, Any]) -> None:
 def same_routing(tally: Tally, routing: dict[str, Any], case: dict[str, Any]) -> None:
     """What an answer says of its sub-network."""
     what = f"{case['what']} ({case['subnet']})"
-    told = {key: routing.get(key) for key in case["wanted"]["routing"]}
-    tally.equal(told, case["wanted"]["routing"], f"{what}: routing")
+    reported = {key: routing.get(key) for key in case["wanted"]["routing"]}
+    tally.equal(reported, case["wanted"]["routing"], f"{what}: routing")
     k, experts = routing.get("top_k", 0), routing.get("mean_experts", math.nan)
     whole = routing.get("sparsity") == 0
     tally.true(experts == k if whole else 1 <= experts < k, f"{what}: {experts} experts of {k}")

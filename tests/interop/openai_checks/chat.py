@@ -99,8 +99,8 @@ def streams(at: At, tally: Tally) -> None:
         tally.equal(roles, ["assistant"] + [None] * (len(roles) - 1), "roles")
         reasons = [c.choices[0].finish_reason for c in chunks if c.choices]
         tally.equal(reasons[:-1], [None] * (len(reasons) - 1), "finish_reason before the end")
-        told = [bool(routing_of(chunk)) for chunk in chunks if chunk.choices]
-        tally.equal(told, [False] * (len(told) - 1) + [True], "chunks with routing")
+        reported = [bool(routing_of(chunk)) for chunk in chunks if chunk.choices]
+        tally.equal(reported, [False] * (len(reported) - 1) + [True], "chunks with routing")
         usages = [chunk for chunk in chunks if chunk.usage is not None]
         tally.equal(len(usages), int(usage), "chunks with usage")
         if usage:

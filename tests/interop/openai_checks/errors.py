@@ -86,7 +86,7 @@ def keys(at: At, tally: Tally) -> None:
         error = tally.raises(openai.AuthenticationError, client.models.list, f"key {key}")
         if error is not None:
             tally.equal(error.code, "invalid_api_key", "code")
-            tally.true(at.key not in str(error), "no key is told")
+            tally.true(at.key not in str(error), "no key is shown")
     for key in ("key-one", "ACCESS_KEY:SECRET_KEY"):
         tally.true(list(at.new(api_key=key).models.list()), f"key {key}")
 
@@ -173,10 +173,10 @@ def faults(at: At, tally: Tally) -> None:
         (500, openai.InternalServerError),
         (503, openai.InternalServerError),
     ):
-        told = {"x-inject-error": str(status)}
+        reported = {"x-inject-error": str(status)}
         tally.raises(
             kind,
-            partial(at.client.completions.create, **own, extra_headers=told),
+            partial(at.client.completions.create, **own, extra_headers=reported),
             f"injected {status}",
         )
     dropped = {"x-inject-drop-after": "0"}

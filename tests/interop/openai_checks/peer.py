@@ -35,10 +35,10 @@ def check_openai(python: Path, work: Path) -> Iterator[Line]:
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         count = 0
-        for count, told in enumerate(process.stdout, 1):  # noqa: B007  (looked at below)
-            yield json.loads(told)
+        for count, reported in enumerate(process.stdout, 1):  # noqa: B007  (looked at below)
+            yield json.loads(reported)
         status = process.wait()
     if status or count < LEAST_CHECKS:
-        raise SystemExit(f"{SCRIPT} told of {count} checks and ended with status {status}")
+        raise SystemExit(f"{SCRIPT} reported {count} checks and ended with status {status}")
     for server in (wide, narrow):
         yield server.verdict()

@@ -90,17 +90,17 @@ def echoes(at: At, tally: Tally) -> None:
                 echo=True,
                 logprobs=1,
             )
-            told = answer.choices[0].logprobs
-            tally.equal(told.token_logprobs[0], None, "the first token has none")
-            tally.close(told.token_logprobs[1:-1], own["logprobs"], f"logprobs {own['subnet']}")
-            best = [max(top.values()) for top in told.top_logprobs[1:-1]]
+            reported = answer.choices[0].logprobs
+            tally.equal(reported.token_logprobs[0], None, "the first token has none")
+            tally.close(reported.token_logprobs[1:-1], own["logprobs"], f"logprobs {own['subnet']}")
+            best = [max(top.values()) for top in reported.top_logprobs[1:-1]]
             tally.close(best, own["best"], f"top_logprobs {own['subnet']}")
             text = answer.choices[0].text
             tally.true(text.startswith(own["prompt"]), f"{text!r} begins with the prompt")
-            cuts = [*told.text_offset, len(text)]
+            cuts = [*reported.text_offset, len(text)]
             pieces = [text[a:b] for a, b in pairwise(cuts)]
-            plain = [t for t in told.tokens[1:] if not t.startswith("bytes:")]
-            found = [p for p, t in zip(pieces[1:], told.tokens[1:], strict=True) if t in plain]
+            plain = [t for t in reported.tokens[1:] if not t.startswith("bytes:")]
+            found = [p for p, t in zip(pieces[1:], reported.tokens[1:], strict=True) if t in plain]
             tally.equal(found, plain, "text_offset cuts the text into its tokens")
 
 

@@ -116,15 +116,15 @@ def results(at: At, tally: Tally) -> None:
     """tools: a conversation with calls and their results goes on"""
     own = _own(at, tools=[WEATHER], tool_choice="required", seed=1)
     message = at.client.chat.completions.create(**own).choices[0].message
-    told = [
+    reported = [
         {"role": "tool", "tool_call_id": call.id, "content": "rain"} for call in message.tool_calls
     ]
-    more = [*own["messages"], message.model_dump(exclude_none=True), *told]
+    more = [*own["messages"], message.model_dump(exclude_none=True), *reported]
     own = _own(at, tools=[WEATHER], max_tokens=8) | {"messages": more}
     answer = at.client.chat.completions.create(**own)
     tally.equal(len(answer.choices), 1, "choices")
     wrong = [*own["messages"]]
-    wrong[-1 - len(told)] = {
+    wrong[-1 - len(reported)] = {
         "role": "assistant",
         "tool_calls": [
             {"id": "1", "type": "function", "function": {"name": "x", "arguments": "{"}}

@@ -61,8 +61,8 @@ def test_a_stream_is_the_same_in_pieces(served: Running, n: int) -> None:
         assert "".join(c.delta.content or "" for c in own) == choice.message.content
         assert [c.delta.role for c in own] == ["assistant"] + [None] * (len(own) - 1)
         assert [c.finish_reason for c in own] == [None] * (len(own) - 1) + ["length"]
-        told = [t for c in own if c.logprobs for t in c.logprobs.content]
-        assert told == choice.logprobs.content
+        reported = [t for c in own if c.logprobs for t in c.logprobs.content]
+        assert reported == choice.logprobs.content
     routed = [c for c in chunks if getattr(c, "routing", None)]
     assert [c.routing["name"] for c in routed] == ["full"]
     assert routed == chunks[-1:]
@@ -99,10 +99,14 @@ def test_log_probabilities_tell_tokens_by_text_and_bytes(served: Running) -> Non
     joined = b"".join(bytes(t.bytes) for t in content)
     assert joined.decode(errors="replace") == done.choices[0].message.content
     assert [len(t.top_logprobs) for t in content] == [3] * 8
-    for told in content:
-        assert told.top_logprobs[0].logprob >= told.top_logprobs[1].logprob
-        best = told.top_logprobs[0]
-        assert (best.token, best.bytes, best.logprob) == (told.token, told.bytes, told.logprob)
+    for reported in content:
+        assert reported.top_logprobs[0].logprob >= reported.top_logprobs[1].logprob
+        best = reported.top_logprobs[0]
+        assert (best.token, best.bytes, best.logprob) == (
+            reported.token,
+            reported.bytes,
+            reported.logprob,
+        )
     assert ask(served, logprobs=True).choices[0].logprobs.content[0].top_logprobs == []
     assert ask(served).choices[0].logprobs is None
 
@@ -162,7 +166,7 @@ def test_what_a_conversation_may_not_be(served: Running) -> None:
 
 def test_messages_come_to_the_template_as_it_knows_them() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    told = [
+    reported = [
         Message.model_validate(message)
         for message in (
             {"role": "developer", "content": "rules"},
@@ -170,7 +174,7 @@ def test_messages_come_to_the_template_as_it_knows_them() -> None:
             {"role": "assistant"},
         )
     ]
-    assert template_messages(told) == [
+    assert template_messages(reported) == [
         {"role": "system", "content": "rules"},
         {"role": "user", "content": "ab", "name": "ann"},
         {"role": "assistant", "content": ""},

@@ -49,9 +49,9 @@ def test_choices_of_several_prompts_are_numbered_in_their_order(served: Running)
         own = [c.choices[0] for c in chunks if c.choices[0].index == choice["index"]]
         assert "".join(c.text for c in own) == choice["text"]
         assert own[-1].finish_reason == "length"
-        told = [c.logprobs for c in own if c.logprobs]
+        reported = [c.logprobs for c in own if c.logprobs]
         for part in ("tokens", "token_logprobs", "text_offset"):
-            assert [x for t in told for x in getattr(t, part)] == choice["logprobs"][part]
+            assert [x for t in reported for x in getattr(t, part)] == choice["logprobs"][part]
     names = [c.routing["name"] for c in chunks if getattr(c, "routing", None)]  # type: ignore[attr-defined]
     assert names == ["full", "full"]
 
@@ -76,29 +76,31 @@ def test_log_probabilities_of_a_prompt_are_those_of_scoring(served: Running) -> 
     choice = served.complete(
         ids, model="tiny@L3-w4", echo=True, logprobs=1, max_tokens=1, temperature=0
     )["choices"][0]
-    told = choice["logprobs"]
-    assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
-    assert len(told["tokens"]) == len(ids) + 1 == len(told["text_offset"])
+    reported = choice["logprobs"]
+    assert reported["token_logprobs"][0] is reported["top_logprobs"][0] is None
+    assert len(reported["tokens"]) == len(ids) + 1 == len(reported["text_offset"])
     for i, token in enumerate(ids[1:], 1):
-        assert told["token_logprobs"][i] == pytest.approx(float(rows[i - 1, token]), abs=1e-4)
-        (best,) = told["top_logprobs"][i].values()
+        assert reported["token_logprobs"][i] == pytest.approx(float(rows[i - 1, token]), abs=1e-4)
+        (best,) = reported["top_logprobs"][i].values()
         assert best == pytest.approx(float(rows[i - 1].max()), abs=1e-4)
-    assert told["token_logprobs"][-1] == pytest.approx(float(rows[-1].max()), abs=1e-4)
-    for i, offset in enumerate(told["text_offset"]):
-        if told["tokens"][i].isascii() and not told["tokens"][i].startswith(("bytes:", "<|")):
-            assert choice["text"][offset:].startswith(told["tokens"][i])
+    assert reported["token_logprobs"][-1] == pytest.approx(float(rows[-1].max()), abs=1e-4)
+    for i, offset in enumerate(reported["text_offset"]):
+        if reported["tokens"][i].isascii() and not reported["tokens"][i].startswith(
+            ("bytes:", "<|")
+        ):
+            assert choice["text"][offset:].startswith(reported["tokens"][i])
 
 
 def joined(events: list[dict[str, Any]], index: int) -> dict[str, Any]:
     """The choice that the events of a stream make."""
     own = [c for event in events for c in event["choices"] if c["index"] == index]
-    told = [c["logprobs"] for c in own if c["logprobs"] is not None]
+    reported = [c["logprobs"] for c in own if c["logprobs"] is not None]
     parts = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-    lists = {part: [value for piece in told for value in piece[part]] for part in parts}
+    lists = {part: [value for piece in reported for value in piece[part]] for part in parts}
     return {
         "index": index,
         "text": "".join(c["text"] for c in own),
-        "logprobs": lists if told else None,
+        "logprobs": lists if reported else None,
         "finish_reason": own[-1]["finish_reason"],
     }
 
@@ -129,13 +131,13 @@ def test_the_pieces_of_a_stream_are_the_whole_answer(
     assert usage["usage"]["total_tokens"] == whole["usage"]["total_tokens"]
     for choice in whole["choices"]:
         assert joined(events, choice["index"]) == choice
-        told = choice["logprobs"]
-        if echo and told:
+        reported = choice["logprobs"]
+        if echo and reported:
             number = choice["index"] // options["n"]
-            assert len(told["tokens"]) >= len(prompts[number])
-            assert told["token_logprobs"][0] is None
-            assert told["text_offset"] == sorted(told["text_offset"])
-            assert told["text_offset"][-1] <= len(choice["text"])
+            assert len(reported["tokens"]) >= len(prompts[number])
+            assert reported["token_logprobs"][0] is None
+            assert reported["text_offset"] == sorted(reported["text_offset"])
+            assert reported["text_offset"][-1] <= len(choice["text"])
 
 
 def test_offsets_count_what_is_no_character_as_the_text_does(served: Running) -> None:

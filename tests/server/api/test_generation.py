@@ -86,8 +86,10 @@ def test_prompt_and_max_tokens_choose_the_step_of_a_profile(served: Running, pat
         top_ks = []
         for max_tokens in (below, below + 1):
             asked = {**body, "max_tokens": max_tokens}
-            told = served.events(path, **asked)[-1] if stream else served.post(path, **asked).json()
-            top_ks.append(told["routing"]["top_k"])
+            reported = (
+                served.events(path, **asked)[-1] if stream else served.post(path, **asked).json()
+            )
+            top_ks.append(reported["routing"]["top_k"])
         assert top_ks[0] == first["routing"]["top_k"] > top_ks[1]
 
 

@@ -91,9 +91,9 @@ def test_endpoints_hand_all_of_it_to_the_engine(
     monkeypatch.setattr(InputProcessor, "_request", watched)
     chat = "chat" in path
     own = CHAT if chat else TEXT
-    told = {"logprobs": True, "top_logprobs": 2} if chat else {"logprobs": 2}
+    reported = {"logprobs": True, "top_logprobs": 2} if chat else {"logprobs": 2}
     for stream in (False, True):
-        asked = {**own, **BODY, **told, "model": "tiny", "max_tokens": 6, "stream": stream}
+        asked = {**own, **BODY, **reported, "model": "tiny", "max_tokens": 6, "stream": stream}
         answer = served.post(path, **asked)
         assert answer.status_code == 200, answer.text
     assert seen == [SamplingParams(max_tokens=6, logprobs=2, **WANT)] * 2

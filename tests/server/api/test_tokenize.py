@@ -12,12 +12,12 @@ def test_tokens_go_there_and_back(served: Running) -> None:
     tokenizer = served.engine.tokenizer
     for special in (True, False):
         asked = {"prompt": text, "add_special_tokens": special, "return_token_strs": True}
-        told = served.post("/tokenize", **asked).json()
-        assert told["tokens"] == tokenizer.encode(text, add_special_tokens=special)
-        assert told["count"] == len(told["tokens"]) == len(told["token_strs"])
-        assert told["max_model_len"] == served.engine.config.max_positions
-    assert "bytes:\\xe2" in told["token_strs"]
-    assert served.post("/detokenize", tokens=told["tokens"]).json() == {"prompt": text}
+        reported = served.post("/tokenize", **asked).json()
+        assert reported["tokens"] == tokenizer.encode(text, add_special_tokens=special)
+        assert reported["count"] == len(reported["tokens"]) == len(reported["token_strs"])
+        assert reported["max_model_len"] == served.engine.config.max_positions
+    assert "bytes:\\xe2" in reported["token_strs"]
+    assert served.post("/detokenize", tokens=reported["tokens"]).json() == {"prompt": text}
     whole = tokenizer.encode(text)
     assert served.post("/detokenize", tokens=whole).json()["prompt"] == tokenizer.decode(
         whole, skip_special_tokens=False
@@ -41,11 +41,11 @@ def test_what_has_no_tokens(served: Running) -> None:
 
 
 def test_the_tokenizer_is_told(served: Running) -> None:
-    told = served.http.get("/tokenizer_info").json()
+    reported = served.http.get("/tokenizer_info").json()
     tokenizer = served.engine.tokenizer
-    assert told["vocab_size"] == tokenizer.vocab_size
-    assert told["eos_token_ids"] == sorted(tokenizer.eos_ids)
-    assert (told["bos_token"], told["eos_token"]) == ("<|bos|>", "<|endoftext|>")  # as vLLM
-    assert told["pad_token"] == "<|pad|>"
+    assert reported["vocab_size"] == tokenizer.vocab_size
+    assert reported["eos_token_ids"] == sorted(tokenizer.eos_ids)
+    assert (reported["bos_token"], reported["eos_token"]) == ("<|bos|>", "<|endoftext|>")  # as vLLM
+    assert reported["pad_token"] == "<|pad|>"
     assert tokenizer.chat_template is not None
-    assert told["chat_template"] == tokenizer.chat_template.source
+    assert reported["chat_template"] == tokenizer.chat_template.source

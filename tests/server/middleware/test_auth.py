@@ -8,8 +8,8 @@ from tests.server.middleware.conftest import KEYS
 
 def test_any_of_the_keys_opens_the_server_and_nothing_else(guarded: Running) -> None:
     for key in KEYS:
-        told = {"authorization": f"Bearer {key}"}
-        assert guarded.http.get("/v1/models", headers=told).status_code == 200
+        reported = {"authorization": f"Bearer {key}"}
+        assert guarded.http.get("/v1/models", headers=reported).status_code == 200
         assert guarded.http.get(
             "/v1/models", headers={"authorization": f"bearer  {key}"}
         ).is_success

@@ -48,9 +48,9 @@ def last(running: Running) -> dict[str, Any]:
     """The record of the last request, once it has ended."""
     until = time.monotonic() + 10
     while True:
-        told = running.http.get("/admin/requests", headers=ADMIN).json()["requests"][-1]
-        if told["outcome"] != "running":
-            return told
+        reported = running.http.get("/admin/requests", headers=ADMIN).json()["requests"][-1]
+        if reported["outcome"] != "running":
+            return reported
         assert time.monotonic() < until
         time.sleep(0.01)
 
@@ -70,8 +70,8 @@ def events(running: Running, headers: dict[str, str], **body: Any) -> list[str]:
 def test_an_error_comes_in_place_of_an_answer(running: Running) -> None:
     for status in (400, 401, 429, 500, 503, 599):
         for stream in (False, True):
-            told = {"x-inject-error": str(status), "x-inject-retry-after": "2"}
-            answer = ask(running, told, stream=stream)
+            reported = {"x-inject-error": str(status), "x-inject-retry-after": "2"}
+            answer = ask(running, reported, stream=stream)
             assert answer.status_code == status
             assert answer.headers["retry-after"] == "2"
             assert answer.headers["x-request-id"]
@@ -169,8 +169,8 @@ def test_a_forced_text_comes_token_by_token_with_the_models_own_numbers(running:
     engine = running.engine
     ids = engine.tokenizer.encode(text, add_special_tokens=False)
     rows = engine.score([5, 6, *ids]).double().log_softmax(-1)
-    told = choice["logprobs"]["token_logprobs"]
-    assert told == pytest.approx([float(rows[i + 1, t]) for i, t in enumerate(ids)], abs=1e-6)
+    reported = choice["logprobs"]["token_logprobs"]
+    assert reported == pytest.approx([float(rows[i + 1, t]) for i, t in enumerate(ids)], abs=1e-6)
     assert last(running)["text"] == text
     cut = ask(running, headers, max_tokens=2).json()["choices"][0]
     assert cut["finish_reason"] == "length"
@@ -331,9 +331,9 @@ def test_requests_are_recorded_as_they_came_and_ended(running: Running) -> None:
     ) as answer:
         next(answer.iter_lines())
     assert last(running)["outcome"] == "gone"
-    told = running.http.get(f"/admin/requests?after={first}", headers=ADMIN).json()
-    assert told["dropped"] == 0
-    kept = told["requests"]
+    reported = running.http.get(f"/admin/requests?after={first}", headers=ADMIN).json()
+    assert reported["dropped"] == 0
+    kept = reported["requests"]
     assert [r["number"] for r in kept] == [first + 1, first + 2, first + 3, first + 4]
     outcomes = [(r["method"], r["path"], r["status"], r["outcome"]) for r in kept]
     assert outcomes == [
@@ -349,8 +349,8 @@ def test_requests_are_recorded_as_they_came_and_ended(running: Running) -> None:
     assert all(r["begun_seconds"] <= r["ended_seconds"] for r in kept)
     assert "authorization" not in json.dumps(kept).lower()
     assert running.http.delete("/admin/requests", headers=ADMIN).status_code == 204
-    told = running.http.get("/admin/requests", headers=ADMIN).json()
-    assert told == {"requests": [], "dropped": 0}
+    reported = running.http.get("/admin/requests", headers=ADMIN).json()
+    assert reported == {"requests": [], "dropped": 0}
 
 
 @pytest.mark.parametrize("stream", [False, True])

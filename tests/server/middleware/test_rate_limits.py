@@ -37,8 +37,8 @@ def test_an_answer_tells_how_many_more_requests_are_taken(narrow: Running) -> No
         ("/v1/completions", {"model": "tiny", "prompt": "The", "max_tokens": 1}),
         ("/v1/chat/completions", chat),
     ):
-        told = limits_of(narrow.post(path, **body))
-        assert told == {LIMIT: "3", REMAINING: "3", RESET: "0s"}
+        reported = limits_of(narrow.post(path, **body))
+        assert reported == {LIMIT: "3", REMAINING: "3", RESET: "0s"}
     held = [narrow.engine.stream([5], None, LONG) for _ in range(2)]
     whole = narrow.post("/v1/completions", model="tiny", prompt="The", max_tokens=1)
     assert limits_of(whole)[REMAINING] == "1"

@@ -51,14 +51,14 @@ def test_a_request_that_takes_too_long_gets_504(hasty: Running, path: str) -> No
     assert "0.4 seconds" in error["message"]
     ended(hasty)
     assert hasty.engine.stats().steps < steps + 100
-    told = Scraped(hasty)
+    reported = Scraped(hasty)
     for name, labels in (
         ("elastic_moe:timeouts_total", {"limit": "request"}),
         ("vllm:request_success_total", {"finished_reason": "abort"}),
         ("elastic_moe:http_responses_total", {"endpoint": path, "status": "504"}),
     ):
-        assert told(name, **labels) == late(name, **labels) + 1
-    assert told("elastic_moe:disconnected_clients_total") == 0
+        assert reported(name, **labels) == late(name, **labels) + 1
+    assert reported("elastic_moe:disconnected_clients_total") == 0
     hasty.post(path, **{**PATHS[path], "max_tokens": 1}).raise_for_status()
 
 
@@ -67,24 +67,24 @@ def test_a_stream_that_takes_too_long_ends_with_an_error(hasty: Running, path: s
     late = Scraped(hasty)
     answer = hasty.post(path, **PATHS[path], stream=True)
     assert answer.status_code == 200
-    told = answer.text.strip().split("\n\n")
-    assert len(told) >= 3
-    assert json.loads(told[0].removeprefix("data: "))["choices"]
-    assert json.loads(told[-2].removeprefix("data: "))["error"]["code"] == "timeout"
-    assert told[-1] == "data: [DONE]"
+    reported = answer.text.strip().split("\n\n")
+    assert len(reported) >= 3
+    assert json.loads(reported[0].removeprefix("data: "))["choices"]
+    assert json.loads(reported[-2].removeprefix("data: "))["error"]["code"] == "timeout"
+    assert reported[-1] == "data: [DONE]"
     ended(hasty)
     for name, labels in (
         ("elastic_moe:timeouts_total", {"limit": "request"}),
         ("elastic_moe:broken_answers_total", {}),
     ):
         count = late(name, **labels) + 1
-        scraped_when(hasty, lambda told, n=name, ls=labels, c=count: told(n, **ls) == c)
+        scraped_when(hasty, lambda reported, n=name, ls=labels, c=count: reported(n, **ls) == c)
 
 
 def test_the_openai_client_knows_it_for_what_may_be_tried_again(hasty: Running) -> None:
-    with pytest.raises(openai.InternalServerError) as told:
+    with pytest.raises(openai.InternalServerError) as reported:
         hasty.openai.chat.completions.create(**CHAT)
-    assert (told.value.status_code, told.value.code) == (504, "timeout")
+    assert (reported.value.status_code, reported.value.code) == (504, "timeout")
     ended(hasty)
 
 
@@ -143,10 +143,10 @@ def test_a_body_that_does_not_come_in_time_gets_408(start: Any, path: str) -> No
     error = json.loads(body)["error"]
     assert error["code"] == "read_timeout"
     assert "0.5 seconds" in error["message"]
-    told = Scraped(patient)
-    assert told("elastic_moe:timeouts_total", limit="read") == 1
-    assert told("elastic_moe:http_responses_total", endpoint=path, status="408") == 1
-    assert told("elastic_moe:disconnected_clients_total") == 0
+    reported = Scraped(patient)
+    assert reported("elastic_moe:timeouts_total", limit="read") == 1
+    assert reported("elastic_moe:http_responses_total", endpoint=path, status="408") == 1
+    assert reported("elastic_moe:disconnected_clients_total") == 0
 
 
 def test_a_body_that_came_in_time_leaves_all_time_to_the_answer(start: Any) -> None:

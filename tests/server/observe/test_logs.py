@@ -51,7 +51,7 @@ def ask(url: str) -> str:
 
 
 def serve(folder: Path, *options: str) -> tuple[str, list[str]]:
-    """What a server writes first, and then while it is asked, till it is told to end."""
+    """What a server writes first, and then while it is asked, until it is stopped."""
     command = [sys.executable, "-m", "elastic_moe.cli", "serve", str(folder)]
     command += ["--port", "0", "--seed", "0"]
     with subprocess.Popen(
@@ -81,8 +81,8 @@ def test_a_line_of_json_for_every_request(tiny_folder: Path, tmp_path: Path) -> 
     begin = json.loads(first)
     assert set(begin) == {"time", "level", "event", "message"}
     assert begin["message"].startswith("tiny on http://")
-    told = [json.loads(line) for line in lines]
-    for one in told:
+    reported = [json.loads(line) for line in lines]
+    for one in reported:
         assert re.fullmatch(TIME, one["time"])
         assert one["event"] == "request"
         assert one["level"] == "info"  # none for /health, which is debug
@@ -99,8 +99,8 @@ def test_a_line_of_json_for_every_request(tiny_folder: Path, tmp_path: Path) -> 
             "request_id",
         ]
     # A stream's line may come after the next request's: its last event leaves before it.
-    chat = next(one for one in told if one["path"] == "/v1/chat/completions")
-    text, wrong, evil, stranger = (one for one in told if one is not chat)
+    chat = next(one for one in reported if one["path"] == "/v1/chat/completions")
+    text, wrong, evil, stranger = (one for one in reported if one is not chat)
     assert (text["method"], text["path"], text["status"]) == ("POST", "/v1/completions", 200)
     assert (text["outcome"], text["subnet"], text["request_id"]) == ("complete", "L3", 'mine"1')
     assert text["completion_tokens"] == 8
@@ -244,7 +244,7 @@ def test_the_client_that_went_and_the_stream_that_ended_are_told_apart(
         gone, complete = (record.getMessage() for record in records(caplog, 2))
     assert gone.startswith("POST /v1/completions 200 gone ")
     assert "subnet=full" in gone
-    assert "tokens=" not in gone  # what is not known is not told
+    assert "tokens=" not in gone  # unknown values are left out
     assert complete.startswith("POST /v1/completions 200 complete ")
 
 
@@ -272,14 +272,14 @@ def written(record: logging.LogRecord) -> tuple[str, str]:
 
 
 def record(message: str, name: str = "elastic_moe.server", error: Any = None) -> logging.LogRecord:
-    told = None if error is None else (type(error), error, error.__traceback__)
-    return logging.LogRecord(name, logging.ERROR, "", 0, message, None, told)
+    reported = None if error is None else (type(error), error, error.__traceback__)
+    return logging.LogRecord(name, logging.ERROR, "", 0, message, None, reported)
 
 
 def test_no_message_begins_a_line_or_moves_the_cursor() -> None:
     evil = "one\r\x1b[2J\ttwo\x85\u2028three\n2026-01-01T00:00:00.000Z info GET / 200"
-    text, told = written(record(evil))
-    assert told == evil
+    text, reported = written(record(evil))
+    assert reported == evil
     assert text.count("\n") == 1
     first, second = text.split("\n")
     assert first.endswith(r" error one\r\x1b[2J\ttwo\x85\u2028three")
@@ -292,15 +292,15 @@ def test_a_fault_is_told_by_its_place_and_not_in_its_own_words() -> None:
     except ValueError as error:
         fault = error
     for name in ("uvicorn.error", "elastic_moe.server"):
-        text, told = written(record("Exception in ASGI application\n", name, fault))
-        for way in (text, told):
+        text, reported = written(record("Exception in ASGI application\n", name, fault))
+        for way in (text, reported):
             assert "Exception in ASGI application" in way
             assert "ValueError" in way
             assert "in test_a_fault_is_told_by_its_place" in way
             assert "jabberwock" not in way.replace('"the prompt was: jabberwock"', "")
-    text, told = written(record("Task exception\nfuture: ValueError('jabberwock')", "asyncio"))
+    text, reported = written(record("Task exception\nfuture: ValueError('jabberwock')", "asyncio"))
     assert text.endswith(" error Task exception")
-    assert told == "Task exception"
+    assert reported == "Task exception"
 
 
 def test_a_fault_of_the_server_comes_in_the_same_format(
@@ -313,8 +313,8 @@ def test_a_fault_of_the_server_comes_in_the_same_format(
         patch.setattr(type(served.server.app.state.service), "fingerprint", property(faulty))
         served.refused(500, max_tokens=1)
     fault, asked = records(caplog, 2)
-    told = json.loads(logs.JsonFormatter().format(fault))
-    assert set(told) == {"time", "level", "event", "message"}
-    assert (told["level"], told["event"]) == ("error", "message")
-    assert told["message"].startswith("ZeroDivisionError\n")
+    reported = json.loads(logs.JsonFormatter().format(fault))
+    assert set(reported) == {"time", "level", "event", "message"}
+    assert (reported["level"], reported["event"]) == ("error", "message")
+    assert reported["message"].startswith("ZeroDivisionError\n")
     assert json.loads(logs.JsonFormatter().format(asked))["status"] == 500

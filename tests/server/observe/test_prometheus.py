@@ -79,7 +79,7 @@ def test_the_names_that_dashboards_ask_for_are_there_from_the_beginning(fresh: R
 
 
 def test_numbers_are_those_of_the_answers(fresh: Running) -> None:
-    """Whole or streamed, several choices or prompts: what clients were told adds up."""
+    """Whole or streamed, several choices or prompts: the counts that clients got add up."""
     long = list(range(100, 140))
     usages, experts = [], []
     for body in (
@@ -112,7 +112,9 @@ def test_numbers_are_those_of_the_answers(fresh: Running) -> None:
     usages.append(fresh.complete(ignore_eos=True, **echo)["usage"])
 
     ended = {"endpoint": "/v1/completions", "status": "200"}
-    told = scraped_when(fresh, lambda told: told("elastic_moe:http_responses_total", **ended) == 8)
+    reported = scraped_when(
+        fresh, lambda reported: reported("elastic_moe:http_responses_total", **ended) == 8
+    )
     prompts = sum(usage["prompt_tokens"] for usage in usages)
     written = sum(usage["completion_tokens"] for usage in usages)
     found = sum(
@@ -120,31 +122,31 @@ def test_numbers_are_those_of_the_answers(fresh: Running) -> None:
     )
     assert found > 0
     for family in ("vllm", "elastic_moe"):
-        assert told(f"{family}:prompt_tokens_total") == prompts
-        assert told(f"{family}:generation_tokens_total") == written
-    assert told("vllm:prefix_cache_queries_total") == prompts - len(long)
-    assert told("vllm:prefix_cache_hits_total") == found
-    assert told("vllm:request_success_total", finished_reason="length") == 10
-    assert told("vllm:request_success_total", finished_reason="stop") == 0
-    assert told("vllm:request_success_total", finished_reason="abort") == 0
-    assert told("vllm:request_prompt_tokens_sum") == prompts
-    assert told("vllm:request_prompt_tokens_bucket", le="2.0") == 2
-    assert told("vllm:request_generation_tokens_sum") == written
+        assert reported(f"{family}:prompt_tokens_total") == prompts
+        assert reported(f"{family}:generation_tokens_total") == written
+    assert reported("vllm:prefix_cache_queries_total") == prompts - len(long)
+    assert reported("vllm:prefix_cache_hits_total") == found
+    assert reported("vllm:request_success_total", finished_reason="length") == 10
+    assert reported("vllm:request_success_total", finished_reason="stop") == 0
+    assert reported("vllm:request_success_total", finished_reason="abort") == 0
+    assert reported("vllm:request_prompt_tokens_sum") == prompts
+    assert reported("vllm:request_prompt_tokens_bucket", le="2.0") == 2
+    assert reported("vllm:request_generation_tokens_sum") == written
     # [3 + 3] tokens of two choices are one generation, and have two pauses in the first.
     pauses = 8 + 3 + 3 + 0 + 2 + (1 + 1) + 5 + 1
     for name in ("vllm:inter_token_latency", "vllm:time_per_output_token"):
-        assert told(f"{name}_seconds_count") == pauses
-    assert told("vllm:request_time_per_output_token_seconds_count") == 8
-    assert told("elastic_moe:mean_experts_count") == 10
-    rest = told("elastic_moe:mean_experts_sum") - sum(
+        assert reported(f"{name}_seconds_count") == pauses
+    assert reported("vllm:request_time_per_output_token_seconds_count") == 8
+    assert reported("elastic_moe:mean_experts_count") == 10
+    rest = reported("elastic_moe:mean_experts_sum") - sum(
         experts
     )  # of the last five: all that there are
     assert rest == pytest.approx(5 * fresh.engine.shape.max_top_k)
-    assert told("elastic_moe:requests_total", subnet="full") == 6
-    assert told("elastic_moe:requests_total", subnet="L3") == 2
-    assert told("elastic_moe:requests_total", subnet="L3-k1") == 1
+    assert reported("elastic_moe:requests_total", subnet="full") == 6
+    assert reported("elastic_moe:requests_total", subnet="L3") == 2
+    assert reported("elastic_moe:requests_total", subnet="L3-k1") == 1
     ended["endpoint"] = "/v1/chat/completions"
-    assert told("elastic_moe:http_responses_total", **ended) == 1
+    assert reported("elastic_moe:http_responses_total", **ended) == 1
 
 
 def test_times_fit_together(fresh: Running) -> None:
@@ -152,11 +154,13 @@ def test_times_fit_together(fresh: Running) -> None:
     for tokens in (1, 2, 50):
         fresh.complete([5, 6, 7], max_tokens=tokens, ignore_eos=True)
     spent = time.perf_counter() - begun
-    told = Scraped(fresh)
+    reported = Scraped(fresh)
 
     def total(name: str) -> float:
-        assert told(f"{name}_seconds_count") == told(f"{name}_seconds_bucket", le="+Inf") == 3
-        return told(f"{name}_seconds_sum")
+        assert (
+            reported(f"{name}_seconds_count") == reported(f"{name}_seconds_bucket", le="+Inf") == 3
+        )
+        return reported(f"{name}_seconds_sum")
 
     first = total("vllm:time_to_first_token")
     whole = total("vllm:e2e_request_latency")
@@ -166,9 +170,9 @@ def test_times_fit_together(fresh: Running) -> None:
     assert first == pytest.approx(queued + prefill)
     assert whole == pytest.approx(first + decode)
     assert total("vllm:request_inference_time") == pytest.approx(prefill + decode)
-    assert told("vllm:inter_token_latency_seconds_count") == 1 + 49
-    assert told("vllm:inter_token_latency_seconds_sum") == pytest.approx(decode)
-    assert told("vllm:request_time_per_output_token_seconds_count") == 2
+    assert reported("vllm:inter_token_latency_seconds_count") == 1 + 49
+    assert reported("vllm:inter_token_latency_seconds_sum") == pytest.approx(decode)
+    assert reported("vllm:request_time_per_output_token_seconds_count") == 2
 
 
 def test_a_wait_for_its_turn_is_queue_time(start: Any) -> None:
@@ -179,9 +183,9 @@ def test_a_wait_for_its_turn_is_queue_time(start: Any) -> None:
     begun = time.perf_counter()
     narrow.complete([5, 6, 7], max_tokens=2, ignore_eos=True)
     waited = time.perf_counter() - begun
-    told = Scraped(narrow)
-    assert told("vllm:request_queue_time_seconds_count") == 1
-    assert waited / 2 < told("vllm:request_queue_time_seconds_sum") < waited
+    reported = Scraped(narrow)
+    assert reported("vllm:request_queue_time_seconds_count") == 1
+    assert waited / 2 < reported("vllm:request_queue_time_seconds_sum") < waited
     first.close()  # type: ignore[attr-defined]
 
 
@@ -191,20 +195,20 @@ def test_the_engine_is_told_as_it_is_when_it_is_asked(start: Any) -> None:
         busy.engine.stream([5, i], None, SamplingParams(max_tokens=600, ignore_eos=True))
         for i in range(3)
     ]
-    told = scraped_when(busy, lambda told: told("vllm:num_requests_running") == 2)
-    assert told("vllm:num_requests_waiting") == told("elastic_moe:requests_waiting") == 1
-    assert told("elastic_moe:requests_unfinished") == 3
-    used, blocks = told("elastic_moe:kv_blocks_used"), told("elastic_moe:kv_blocks")
+    reported = scraped_when(busy, lambda reported: reported("vllm:num_requests_running") == 2)
+    assert reported("vllm:num_requests_waiting") == reported("elastic_moe:requests_waiting") == 1
+    assert reported("elastic_moe:requests_unfinished") == 3
+    used, blocks = reported("elastic_moe:kv_blocks_used"), reported("elastic_moe:kv_blocks")
     assert used >= 2 * busy.engine.shape.num_layers
     assert blocks == busy.engine.stats().num_blocks
-    assert told("vllm:kv_cache_usage_perc") == used / blocks
+    assert reported("vllm:kv_cache_usage_perc") == used / blocks
     for own in streams:
         own.close()  # type: ignore[attr-defined]
     busy.idle()
-    told, stats = Scraped(busy), busy.engine.stats()
-    assert told("elastic_moe:engine_steps_total") == stats.steps > 0
-    assert told("vllm:generation_tokens_total") == stats.written_tokens > 0
-    assert told("vllm:kv_cache_usage_perc") == 0
+    reported, stats = Scraped(busy), busy.engine.stats()
+    assert reported("elastic_moe:engine_steps_total") == stats.steps > 0
+    assert reported("vllm:generation_tokens_total") == stats.written_tokens > 0
+    assert reported("vllm:kv_cache_usage_perc") == 0
 
 
 def test_blocks_that_run_out_are_told(start: Any, tiny: Engine) -> None:
@@ -212,38 +216,40 @@ def test_blocks_that_run_out_are_told(start: Any, tiny: Engine) -> None:
     blocks = 48 * tiny.shape.num_layers
     small = start(kv_cache_bytes=blocks * tiny.runner.block_bytes)
     small.complete([[5], [6]], max_tokens=500, ignore_eos=True)
-    told, stats = Scraped(small), small.engine.stats()
-    assert told("elastic_moe:kv_blocks") == blocks
+    reported, stats = Scraped(small), small.engine.stats()
+    assert reported("elastic_moe:kv_blocks") == blocks
     for family in ("vllm:num_preemptions", "elastic_moe:preemptions"):
-        assert told(f"{family}_total") == stats.preemptions > 0
-    assert told("elastic_moe:evicted_pages_total") == stats.evicted_pages > 0
-    assert told("vllm:generation_tokens_total") == 1000  # none of them twice
-    assert told("vllm:prompt_tokens_total") == 2
+        assert reported(f"{family}_total") == stats.preemptions > 0
+    assert reported("elastic_moe:evicted_pages_total") == stats.evicted_pages > 0
+    assert reported("vllm:generation_tokens_total") == 1000  # none of them twice
+    assert reported("vllm:prompt_tokens_total") == 2
     # The second began long before it was put back.
-    assert told("vllm:request_prefill_time_seconds_sum") > 0
+    assert reported("vllm:request_prefill_time_seconds_sum") > 0
 
 
 def test_a_request_is_counted_under_what_it_got_rather_than_what_it_asked_for(start: Any) -> None:
     shallow = start({"limits": Limits(depth=(None, 3))})
     shallow.complete(max_tokens=1)
-    told = Scraped(shallow)
-    assert told("elastic_moe:requests_total", subnet="L3") == 1
-    assert told("elastic_moe:requests_total", subnet="full") == 0
+    reported = Scraped(shallow)
+    assert reported("elastic_moe:requests_total", subnet="L3") == 1
+    assert reported("elastic_moe:requests_total", subnet="full") == 0
 
 
 def test_a_client_that_goes_is_counted_and_what_it_left_behind(fresh: Running) -> None:
     for stream in (True, False):
         leave(fresh, stream=stream)
     fresh.idle()
-    told = scraped_when(fresh, lambda told: told("elastic_moe:disconnected_clients_total") == 2)
-    assert told("vllm:request_success_total", finished_reason="abort") == 2
-    assert told("vllm:generation_tokens_total") >= 2 * 19
-    assert told("vllm:time_to_first_token_seconds_count") == 0  # nobody waited to the end
-    assert told("elastic_moe:requests_total", subnet="full") == 2
+    reported = scraped_when(
+        fresh, lambda reported: reported("elastic_moe:disconnected_clients_total") == 2
+    )
+    assert reported("vllm:request_success_total", finished_reason="abort") == 2
+    assert reported("vllm:generation_tokens_total") >= 2 * 19
+    assert reported("vllm:time_to_first_token_seconds_count") == 0  # nobody waited to the end
+    assert reported("elastic_moe:requests_total", subnet="full") == 2
     statuses = {"200", "499"}
     for status in statuses:
         path = "/v1/completions"
-        assert told("elastic_moe:http_responses_total", endpoint=path, status=status) == 1
+        assert reported("elastic_moe:http_responses_total", endpoint=path, status=status) == 1
 
 
 def test_answers_are_counted_by_endpoint_and_status_and_clients_name_neither(
@@ -281,11 +287,11 @@ def test_answers_are_counted_by_endpoint_and_status_and_clients_name_neither(
         ("/v1/completions", "429"): 1,
         ("/v1/embeddings", "200"): 1,
     }
-    told = Scraped(keyed)
-    assert told("elastic_moe:rejected_requests_total") == 1
-    assert told("elastic_moe:http_responses_total", endpoint="/metrics", status="200") == 1
+    reported = Scraped(keyed)
+    assert reported("elastic_moe:rejected_requests_total") == 1
+    assert reported("elastic_moe:http_responses_total", endpoint="/metrics", status="200") == 1
     # The completion, the embedding, and the one that was refused once its sub-network was known.
-    assert told("elastic_moe:requests_total", subnet="full") == 3
+    assert reported("elastic_moe:requests_total", subnet="full") == 3
 
 
 def test_a_stream_that_breaks_is_counted(fresh: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +304,7 @@ def test_a_stream_that_breaks_is_counted(fresh: Running, monkeypatch: pytest.Mon
     events = answer.text.strip().split("\n\n")
     assert events[-1] == "data: [DONE]"
     assert json.loads(events[-2].removeprefix("data: "))["error"]["type"] == "server_error"
-    scraped_when(fresh, lambda told: told("elastic_moe:broken_answers_total") == 1)
+    scraped_when(fresh, lambda reported: reported("elastic_moe:broken_answers_total") == 1)
 
 
 def test_names_of_sub_networks_do_not_grow_without_end() -> None:
@@ -325,10 +331,10 @@ def test_an_engine_that_is_closed_leaves_the_numbers_of_the_requests(tiny_folder
     exporter = PrometheusExporter(engine, metrics)
     assert "vllm:num_requests_running" in exporter.text().decode()
     engine.close()
-    told = read(exporter.text().decode())
+    reported = read(exporter.text().decode())
     answered = frozenset({("endpoint", "/x"), ("status", "503")})
-    assert told["elastic_moe:http_responses_total", answered] == 1
-    assert not any(name == "vllm:num_requests_running" for name, _ in told)
+    assert reported["elastic_moe:http_responses_total", answered] == 1
+    assert not any(name == "vllm:num_requests_running" for name, _ in reported)
 
 
 def test_a_histogram_counts_a_value_at_its_bound_and_many_at_once() -> None:

@@ -118,7 +118,7 @@ def test_an_answer_tells_what_the_limits_changed(start: Any) -> None:
     }
     within = limited.complete([5, 6, 7], max_tokens=2, temperature=0, model="tiny@L2-k1")
     assert "limited" not in within["routing"]
-    assert within["choices"] == done["choices"]  # it ran, and was not only told
+    assert within["choices"] == done["choices"]  # it ran, and was not only reported
     answer = limited.post("/v1/embeddings", model="tiny", input="The")
     assert answer.json()["routing"]["limited"]["depth"]["applied"] == 2
     assert answer.headers["x-elastic-subnet"] == "L2-k1"
@@ -133,7 +133,7 @@ def test_limits_that_refuse_name_the_knob_and_the_nearest_value(start: Any) -> N
 
 
 @pytest.mark.parametrize(
-    ("limits", "told"),
+    ("limits", "reported"),
     [
         (Limits(depth=(None, 99)), "max depth must be in"),
         (Limits(top_k=(0, None)), "min top_k must be in"),
@@ -143,9 +143,9 @@ def test_limits_that_refuse_name_the_knob_and_the_nearest_value(start: Any) -> N
     ],
 )
 def test_limits_that_the_model_cannot_obey_are_refused_at_the_start(
-    tiny: Engine, limits: Limits, told: str
+    tiny: Engine, limits: Limits, reported: str
 ) -> None:
-    with pytest.raises(ServerError, match=told):
+    with pytest.raises(ServerError, match=reported):
         limits.check(tiny.shape)
 
 

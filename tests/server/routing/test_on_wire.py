@@ -41,9 +41,9 @@ def test_knobs_are_executed(served: Running, seed: int) -> None:
     config = ElasticRoutingConfig.full(**knobs)
     subnet = served.engine.resolve(config)
     rows = served.engine.score(ids, subnet).double().log_softmax(-1)
-    told = done["choices"][0]["logprobs"]["token_logprobs"]
+    reported = done["choices"][0]["logprobs"]["token_logprobs"]
     for i, token in enumerate(ids[1:], 1):
-        assert told[i] == pytest.approx(float(rows[i - 1, token]), abs=1e-6)
+        assert reported[i] == pytest.approx(float(rows[i - 1, token]), abs=1e-6)
     assert done["routing"]["name"] == subnet.name
     assert done["routing"]["active_layers"] == list(subnet.active_layers)
     runner = served.engine.runner
@@ -103,7 +103,7 @@ def test_a_name_may_carry_the_sub_network(served: Running) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "reported"),
     [
         ({"depth": 0}, "depth must be an integer in [1, "),
         ({"depth": 99}, "got 99"),
@@ -120,9 +120,11 @@ def test_a_name_may_carry_the_sub_network(served: Running) -> None:
         ([1], "routing_config"),
     ],
 )
-def test_what_the_model_does_not_have_is_refused(served: Running, config: Any, told: str) -> None:
+def test_what_the_model_does_not_have_is_refused(
+    served: Running, config: Any, reported: str
+) -> None:
     error = served.refused(400, routing_config=config)
-    assert told in error["message"]
+    assert reported in error["message"]
     assert error["param"].startswith("routing_config")
 
 

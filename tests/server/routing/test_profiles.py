@@ -184,7 +184,7 @@ def test_of_many_who_change_the_same_state_one_wins(running: Running, path: Path
 
 
 @pytest.mark.parametrize(
-    ("name", "body", "told"),
+    ("name", "body", "reported"),
     [
         ("p", {"routing": {"depth": 99}}, "depth must be an integer in"),
         ("p", {"routing": {"top_k": 99}}, "top_k must be"),
@@ -200,12 +200,12 @@ def test_of_many_who_change_the_same_state_one_wins(running: Running, path: Path
     ],
 )
 def test_a_profile_that_means_nothing_is_refused(
-    running: Running, path: Path, name: str, body: Any, told: str
+    running: Running, path: Path, name: str, body: Any, reported: str
 ) -> None:
     before = path.read_bytes()
     answer = put(running, name, body)
     assert answer.status_code == 400
-    assert told in answer.json()["error"]["message"]
+    assert reported in answer.json()["error"]["message"]
     assert path.read_bytes() == before
 
 
@@ -248,7 +248,7 @@ def test_a_file_that_does_not_exist_is_made_with_the_built_in_profiles(
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reported"),
     [
         ("a = 1", "a: Input should be"),
         ("[a]\nx = 1", "a.x"),
@@ -257,12 +257,14 @@ def test_a_file_that_does_not_exist_is_made_with_the_built_in_profiles(
         ("[a]\nrouting = {depth = 99}", "profile 'a': depth must be an integer in"),
     ],
 )
-def test_a_bad_file_is_told_at_the_start(start: Any, tmp_path: Path, text: str, told: str) -> None:
+def test_a_bad_file_is_told_at_the_start(
+    start: Any, tmp_path: Path, text: str, reported: str
+) -> None:
     path = tmp_path / "bad.toml"
     path.write_text(text)
     with pytest.raises(ServerError) as caught:
         start({"profiles": path})
-    assert told in str(caught.value)
+    assert reported in str(caught.value)
 
 
 def test_the_documented_profile_means_something() -> None:

@@ -184,10 +184,10 @@ class Watched:
     def wave(self, asked: list[dict[str, Any]], out: Path) -> None:
         """Have the clients of one wave ask; what they get goes to a file, not to this memory."""
         command = [sys.executable, CLIENTS, *map(str, self.address)]
-        with tempfile.TemporaryFile("w+") as told, out.open("w") as got:
-            json.dump(asked, told)
-            told.seek(0)
-            clients = subprocess.Popen(command, stdin=told, stdout=got)
+        with tempfile.TemporaryFile("w+") as reported, out.open("w") as got:
+            json.dump(asked, reported)
+            reported.seek(0)
+            clients = subprocess.Popen(command, stdin=reported, stdout=got)
             while clients.poll() is None:
                 self.most_at_once = max(self.most_at_once, self.engine.stats().unfinished)
                 time.sleep(0.01)
@@ -294,12 +294,14 @@ def answer(events: list[dict[str, Any]]) -> dict[int, tuple[str, str, list[float
         for choice in event["choices"]:
             text, reason, logprobs = found.get(choice["index"], ("", "", []))
             piece = choice["delta"].get("content", "") if "delta" in choice else choice["text"]
-            told = choice["logprobs"] or {}
-            told = told.get("token_logprobs") or [t["logprob"] for t in told.get("content", ())]
+            reported = choice["logprobs"] or {}
+            reported = reported.get("token_logprobs") or [
+                t["logprob"] for t in reported.get("content", ())
+            ]
             found[choice["index"]] = (
                 text + piece,
                 choice["finish_reason"] or reason,
-                [*logprobs, *told],
+                [*logprobs, *reported],
             )
     return found
 
@@ -335,8 +337,8 @@ def _wait(
 ) -> None:
     until = time.monotonic() + IDLE_SECONDS
     while not held():
-        told = "" if server is None else f": {server.counts()}, not {idle}"
-        assert time.monotonic() < until, what + told
+        reported = "" if server is None else f": {server.counts()}, not {idle}"
+        assert time.monotonic() < until, what + reported
         time.sleep(0.02)
 
 

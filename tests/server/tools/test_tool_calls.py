@@ -73,18 +73,18 @@ def is_tree(node: Any) -> bool:
 
 def check_arguments(name: str, text: str) -> None:
     """That these are arguments of a function of `TOOLS`, and that there are no others."""
-    told = json.loads(text)
+    reported = json.loads(text)
     if name == "get_forecast":
-        assert set(told) == {"days", "units"}
-        assert type(told["days"]) is int
-        assert 0 <= told["days"] <= 99
-        assert len(told["units"]) <= 3
-        assert set(told["units"]) <= {"C", "F"}
+        assert set(reported) == {"days", "units"}
+        assert type(reported["days"]) is int
+        assert 0 <= reported["days"] <= 99
+        assert len(reported["units"]) <= 3
+        assert set(reported["units"]) <= {"C", "F"}
     elif name == "plant-tree":
-        assert set(told) == {"root"}
-        assert is_tree(told["root"])
+        assert set(reported) == {"root"}
+        assert is_tree(reported["root"])
     else:
-        assert (name, told) == ("now", {})
+        assert (name, reported) == ("now", {})
 
 
 def ask(served: Running, force: str | None = None, **options: Any) -> Any:
@@ -189,9 +189,9 @@ def test_a_call_that_is_cut_tells_what_there_is(served: Running) -> None:
             assert cut.message.content is None
             calls = cut.message.tool_calls or ()
             assert all(call.function.name == full.function.name for call in calls)
-            (told,) = [call.function.arguments for call in calls] or [""]
-            assert full.function.arguments.startswith(told)
-            lengths.append(len(told))
+            (reported,) = [call.function.arguments for call in calls] or [""]
+            assert full.function.arguments.startswith(reported)
+            lengths.append(len(reported))
         assert lengths == sorted(lengths)
         assert 0 < lengths[-1] <= len(full.function.arguments)
         if choice != "required":
@@ -226,7 +226,7 @@ def collected(chunks: list[Any], index: int) -> tuple[dict[str, Any], str | None
     return {"content": content, "calls": calls}, own[-1].finish_reason
 
 
-def told(choice: Any) -> tuple[dict[str, Any], str]:
+def reported(choice: Any) -> tuple[dict[str, Any], str]:
     """The same of a whole answer."""
     calls = [
         {"name": call.function.name, "arguments": call.function.arguments}
@@ -245,13 +245,13 @@ def test_a_stream_is_the_same_in_pieces(served: Running, choice: Any, max_tokens
     assert chunks.pop().usage.completion_tokens == whole.usage.completion_tokens
     assert all(chunk.choices for chunk in chunks)
     for own in whole.choices:
-        assert collected(chunks, own.index) == told(own)
+        assert collected(chunks, own.index) == reported(own)
         pieces = [c.choices[0].logprobs for c in chunks if c.choices[0].index == own.index]
         assert [t for p in pieces if p for t in p.content] == own.logprobs.content
     assert [c.routing["name"] for c in chunks if getattr(c, "routing", None)] == ["full"]
     plain = list(ask(served, stream=True, **{**options, "logprobs": False, "top_logprobs": None}))
     for own in whole.choices:
-        assert collected(plain, own.index) == told(own)
+        assert collected(plain, own.index) == reported(own)
     ids = [c.id for chunk in chunks for c in chunk.choices[0].delta.tool_calls or () if c.id]
     assert len(set(ids)) == len(ids) == sum(len(o.message.tool_calls or ()) for o in whole.choices)
 
@@ -264,7 +264,7 @@ def test_the_clients_own_helper_reads_the_stream(served: Running) -> None:
     ) as stream:
         done = [event for event in stream if event.type == "tool_calls.function.arguments.done"]
         (choice,) = stream.get_final_completion().choices
-    assert told(choice) == told(want)
+    assert reported(choice) == reported(want)
     assert [(event.name, event.arguments) for event in done] == [
         (call.function.name, call.function.arguments) for call in want.message.tool_calls
     ]
@@ -302,7 +302,7 @@ def test_marked_calls_are_read_though_marks_are_special_tokens(
     assert mark in forcing.engine.tokenizer.special_ids
     done = ask(forcing, text, **demand)
     want = {"content": content, "calls": calls}
-    assert told(done.choices[0]) == (want, "tool_calls" if calls else "stop")
+    assert reported(done.choices[0]) == (want, "tool_calls" if calls else "stop")
     chunks = list(ask(forcing, text, stream=True, **demand))
     assert collected(chunks, 0) == (want, "tool_calls" if calls else "stop")
 
@@ -312,7 +312,7 @@ def test_marks_of_another_template_and_ids_that_it_takes(mistral: Running) -> No
     text = f"So: [TOOL_CALLS] [{A}, {B}]"
     want = ({"content": "So:", "calls": CALLS}, "tool_calls")
     done = ask(mistral, text, tools=few)
-    assert told(done.choices[0]) == want
+    assert reported(done.choices[0]) == want
     assert all(re.fullmatch("[0-9a-f]{9}", c.id) for c in done.choices[0].message.tool_calls)
     assert collected(list(ask(mistral, text, tools=few, stream=True)), 0) == want
     other = f"<tool_call>{B}</tool_call>"
@@ -324,7 +324,7 @@ def test_marks_of_another_template_and_ids_that_it_takes(mistral: Running) -> No
 def test_only_the_first_of_marked_calls_where_several_are_not_wanted(forcing: Running) -> None:
     text = f"<tool_call>{A}</tool_call><tool_call>{B}</tool_call>"
     done = ask(forcing, text, parallel_tool_calls=False)
-    assert told(done.choices[0])[0]["calls"] == CALLS[:1]
+    assert reported(done.choices[0])[0]["calls"] == CALLS[:1]
 
 
 def test_without_tools_or_with_none_wanted_no_calls_are_read(forcing: Running) -> None:
@@ -334,7 +334,7 @@ def test_without_tools_or_with_none_wanted_no_calls_are_read(forcing: Running) -
     plain = forcing.openai.chat.completions.create(**bare, extra_headers=headers).choices[0]
     assert plain.message.content == f"See {B}"  # special tokens are no text
     none = ask(forcing, text, tool_choice="none")
-    assert told(none.choices[0]) == told(plain)
+    assert reported(none.choices[0]) == reported(plain)
     assert "tool_calls" not in none.choices[0].message.model_fields_set
     assert none.usage.prompt_tokens == ask(forcing, text).usage.prompt_tokens
     assert ask(forcing, "<|reserved_0|>").choices[0].message.content == ""
@@ -347,7 +347,7 @@ def test_a_marked_call_that_is_cut_is_no_whole_one(forcing: Running) -> None:
         (choice,) = ask(forcing, text, max_tokens=tokens).choices
         assert choice.finish_reason == "length"
         chunks = list(ask(forcing, text, max_tokens=tokens, stream=True))
-        assert collected(chunks, 0) == told(choice)
+        assert collected(chunks, 0) == reported(choice)
     assert ask(forcing, text, max_tokens=last).choices[0].finish_reason == "tool_calls"
     assert ask(forcing, text, stop=["units"]).choices[0].finish_reason == "stop"
     (choice,) = ask(forcing, f"{text}</tool_call>", max_tokens=last).choices

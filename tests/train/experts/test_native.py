@@ -156,13 +156,13 @@ def test_steps_whose_bits_depend_on_the_threads_say_when_those_are_others(
 ) -> None:
     plan = replace(PLAN, **change)
     events: list[Event] = []
-    for threads, told in ((1, False), (2, True), (2, False)):
+    for threads, reported in ((1, False), (2, True), (2, False)):
         torch.set_num_threads(threads)
         it = Trainer(NATIVE, plan, stream(), backend=backend)
         events.clear()
         run_steps(it, tmp_path, max_seconds=0, report=events.append)
-        assert isinstance(events[0], Notice) == told
-        if told:
+        assert isinstance(events[0], Notice) == reported
+        if reported:
             assert str(events[0]).startswith(
                 "resumes with 2 threads, where it had 1: steps in PyTorch"
             )

@@ -47,11 +47,11 @@ def test_a_configuration_that_is_refused_leaves_no_trace(
     before = contents(root / "run")
     refused = ("--config", olmoe(root))
     assert train(root, *refused, length=SHORT, model=()) == 2
-    told = f"--config: the run in {root / 'run'} was started without"
-    assert error(capsys).startswith(f"{told} it, got olmoe sha256:")
+    reported = f"--config: the run in {root / 'run'} was started without"
+    assert error(capsys).startswith(f"{reported} it, got olmoe sha256:")
     (root / "run" / "options.json").unlink()  # what the state says is still compared
     assert train(root, *refused, length=SHORT, model=()) == 2
-    assert error(capsys).startswith(f"{told} one. Repeat the command")
+    assert error(capsys).startswith(f"{reported} one. Repeat the command")
     del before["options.json"]
     assert contents(root / "run") == before
     assert train(root, "--json", length=SHORT) == 0

@@ -126,16 +126,16 @@ def test_every_step_reads_the_pieces_after_those_of_the_step_before(tmp_path: Pa
             return real(first, count, length)
 
         it.stream.batch = watched
-        told.extend(it.train_step()["tokens"] for _ in range(steps))
+        reported.extend(it.train_step()["tokens"] for _ in range(steps))
         return asked
 
-    told: list[int] = []
+    reported: list[int] = []
     earlier, resumed = trainer(plan), trainer(plan)
     assert pieces(earlier, 3) == [(0, 2, 128), (2, 2, 128), (4, 1, 256)]
     earlier.save(tmp_path / "state.safetensors")
     resumed.load(tmp_path / "state.safetensors")
     assert pieces(resumed, 1) == [(5, 1, 256)]
-    assert told == [1024, 2048, 2560, 3072]  # a piece has 512
+    assert reported == [1024, 2048, 2560, 3072]  # a piece has 512
 
 
 def muon_parameters(it: Trainer) -> list[tuple[str, torch.nn.Parameter]]:

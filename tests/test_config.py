@@ -23,8 +23,8 @@ from elastic_moe.errors import RoutingError
 from elastic_moe.protocol.routing import AppliedRouting
 from elastic_moe.protocol.routing import values as values_of
 from elastic_moe.routing import Subnet, as_float32, parse_name, resolve
-from elastic_moe.routing.axes import AXES, spellings
-from tests.routing.shapes import MINI, OLMOE, choices, shapes, tables
+from elastic_moe.routing.axes import AXES, camel, spellings
+from tests.routing.shapes import ADDED, MINI, OLMOE, choices, reduced, shapes, tables
 
 # As JSON.stringify writes them.
 LAYERS_32 = ",".join(str(layer) for layer in range(32))
@@ -42,7 +42,9 @@ DETERMINISTIC = (
     '{"modelId":"ernie-5.1-prod","maxDepth":48,"activeLayers":[' + LAYERS_48 + "],"
     '"expertWidth":8,"routingTopK":2,"sparsityThreshold":0.5,"fallbackStrategy":"retry"}'
 )
+PER_LAYER = {axis.client: axis for axis in AXES if axis.per_layer}
 KNOBS = {  # field -> its spelling in camelCase
+    **{field: camel(field) for field in PER_LAYER},
     "max_depth": "maxDepth",
     "active_layers": "activeLayers",
     "expert_width": "expertWidth",
@@ -52,6 +54,7 @@ KNOBS = {  # field -> its spelling in camelCase
     "min_experts": "minExperts",
 }
 SPELLINGS = {"model_id": "modelId", "fallback_strategy": "fallbackStrategy", **KNOBS}
+TWICE = [field for field, spelling in SPELLINGS.items() if spelling != field]
 EIGHT_LAYERS = replace(MINI, num_layers=8, moe_layers=frozenset(range(8)))
 
 
@@ -85,7 +88,7 @@ def test_a_clients_json_loads_unchanged_and_runs_on_elastic_mini(
 def test_the_defaults_are_the_first_of_them():
     config = ElasticRoutingConfig()
     assert config == ElasticRoutingConfig.parse_json(DEFAULT)
-    assert config.model_dump() == {
+    known = {
         "model_id": "ernie-5.1-prod",
         "max_depth": 48,
         "active_layers": list(range(32)),
@@ -96,6 +99,8 @@ def test_the_defaults_are_the_first_of_them():
         "expert_pool": None,
         "min_experts": 1,
     }
+    added = {field: None for field in PER_LAYER if field not in known}  # full
+    assert config.model_dump() == {**added, **known}
 
 
 def test_no_instance_can_change_the_defaults():
@@ -116,6 +121,7 @@ def test_every_field_has_these_two_spellings():
 
 
 VALUES: dict[str, Any] = {
+    **{field: reduced(axis, MINI) for field, axis in PER_LAYER.items()},
     "model_id": "another",
     "max_depth": 8,
     "active_layers": [1, 2],
@@ -145,7 +151,7 @@ def test_both_spellings_say_the_same(field):
 
 @pytest.mark.parametrize("order", [1, -1], ids=["snake first", "camel first"])
 @pytest.mark.parametrize("same", [True, False], ids=["same value", "other value"])
-@pytest.mark.parametrize("field", SPELLINGS)
+@pytest.mark.parametrize("field", TWICE)
 def test_both_spellings_at_once_are_refused(field, same, order):
     camel, value = SPELLINGS[field], VALUES[field]
     other = value if same else ElasticRoutingConfig.model_fields[field].get_default()
@@ -276,6 +282,7 @@ def test_full_is_the_full_network_of_any_model():
 @pytest.mark.parametrize(
     ("knob", "value", "choice"),
     [
+        *((field, VALUES[field], {axis.name: VALUES[field]}) for field, axis in PER_LAYER.items()),
         ("max_depth", 48, {}),
         ("active_layers", [0, 2], {"active_layers": [0, 2]}),
         ("expert_width", 6, {"expert_width": 6}),
@@ -361,9 +368,12 @@ def test_a_range_is_checked_against_the_model(change, complaint):
 # --- types: nothing is coerced
 
 INTEGERS = ["max_depth", "expert_width", "routing_top_k", "expert_pool", "min_experts"]
+INTEGERS += [axis.client for axis in ADDED if axis.kind != "real"]
+REAL = ["sparsity_threshold", *(axis.client for axis in ADDED if axis.kind == "real")]
+NO_NUMBER = ['"0.5"', "true", "{}", "[true]", '["0.5"]', "[[0.5]]", "[null]"]
 WRONG: dict[str, list[str]] = {  # JSON texts
     **{field: ['"2"', "true", "2.0", "2e0", "NaN", "{}", "[true]", '["2"]'] for field in INTEGERS},
-    "sparsity_threshold": ['"0.5"', "true", "{}", "[true]", '["0.5"]', "[[0.5]]", "[null]"],
+    **dict.fromkeys(REAL, NO_NUMBER),
     "active_layers": ["12", '"012"', "true", "{}", "[true]", "[1.0]", '["1"]', "[[0]]", "[null]"],
     "model_id": ["null", "1", "true", "[]"],
     "fallback_strategy": ["null", '"Stream"', '"drop"', "1", "[]"],
@@ -440,6 +450,10 @@ NUMBERS = st.integers(-5, 100) | st.integers()
 CONFIGS = st.fixed_dictionaries(
     {},
     optional={
+        **{
+            field: per_layer(st.floats(allow_nan=False) if axis.kind == "real" else NUMBERS)
+            for field, axis in PER_LAYER.items()
+        },
         "model_id": st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
         "max_depth": st.none() | NUMBERS,
         "active_layers": st.none() | st.lists(NUMBERS, max_size=4),

@@ -7,6 +7,15 @@ from typing import Any
 from hypothesis import strategies as st
 
 from elastic_moe.routing import ModelShape
+from elastic_moe.routing.axes import (
+    MIN_EXPERTS,
+    PER_LAYER,
+    POOL,
+    THRESHOLD,
+    TOP_K,
+    WIDTH,
+    Axis,
+)
 
 # The bundled model: Qwen3-MoE, tied embeddings, a query and key norm per head.
 MINI = ModelShape(
@@ -84,6 +93,39 @@ def shapes(draw: st.DrawFn, moe: bool = False) -> ModelShape:
     )
 
 
+# The axes that the strategies below do not draw one by one.
+ADDED = [axis for axis in PER_LAYER if axis not in (TOP_K, MIN_EXPERTS, WIDTH, THRESHOLD, POOL)]
+
+
+def reduced(axis: Axis, shape: ModelShape) -> Any:
+    """A value that is not full, where the model has one; of a set how many members."""
+    most = axis.most(shape)
+    if axis.kind == "real":
+        return most / 4 if most / 4 != axis.full else most / 2
+    return max(1, most // 2) if axis.full is None else min(2, most)
+
+
+def in_layer(axis: Axis, value: Any) -> Any:
+    """A value as `LayerSubnet` holds it."""
+    return tuple(range(value)) if axis.kind == "set" else value
+
+
+def full_of_added(shape: ModelShape) -> dict[str, Any]:
+    return {axis.name: in_layer(axis, axis.whole(shape)) for axis in ADDED}
+
+
+def of_axis(axis: Axis, shape: ModelShape) -> st.SearchStrategy[Any]:
+    most = axis.most(shape)
+    if axis.kind == "real":
+        return st.floats(0, most, width=32, exclude_min=axis.above_zero)
+    count = st.integers(1, most)
+    return count.map(lambda n: list(range(n))) if axis.kind == "set" else count
+
+
+def of_added(shape: ModelShape) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({axis.name: of_axis(axis, shape) for axis in ADDED})
+
+
 def thresholds() -> st.SearchStrategy[float]:
     """Thresholds as people write them, and any float32."""
     return st.integers(0, 20).map(lambda n: n / 20) | st.floats(0, 1, width=32)
@@ -100,6 +142,7 @@ def choices(draw: st.DrawFn, shape: ModelShape) -> dict[str, Any]:
         "expert_width": draw(st.integers(1, shape.width_granules)),
         "sparsity_threshold": draw(thresholds()),
         "expert_pool": pool,
+        **draw(of_added(shape)),
     }
     if draw(st.booleans()):
         return {"depth": draw(st.integers(1, shape.num_layers)), **choice}
@@ -118,6 +161,7 @@ def rows(draw: st.DrawFn, shape: ModelShape) -> dict[str, Any]:
         "expert_width": draw(st.integers(1, shape.width_granules)),
         "sparsity_threshold": draw(st.sampled_from([0.0, 0.5, 0.7])),
         "expert_pool": pool,
+        **draw(of_added(shape)),
     }
 
 

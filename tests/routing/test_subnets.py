@@ -23,7 +23,18 @@ from elastic_moe.routing import (
 )
 from elastic_moe.routing.axes import AXES, KEYS, camel
 from elastic_moe.routing.axes import PER_LAYER as PER_LAYER_AXES
-from tests.routing.shapes import MINI, MIXED, OLMOE, rows, shapes, tables
+from tests.routing.shapes import (
+    ADDED,
+    MINI,
+    MIXED,
+    OLMOE,
+    full_of_added,
+    in_layer,
+    reduced,
+    rows,
+    shapes,
+    tables,
+)
 
 TWO_LAYERS = replace(MINI, num_layers=2, moe_layers=frozenset({0, 1}))
 
@@ -39,7 +50,7 @@ def message(shape: ModelShape = MINI, **choice: Any) -> str:
 
 
 def test_an_absent_axis_means_the_full_value():
-    every = LayerSubnet(True, 4, 1, 8, 0.0, tuple(range(16)))
+    every = LayerSubnet(True, 4, 1, 8, 0.0, tuple(range(16)), **full_of_added(MINI))
     assert resolve(MINI).layers == (every,) * 48
     assert Subnet.full(MINI) == resolve(MINI)
 
@@ -69,8 +80,8 @@ def test_a_list_gives_every_layer_its_own_value():
     )
     assert subnet.layers == (
         LayerSubnet(True),  # dense: nothing is routed
-        LayerSubnet(True, 2, 2, 2, 0.5, (1, 3)),
-        LayerSubnet(True, 1, 1, 3, 1.0, (2,)),
+        LayerSubnet(True, 2, 2, 2, 0.5, (1, 3), **full_of_added(MIXED)),
+        LayerSubnet(True, 1, 1, 3, 1.0, (2,), **full_of_added(MIXED)),
     )
 
 
@@ -185,6 +196,7 @@ ONE_CHANGE = {
     "threshold": {"sparsity_threshold": as_float32(0.1)},
     "pool size": {"expert_pool": tuple(range(9))},
     "pool ids": {"expert_pool": (0, 1, 2, 3, 4, 5, 6, 8)},
+    **{axis.name: {axis.name: in_layer(axis, reduced(axis, MINI))} for axis in ADDED},
 }
 
 
@@ -434,8 +446,7 @@ ANYTHING = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner),
     max_leaves=6,
 )
-FIELDS = ["max_depth", "depth", "active_layers", "top_k", "min_experts"]
-FIELDS += ["expert_width", "sparsity_threshold", "expert_pool"]
+FIELDS = ["max_depth", "active_layers", *(axis.name for axis in AXES)]
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS), ANYTHING, max_size=3))

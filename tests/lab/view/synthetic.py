@@ -10,7 +10,16 @@ import math
 import random
 from typing import Any
 
+from elastic_moe.lab.schema import full_values
+from elastic_moe.routing.axes import TRAINED
+
 LAYERS, EXPERTS, TOP_K, GRANULES, HIDDEN, EXPERT_HIDDEN, VOCAB = 48, 16, 4, 8, 128, 64, 4096
+SIZES = {
+    "num_layers": LAYERS,
+    "num_experts": EXPERTS,
+    "max_top_k": TOP_K,
+    "width_granules": GRANULES,
+}
 THRESHOLD_EXPERTS = {0.0: 4.0, 0.25: 3.52, 0.5: 2.61, 0.75: 1.74, 1.0: 1.0}
 
 
@@ -52,6 +61,7 @@ def synthetic_point(
     decode_seconds = 0.0009 + depth * (0.00021 + 0.000033 * experts * (0.5 + 0.5 * width / 8))
     trained = width in (2, 4, 6, 8) and pool in (4, 8, 16)
     return {
+        **full_values(SIZES),  # every axis that no argument changes
         "name": name,
         "depth": depth,
         "top_k": k,
@@ -107,10 +117,7 @@ def synthetic_sweep(*, timings: bool = True, complete: bool = True) -> dict[str,
             "name": "elastic-mini",
             "path": "elastic_moe/bundled/elastic-mini",
             "model_type": "qwen3_moe",
-            "num_layers": LAYERS,
-            "num_experts": EXPERTS,
-            "max_top_k": TOP_K,
-            "width_granules": GRANULES,
+            **SIZES,
             "expert_hidden": EXPERT_HIDDEN,
             "hidden_size": HIDDEN,
             "total_params": 21_912_704,
@@ -118,6 +125,7 @@ def synthetic_sweep(*, timings: bool = True, complete: bool = True) -> dict[str,
                 "format": 1,
                 "width_granules": GRANULES,
                 "trained": {
+                    **{axis.trained: [axis.whole(SIZES)] for axis in TRAINED},
                     "depth": list(range(12, 49)),
                     "top_k": [1, 2, 3, 4],
                     "width": [2, 4, 6, 8],

@@ -83,6 +83,7 @@ def test_curves_change_one_axis_and_contain_the_full_network():
     sweep = synthetic_sweep()
     lists = curves(reversed(sweep["points"]), full_point(sweep["points"]))
     assert {key: [p["name"] for p in members] for key, members in lists.items()} == {
+        **{axis.name: ["full"] for axis in TRAINED},
         "depth": ["L12", "L24", "L36", "full"],
         "top_k": ["k1", "k2", "k3", "full"],
         "expert_width": ["w2", "w4", "w6", "full"],

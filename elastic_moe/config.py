@@ -203,6 +203,7 @@ class ElasticRoutingConfig(RoutingConfig):
         fallback_strategy: for clients; resolving ignores it.
         expert_pool: how many experts, or which, may be chosen.
         min_experts: experts per token that the threshold never drops.
+        of any other axis, under its `client`: None by default.
         depth: in place of active_layers: the first so many run.
         name: of the sub-network; then everything absent is as the name says.
     """

@@ -37,7 +37,17 @@ from elastic_moe.model.checkpoints.saving import (
 from elastic_moe.model.config import ElasticBlock, ModelConfig
 from elastic_moe.model.families import EXPERT_PARTS, FAMILIES, parameter_shapes, read_config
 from elastic_moe.routing import ModelShape, Subnet, parse_name, shorten
-from elastic_moe.routing.axes import DEPTH, POOL, THRESHOLD, TOP_K, WIDTH
+from elastic_moe.routing.axes import (
+    DEPTH,
+    MIN_EXPERTS,
+    PER_LAYER,
+    POOL,
+    TOP_K,
+    TRAINED,
+    WIDTH,
+    Axis,
+)
+from elastic_moe.routing.subnet import full_layer
 
 # What travels with the weights, where the parent has it.
 COMPANIONS = (
@@ -143,8 +153,15 @@ class _Cut:
 
     def _config(self) -> ModelConfig:
         old = self.old
-        if self.subnet.uniform(THRESHOLD.name) != 0 and self.pools:
-            self._refuse("a sparsity threshold", "Leave it to the engine that runs the checkpoint.")
+        full = full_layer(old.shape)
+        for other in PER_LAYER if self.pools else ():
+            # Without a threshold, min_experts means nothing.
+            cuttable = other in (TOP_K, MIN_EXPERTS, WIDTH, POOL)
+            if not cuttable and self.subnet.uniform(other.name) != getattr(full, other.name):
+                self._refuse(
+                    f"a {other.name.replace('_', ' ')}",
+                    "Leave it to the engine that runs the checkpoint.",
+                )
         values: dict[str, int] = {}
         for axis in (TOP_K, WIDTH):
             value = self.subnet.uniform(axis.name)
@@ -202,14 +219,10 @@ class _Cut:
     def _elastic(self, width: int) -> ElasticBlock:
         """What is left of what the parent was trained for."""
         old = self.old.elastic or ElasticBlock()
-        pool = self.subnet.uniform(POOL.name) or ()
-        most = {
-            DEPTH.trained: len(self.layers) if self.subnet.is_prefix else 0,
-            TOP_K.trained: self.subnet.uniform(TOP_K.name) or 0,
-            WIDTH.trained: width,
-            POOL.trained: len(pool) if pool == tuple(range(len(pool))) else 0,
-            THRESHOLD.trained: 1,
+        most: dict[str, float] = {
+            str(axis.trained): self._most_left(axis) for axis in TRAINED if axis.per_layer
         }
+        most[str(DEPTH.trained)] = len(self.layers) if self.subnet.is_prefix else 0
         trained = {
             axis: tuple(v for v in values if v <= most.get(axis, 0))
             for axis, values in old.trained.items()
@@ -220,6 +233,15 @@ class _Cut:
             trained={axis: values for axis, values in trained.items() if values},
             subnet=self.subnet.name,
         )
+
+    def _most_left(self, axis: Axis) -> float:
+        """The largest value of an axis that the child can run; 0 where its layers differ."""
+        if axis.kind == "real":
+            return axis.largest
+        value = self.subnet.uniform(axis.name) or 0
+        if not isinstance(value, tuple):
+            return int(value)
+        return len(value) if value == tuple(range(len(value))) else 0
 
     def config_json(self, parent: str) -> dict[str, Any]:
         """The parent's config.json with the child's sizes, read back to be sure."""

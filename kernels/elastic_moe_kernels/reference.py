@@ -36,7 +36,7 @@ def route(
 
     Args:
         router_logits: (T, E) before the softmax, float32 (float64 in tests).
-        table: k, min_experts, threshold and pool of this layer for each of S sub-networks.
+        table: the choices of S sub-networks in this layer.
         subnet_of_row: (T,) integer in [0, S), the sub-network of every token.
         renormalize: divide each row of weights by max(its sum, epsilon).
         epsilon: the architecture's guard of that division.

@@ -29,7 +29,7 @@ def route(
 
     Args:
         router_logits: (T, E) float32 before the softmax, contiguous; float64 on the reference.
-        table: k, min_experts, threshold and pool of this layer for each of S sub-networks.
+        table: the choices of S sub-networks in this layer.
         subnet_of_row: (T,) int32 or int64 in [0, S), contiguous: the sub-network of every token.
         renormalize: divide each row of weights by max(its sum, epsilon).
         epsilon: the architecture's guard of that division, finite in float32 and >= 0.

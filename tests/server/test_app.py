@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
@@ -27,6 +29,13 @@ def test_the_description_is_what_is_served(served: Running) -> None:
     knobs = reported["components"]["schemas"]["RoutingConfig"]
     assert {"top_k", "topK", "routingTopK", "activeLayers"} <= set(knobs["properties"])
     assert knobs["additionalProperties"] is False
+
+
+def test_the_page_lists_every_path(served: Running) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+    for path in served.http.get("/openapi.json").json()["paths"]:
+        base = path.split("/{")[0]
+        assert f"`{base}`" in page, f"docs/server.md says nothing of {path}"
 
 
 def test_bodies_and_answers_can_be_imported_from_the_protocol(served: Running) -> None:

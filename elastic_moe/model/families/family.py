@@ -41,8 +41,9 @@ class Family:
         architecture: transformers' class of it.
         read: config.json to `ModelConfig`.
         keys: field of `ModelConfig` -> keys of config.json that may say it, the newest last. Those
-            of `COMMON_KEYS` need no entry where the key is the common one; a size that a
-            sub-network changes needs one.
+            of `COMMON_KEYS` need no entry where the key is the common one. `num_experts`,
+            `max_top_k`, `expert_hidden` and `shared_experts` need one, as `extract` writes them;
+            `read` takes other keys by name.
         place_experts: the keys of config.json that say which layers route; None in a family in
             which all do.
         names: beginnings of our names after `layers.N.` -> what the hub's files have instead; the

@@ -86,6 +86,9 @@ class GenerationHandler(ABC, Generic[B]):
     def event_writer(self, envelope: Mapping[str, Any]) -> EventWriter:
         """Writes the events of one stream; the last one of a prompt has `applied`.
 
+        After the first event of a choice, a `Delta` without text, logprobs and `finish_reason`
+        writes nothing.
+
         Args:
             envelope: the first keys of each event.
         """

@@ -44,7 +44,8 @@ class RequestHistory:
     def _to_wire(self, record: AccessRecord) -> RequestRecord:
         try:
             body = json.loads(record.request_body)
-        except ValueError:
+            json.dumps(body, ensure_ascii=False).encode()
+        except (ValueError, RecursionError):  # no JSON, or text that UTF-8 cannot say
             body = None
         outcome = record.outcome
         return RequestRecord(

@@ -76,6 +76,22 @@ def test_answers_and_events_are_as_described(served: Running, path: str) -> None
     assert whole["routing"]["name"] == "L3-k2"
 
 
+def text_of(choice: dict[str, Any]) -> str:
+    """Of a choice of an event."""
+    return choice.get("text") or choice.get("delta", {}).get("content") or ""
+
+
+@each_endpoint
+def test_a_token_that_ends_no_character_writes_no_event(served: Running, path: str) -> None:
+    body = {"model": "tiny", **ENDPOINTS[path].body, "max_tokens": 200, "n": 4, "seed": 3}
+    events = served.events(path, **body, ignore_eos=True)
+    choices = [choice for event in events for choice in event["choices"]]
+    assert len(choices) < 800, "every token of this text ends a character: choose another seed"
+    for index in range(4):
+        _, *later = [choice for choice in choices if choice["index"] == index]
+        assert all(text_of(choice) or choice["finish_reason"] for choice in later)
+
+
 @each_endpoint
 def test_prompt_and_max_tokens_choose_the_step_of_a_profile(served: Running, path: str) -> None:
     """The profile `batch` has fewer experts per token above 256 tokens."""
@@ -105,7 +121,20 @@ def test_a_request_is_counted_and_its_text_kept(
     scraped_when(recording, lambda now: now(name) == before + 5)
     kept = recording.http.get("/admin/requests", headers=ADMIN).json()["requests"]
     (text,) = {record["text"] for record in kept if record["path"] == path}
-    assert text
+    assert text, "see _first_choice_text in elastic_moe/server/observe/request_history.py"
+
+
+@each_endpoint
+@pytest.mark.parametrize("text", [r"\ud800", r"\udfff\ud800"])
+def test_records_can_be_read_after_a_text_that_utf8_cannot_say(
+    recording: Running, path: str, text: str
+) -> None:
+    content = '{"model": "tiny", "user": "' + text + '"}'
+    headers = {"content-type": "application/json"}
+    assert recording.http.post(path, content=content, headers=headers).status_code == 400
+    kept = recording.http.get("/admin/requests", headers=ADMIN)
+    assert kept.status_code == 200
+    assert kept.json()["requests"][-1]["body"] is None
 
 
 def test_a_client_that_goes_ends_its_request(served: Running) -> None:

@@ -9,6 +9,7 @@
     ├── EngineError         the engine is closed, or lacks the backend that was named
     │   └── QueueFullError      too many requests are unfinished; try again later
     ├── BenchmarkError      what was to be timed computes something else, or cannot run
+    ├── ResultExistsError   a measurement would replace the result of another
     ├── ServerError         a server cannot be set up as was asked
     ├── ProfileError        a profile cannot have this name               (also ValueError)
     │   ├── ProfileNotFoundError    there is no profile of this name
@@ -83,6 +84,10 @@ class QueueFullError(EngineError):
 
 class BenchmarkError(ElasticMoEError):
     """What was to be timed computes something else than it should, or cannot run."""
+
+
+class ResultExistsError(ElasticMoEError):
+    """The folder for a measurement's results holds those of another one."""
 
 
 class ServerError(ElasticMoEError):

@@ -14,6 +14,7 @@ from elastic_moe.errors import (
     ExtractError,
     OptionError,
     RequestError,
+    ResultExistsError,
     RoutingError,
     ServerError,
 )
@@ -64,7 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = args.run(args)
         return status
-    except (RoutingError, RequestError, ExtractError, ServerError, OptionError) as error:
+    except (
+        RoutingError,
+        RequestError,
+        ExtractError,
+        ResultExistsError,
+        ServerError,
+        OptionError,
+    ) as error:
         print(f"elastic-moe {args.command}: {error}", file=sys.stderr)
         return BAD_ARGUMENTS
     except ElasticMoEError as error:

@@ -2,8 +2,8 @@
 
 Writes sweep.json, frontier.png and report.html. Without values for an axis: depth x top-k at
 quarters of the model's own values, and every other axis alone. With values: every combination of
-those given, the other axes full. An interrupted sweep is continued by the same command; results
-of another one in the folder are kept as sweep.previous.json.
+those given, the other axes full. The same command continues an interrupted sweep, and prints the
+result of a finished one. Results of another sweep are never replaced without --overwrite.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   elastic-moe sweep                                     the default grid on the bundled model
-  elastic-moe sweep --quick                             a first look, in about a minute
-  elastic-moe sweep --depth 12,24,36,48 --top-k 1,2,4   these combinations
-  elastic-moe sweep --text notes.txt --out notes-sweep  on a text of your own
-  elastic-moe sweep path/to/checkpoint --sparsity 0,0.5,0.65 --json
-  elastic-moe sweep path/to/checkpoint --expert-width 1,2,4 --rank-channels notes.txt
+  elastic-moe sweep --overwrite                         the same again, measured anew
+  elastic-moe sweep --quick --out quick                 a first look, in about a minute
+  elastic-moe sweep --depth 12,24,36,48 --top-k 1,2,4 --out these   these combinations
+  elastic-moe sweep --text notes.txt --out notes        on a text of your own
+  elastic-moe sweep path/to/checkpoint --sparsity 0,0.5,0.65 --json --out sparse
+  elastic-moe sweep path/to/checkpoint --expert-width 1,2,4 --rank-channels notes.txt --out w
 """
 
 
@@ -67,25 +68,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for the results (default: %(default)s)",
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="measure again, and replace the result in DIR; it becomes sweep.previous.json",
+    )
     parser.add_argument("--quick", action="store_true", help="fewer points and tokens")
     parser.add_argument("--json", action="store_true", help="print sweep.json instead of the table")
 
 
 def run(args: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
-    from elastic_moe.lab.sweeps.results import prepare_folder  # deferred: loads torch
+    from elastic_moe.lab.sweeps.grid import check_values  # deferred: loads torch
+    from elastic_moe.lab.sweeps.results import prepare_folder
     from elastic_moe.lab.sweeps.sweep import sweep
+    from elastic_moe.model.checkpoints.checkpoint import load_config
+    from elastic_moe.model.checkpoints.folder import find_checkpoint
 
-    prepare_folder(args.out)  # before the model, which may take minutes to load
+    axes = {axis.name: getattr(args, axis.name) for axis in TRAINED}
+    given = {name: values for name, values in axes.items() if values is not None}
+    if given:  # before the weights, which may take minutes to load
+        folder = find_checkpoint(args.model, download=args.download)
+        check_values(load_config(folder).shape, given)
+    prepare_folder(args.out)
     engine = load_engine(args, rank=False)
     with _progress() as progress:
         result = sweep(
             engine,
-            **{axis.name: getattr(args, axis.name) for axis in TRAINED},
+            **axes,
             text=args.text,
             tokens=args.tokens,
             out=args.out,
             quick=args.quick,
+            overwrite=args.overwrite,
             rank_channels=args.rank_channels,
             progress=progress,
             notify=lambda line: print(line, file=sys.stderr, flush=True),

@@ -313,5 +313,6 @@ def summary_lines(result: TrainResult, loss_curve: Path | None = None) -> list[s
         why = "stopped" if r.ended_by == "signal" else "the time is over"
         lines.append(f"{why}: run the same command again to resume")
     elif r.checkpoint is not None:
-        lines.append(f"next: elastic-moe sweep {r.checkpoint} --quick")
+        out = r.checkpoint.parent / "sweep"
+        lines.append(f"next: elastic-moe sweep {r.checkpoint} --quick --out {out}")
     return lines

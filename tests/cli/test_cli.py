@@ -216,8 +216,15 @@ def test_sweep_prints_the_frontier_table(
     assert "full" in captured.out
     assert str(out / "report.html") in captured.out.replace("\n", "")
     assert "quality: " in captured.err  # plain lines: this is no terminal
+    table = captured.out
     assert run(*common, "--depth", "3,6", "--out", str(out), "--json") == 0
     assert json.loads(capsys.readouterr().out)["complete"] is True
+    assert run(*common, "--depth", "3,6", "--out", str(out)) == 0
+    again = capsys.readouterr()
+    assert again.out == table  # of the stored result
+    assert "nothing was measured. --overwrite measures again." in again.err
+    assert run(*common, "--depth", "4", "--out", str(out)) == 2
+    assert "finished result of another sweep: it lacks L4" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from elastic_moe.cli import main
 from elastic_moe.cli.sweep import show
 from elastic_moe.engine import Engine
 from elastic_moe.lab import sweep as lab_sweep  # the function; the module is in sys.modules
+from elastic_moe.routing.axes import TRAINED
 
 SWEEP_MODULE = sys.modules[lab_sweep.__module__]
 
@@ -44,6 +45,7 @@ def reach(*args: object, **kwargs: object) -> None:
         ("--text", "notes.txt", "text", Path("notes.txt")),
         ("--rank-channels", "more.txt", "rank_channels", Path("more.txt")),
         ("--quick", None, "quick", True),
+        ("--overwrite", None, "overwrite", True),
     ],
 )
 def test_every_option_of_sweep_reaches_the_sweep(
@@ -205,6 +207,28 @@ def test_text_that_is_no_utf8_and_a_device_that_is_none_are_told_apart(
     monkeypatch.setattr(Engine, "from_pretrained", lambda *_, **__: tiny)
     assert main(["generate", "--prompt", "a\udcff"]) == 2
     assert "lone surrogate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        (option, values)
+        for axis in TRAINED
+        for option in axis.option()
+        for values in (["1,99", "0,-1"] if axis.kind != "real" else ["0.5,2", "-0.5"])
+    ],
+)
+def test_a_value_that_no_subnetwork_has_is_refused_before_anything_is_read(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    values: str,
+) -> None:
+    monkeypatch.setattr(Engine, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    assert main(["sweep", f"{option}={values}", "--out", str(tmp_path / "out")]) == 2
+    assert " must be " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_info_tells_why_a_level_cannot_be_had() -> None:

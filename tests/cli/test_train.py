@@ -49,7 +49,7 @@ def test_a_run_ends_with_files_that_the_other_commands_take(
         f"checkpoint: {run / 'checkpoint'}",
         f"loss curve: {run / 'loss.png'}",
         f"table: {run / 'log.csv'}",
-        f"next: elastic-moe sweep {run / 'checkpoint'} --quick",
+        f"next: elastic-moe sweep {run / 'checkpoint'} --quick --out {run / 'sweep'}",
     ]
     assert "step 8 of 8, loss " in captured.err  # plain lines: this is no terminal
     assert (run / "loss.png").read_bytes().startswith(PNG)

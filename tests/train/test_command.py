@@ -74,7 +74,8 @@ def test_a_run_reads_the_texts_stops_and_goes_on_to_a_checkpoint(
     assert train(root, *options[:-1]) == 0  # there is nothing left to do but to say so
     out = capsys.readouterr().out
     assert out.startswith("6 of 6 steps, 3,072 tokens in 0:00:0")
-    assert out.endswith(f"next: elastic-moe sweep {root / 'run' / 'checkpoint'} --quick\n")
+    run = root / "run"
+    assert out.endswith(f"sweep {run / 'checkpoint'} --quick --out {run / 'sweep'}\n")
 
 
 def test_the_table_has_every_step_once(root: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 from elastic_moe.errors import RoutingError
 from elastic_moe.model.config import ElasticBlock
 from elastic_moe.routing import ModelShape, Subnet, resolve
-from elastic_moe.routing.axes import AXES, DEPTH, TOP_K, TRAINED, count, was_trained
+from elastic_moe.routing.axes import AXES, DEPTH, TOP_K, TRAINED, Axis, count, was_trained
+from elastic_moe.routing.checks import as_index, is_list, is_number, shorten
 from elastic_moe.routing.names import write_name
 
 
@@ -55,6 +56,49 @@ def default_grid(shape: ModelShape, elastic: ElasticBlock | None, *, quick: bool
         for value in steps:
             grid.add(shape, {axis.name: value})
     return grid
+
+
+def check_values(shape: ModelShape, axes: Mapping[str, Iterable[Any]]) -> None:
+    """Refuse values that no sub-network of the model has, whatever the other axes are.
+
+    Args:
+        axes: argument of `resolve` -> values. Lists of ids or of layers' values are checked too.
+
+    Raises:
+        RoutingError: naming every number that is out of range, or the first list that is wrong.
+    """
+    problems = []
+    for key, values in axes.items():
+        axis = next(axis for axis in AXES if key in (axis.name, axis.members))
+        wrong = []
+        for value in values:
+            if is_list(value):
+                resolve(shape, **{key: value}, **_loosest(axis))
+            elif not _in_range(axis, value, axis.most(shape)):
+                wrong.append(shorten(value))
+        if wrong:
+            kind = "a number" if axis.kind == "real" else "an integer"
+            problems.append(
+                f"{axis.wire} must be {kind} in {axis.interval(axis.most(shape))}, "
+                f"got {', '.join(wrong)}"
+            )
+    if problems:
+        raise RoutingError(f"{'; '.join(problems)}. Nothing was measured: leave those values out.")
+
+
+def _in_range(axis: Axis, value: Any, most: float) -> bool:
+    whole = axis.kind == "real" or as_index(value) is not None
+    return whole and is_number(value) and axis.contains(value, most)
+
+
+def _loosest(axis: Axis) -> dict[str, Any]:
+    """Least values of the axes that `axis` bounds, directly or not."""
+    bounded: dict[str, Any] = {}
+    for _ in AXES:
+        for other in AXES:
+            if other.bounded_by in (axis.name, *bounded):
+                bounded[other.name] = other.least
+    return bounded
 
 
 def product_grid(shape: ModelShape, axes: dict[str, Sequence[Any]]) -> Grid:

@@ -1,15 +1,15 @@
-"""The folder of results: whether an earlier sweep there is continued, or kept aside."""
+"""The folder of results: an earlier sweep there is continued, shown again, or in the way."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from elastic_moe.errors import ElasticMoEError
+from elastic_moe.errors import ElasticMoEError, ResultExistsError
 from elastic_moe.lab.schema import (
     POINT_FIELDS,
     SCHEMA_VERSION,
@@ -34,11 +34,13 @@ class Earlier:
     Attributes:
         why_not: why it is not continued; "" where it is, or where there is nothing.
         points, expert_use: what is taken over; nothing where it is not continued.
+        finished: the very sweep that was asked for, complete, so that nothing is left to measure.
     """
 
     why_not: str = ""
     points: list[SweepPoint] = field(default_factory=list)
     expert_use: ExpertUse | None = None
+    finished: SweepResult | None = None
 
 
 def prepare_folder(folder: Path) -> None:
@@ -58,13 +60,18 @@ def prepare_folder(folder: Path) -> None:
         ) from error
 
 
-def read_earlier(folder: Path, present: SweepResult) -> Earlier:
+def read_earlier(
+    folder: Path, present: SweepResult, names: Collection[str], *, overwrite: bool = False
+) -> Earlier:
     """The results in `folder` that the sweep about to run can keep.
 
     Args:
         present: the result so far of the sweep that is about to run.
+        names: the sub-networks of its grid.
+        overwrite: whether it may replace any result.
 
     Raises:
+        ResultExistsError: `sweep.json` is of another sweep, and may not be replaced.
         ElasticMoEError: `sweep.json` is none.
     """
     path = folder / RESULT
@@ -73,12 +80,39 @@ def read_earlier(folder: Path, present: SweepResult) -> Earlier:
     earlier = _read(path)
     if not earlier["points"]:
         return Earlier()
-    unlike = differences(earlier, present)
+    unlike = "; ".join(differences(earlier, present))
+    if overwrite:
+        state = "it is complete" if earlier["complete"] else "it is to be replaced"
+        return Earlier(unlike or state)
+    if not unlike and not earlier["complete"]:
+        return Earlier("", earlier["points"], earlier["expert_use"])
+    unlike = unlike or _other_grid(earlier, names)
     if unlike:
-        return Earlier("; ".join(unlike))
-    if earlier["complete"]:
-        return Earlier("it is complete")
-    return Earlier("", earlier["points"], earlier["expert_use"])
+        state = "finished" if earlier["complete"] else "unfinished"
+        raise ResultExistsError(
+            f"{path} is the {state} result of another sweep: {unlike}. Nothing was measured. "
+            f"Name another folder with --out, or pass --overwrite to replace it."
+        )
+    return Earlier(finished=earlier)
+
+
+def _other_grid(earlier: SweepResult, names: Collection[str]) -> str:
+    """How the grid of a complete sweep differs from these names; "" if it does not.
+
+    Its grid is what it timed: points that it took over from outside have no speed.
+    """
+    timed = [p["name"] for p in earlier["points"] if p["decode_tokens_per_second"] is not None]
+    there = [point["name"] for point in earlier["points"]]
+    missing = [name for name in names if name not in there]
+    extra = [name for name in timed if name not in names]
+    parts = [f"it lacks {_list_names(missing)}"] * bool(missing)
+    parts += [f"it also has {_list_names(extra)}"] * bool(extra)
+    return " and ".join(parts)
+
+
+def _list_names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def differences(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:

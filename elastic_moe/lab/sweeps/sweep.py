@@ -2,7 +2,8 @@
 
 Writes `sweep.json`, `frontier.png` and `report.html`. `sweep.json` is written after every group of
 sub-networks, so an interrupted sweep keeps what it finished, and the same call goes on from there.
-The results of another sweep in the folder are kept as `sweep.previous.json`.
+A finished one is returned as it is. Results of another sweep in the folder are replaced on request
+alone, and then kept as `sweep.previous.json`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from elastic_moe.lab.bench.speed import measure_speed
 from elastic_moe.lab.provenance import describe_provenance
 from elastic_moe.lab.schema import SCHEMA_VERSION, SweepPoint, SweepResult
 from elastic_moe.lab.sweeps import record
-from elastic_moe.lab.sweeps.grid import Grid, default_grid, groups, product_grid
+from elastic_moe.lab.sweeps.grid import Grid, check_values, default_grid, groups, product_grid
 from elastic_moe.lab.sweeps.quality import FullNetwork, Quality, measure_depths
 from elastic_moe.lab.sweeps.results import (
     PREVIOUS,
@@ -36,7 +37,9 @@ from elastic_moe.lab.sweeps.text import (
     read_corpus,
 )
 from elastic_moe.lab.view.frontier import mark_pareto
-from elastic_moe.routing import Subnet
+from elastic_moe.model.checkpoints.checkpoint import load_config
+from elastic_moe.model.checkpoints.folder import find_checkpoint
+from elastic_moe.routing import ModelShape, Subnet
 from elastic_moe.routing.axes import KEYS
 from elastic_moe.routing.resolution import canonical
 
@@ -55,6 +58,7 @@ def sweep(
     tokens: int | None = None,
     out: str | Path = "sweep-out",
     quick: bool = False,
+    overwrite: bool = False,
     rank_channels: str | Path | None = None,
     progress: Progress = _silent,
     notify: Notify = _silent,
@@ -66,8 +70,10 @@ def sweep(
         model: a bundled name, a folder, or a loaded engine.
         text: a UTF-8 file to score; default is the language reference of the running Python.
         tokens: tokens to score, at most (default 12,032; 1,024 with quick).
-        out: folder for the results; a sweep that was interrupted there is continued.
+        out: folder for the results; a sweep that was interrupted there is continued, the result of
+            one that is finished is returned.
         quick: fewer points and tokens: about a minute on two cores.
+        overwrite: measure anew and replace whatever result `out` holds.
         rank_channels: a UTF-8 file; each expert's channels are first ordered by their activation
             on it, in the engine itself where one was passed.
         progress: called with (stage, done, total).
@@ -80,6 +86,8 @@ def sweep(
         The content of `sweep.json`.
 
     Raises:
+        RoutingError: a value that is out of the model's range; nothing was measured.
+        ResultExistsError: `out` holds the result of another sweep.
         ElasticMoEError: the model, a text or `out` cannot be used.
         KeyboardInterrupt: passed on, after the points that are done were written.
     """
@@ -87,6 +95,8 @@ def sweep(
     known = canonical(axes)
     given = {key: known[key] for key in dict.fromkeys(KEYS.values()) if known.get(key) is not None}
     folder = Path(out)
+    if given:  # before the weights, which may take minutes to load
+        check_values(_shape_of(model), given)
     prepare_folder(folder)
     corpus = read_corpus(Path(text)) if text is not None else language_reference()
     calibration = read_corpus(Path(rank_channels)) if rank_channels is not None else None
@@ -100,7 +110,13 @@ def sweep(
     grid = product_grid(shape, given) if given else default_grid(shape, elastic, quick=quick)
     ranked_on = calibration.name if calibration is not None else None
     settings = record.describe_settings(engine, quick=quick, ranked_on=ranked_on)
-    run = _Run(engine, text_set, grid, settings, folder, progress)
+    run = _Run(engine, text_set, grid, settings, folder, progress, overwrite=overwrite)
+    if run.earlier.finished is not None:
+        notify(
+            f"{folder / RESULT} is the finished result of this sweep: nothing was measured. "
+            f"--overwrite measures again."
+        )
+        return run.earlier.finished
     if notice := run.resume_notice():
         notify(notice)
     try:
@@ -119,6 +135,10 @@ def sweep(
     return run.result
 
 
+def _shape_of(model: str | Path | Engine) -> ModelShape:
+    return model.shape if isinstance(model, Engine) else load_config(find_checkpoint(model)).shape
+
+
 class _Run:
     """A sweep in progress and its result so far."""
 
@@ -130,6 +150,8 @@ class _Run:
         settings: dict[str, Any],
         folder: Path,
         progress: Progress,
+        *,
+        overwrite: bool,
     ) -> None:
         self.engine, self.text, self.grid = engine, text, grid
         self.folder, self.progress = folder, progress
@@ -150,7 +172,8 @@ class _Run:
             "complete": False,
             "seconds": 0.0,
         }
-        self.earlier = read_earlier(folder, self.result)
+        names = [subnet.name for subnet in grid.subnets]
+        self.earlier = read_earlier(folder, self.result, names, overwrite=overwrite)
         self.displace = bool(self.earlier.why_not)  # the old result, when there is a new one
         self.result["points"] = self.earlier.points
         self.result["expert_use"] = self.earlier.expert_use

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+
+import pytest
 
 from elastic_moe.engine import Engine
-from elastic_moe.lab.sweeps.grid import default_grid, groups, is_trained, product_grid
+from elastic_moe.errors import RoutingError
+from elastic_moe.lab.sweeps.grid import (
+    check_values,
+    default_grid,
+    groups,
+    is_trained,
+    product_grid,
+)
 from elastic_moe.model.config import ElasticBlock
 from elastic_moe.routing import parse_name
+from elastic_moe.routing.axes import AXES, Axis
 from elastic_moe.train.models import ELASTIC_MINI
 
 SHAPE = ELASTIC_MINI.shape
@@ -46,6 +57,29 @@ def test_given_values_are_combined_and_impossible_points_are_listed() -> None:
     assert "depth must be an integer in [1, 48], got 60" in reasons["L60-k1-p2"]
     assert "top_k must be an integer in [1, 2], got 4" in reasons["L12-k4-p2"]
     assert len(reasons) == 5
+
+
+@pytest.mark.parametrize("axis", AXES, ids=lambda axis: axis.name)
+def test_of_every_axis_values_out_of_range_are_refused_and_others_are_not(axis: Axis) -> None:
+    most = axis.most(SHAPE)
+    check_values(SHAPE, {axis.name: [most, most if axis.above_zero else axis.least]})
+    beyond = [most + 1, axis.least - 1, -most, math.nan, True, "1", *[1.5] * (axis.kind != "real")]
+    for value in [*beyond, *[0.0] * axis.above_zero]:
+        with pytest.raises(RoutingError, match=f"^{axis.wire} must be .* got {value!r}\\. Nothing"):
+            check_values(SHAPE, {axis.name: [most, value]})
+
+
+def test_all_wrong_values_are_named_at_once() -> None:
+    check_values(SHAPE, {"depth": [1, 48], "expert_pool": [2]})  # top-k 4 needs more: one point
+    with pytest.raises(RoutingError, match=r"\[1, 48\], got 49, 60; .*top_k .*\[1, 4\], got 0"):
+        check_values(SHAPE, {"depth": [12, 49, 60], "top_k": [0, 1]})
+
+
+def test_lists_of_members_and_of_layers_are_checked_too() -> None:
+    check_values(SHAPE, {"active_layers": [[0, 47]], "expert_pool": [[0, 15]], "top_k": [[2] * 48]})
+    for key, value in (("active_layers", [48]), ("expert_pool", [16]), ("top_k", [5] * 48)):
+        with pytest.raises(RoutingError, match=key):
+            check_values(SHAPE, {key: [value]})
 
 
 def test_prefixes_are_bundled_and_the_full_network_comes_first() -> None:

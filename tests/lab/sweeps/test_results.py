@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from elastic_moe.engine import Engine
-from elastic_moe.errors import ElasticMoEError
+from elastic_moe.errors import ElasticMoEError, ResultExistsError
 from elastic_moe.lab import sweep
 from elastic_moe.lab.schema import POINT_FIELDS
 from elastic_moe.lab.sweeps import results
@@ -104,7 +104,11 @@ def test_a_sweep_with_another_setting_is_kept_aside_and_the_setting_is_named(
 ) -> None:
     earlier = leave(tmp_path, finished, _in(*setting, value=77))
     lines: list[str] = []
-    result = quick(tiny, text, tmp_path, depth=[6], notify=lines.append)
+    with pytest.raises(ResultExistsError) as refused:
+        quick(tiny, text, tmp_path, depth=[6])
+    assert f"{'.'.join(setting)} was 77, is " in str(refused.value)
+    assert json.loads((tmp_path / "sweep.json").read_text()) == earlier
+    result = quick(tiny, text, tmp_path, depth=[6], notify=lines.append, overwrite=True)
     assert all(point["bits_per_byte"] < 100 for point in result["points"])
     assert json.loads((tmp_path / "sweep.previous.json").read_text()) == earlier
     stored = json.loads((tmp_path / "sweep.json").read_text())
@@ -150,7 +154,15 @@ def test_an_interruption_before_the_first_point_leaves_the_folder_as_it_was(
     before = json.loads((tmp_path / "sweep.json").read_text())
     lines: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        quick(tiny, text, tmp_path, depth=[3], progress=stop_at_once, notify=lines.append)
+        quick(
+            tiny,
+            text,
+            tmp_path,
+            depth=[3],
+            progress=stop_at_once,
+            notify=lines.append,
+            overwrite=complete,
+        )
     after = json.loads((tmp_path / "sweep.json").read_text())
     assert after["points"] == before["points"]
     assert not (tmp_path / "sweep.previous.json").exists()
@@ -159,6 +171,51 @@ def test_an_interruption_before_the_first_point_leaves_the_folder_as_it_was(
         assert "No sub-network was finished" in lines[1]
     else:
         assert "holds the 2 sub-networks that are done" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("grid", "difference"),
+    [
+        ([6], "it also has L2"),
+        ([1, 2, 3, 4, 5], "it lacks L1, L3, L4 and 1 more"),
+        ([3], "it lacks L3 and it also has L2"),
+    ],
+)
+def test_the_finished_result_of_another_grid_is_not_replaced_unasked(
+    tiny: Engine, text: Path, tmp_path: Path, finished: str, grid: list[int], difference: str
+) -> None:
+    earlier = leave(tmp_path, finished, lambda earlier: earlier.update(complete=True))
+    with pytest.raises(ResultExistsError, match=f"another sweep: {difference}. Nothing was") as e:
+        quick(tiny, text, tmp_path, depth=grid, progress=stop_at_once)
+    assert "--out" in str(e.value)
+    assert "--overwrite" in str(e.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["sweep.json"]
+    assert json.loads((tmp_path / "sweep.json").read_text()) == earlier
+    result = quick(tiny, text, tmp_path, depth=grid, overwrite=True)
+    assert len(result["points"]) == 1 + len(set(grid) - {6})
+    assert json.loads((tmp_path / "sweep.previous.json").read_text()) == earlier
+
+
+def test_the_same_sweep_again_returns_the_result_that_is_there(
+    tiny: Engine, text: Path, tmp_path: Path, finished: str
+) -> None:
+    earlier = leave(tmp_path, finished, lambda earlier: earlier.update(complete=True))
+    lines: list[str] = []
+    result = quick(tiny, text, tmp_path, progress=stop_at_once, notify=lines.append)
+    assert result == earlier
+    (line,) = lines
+    assert "nothing was measured. --overwrite measures again." in line
+    assert [p.name for p in tmp_path.iterdir()] == ["sweep.json"]
+    assert json.loads((tmp_path / "sweep.json").read_text()) == earlier
+
+
+def test_a_continued_sweep_that_kept_points_outside_its_grid_is_the_same_when_repeated(
+    tiny: Engine, text: Path, tmp_path: Path, finished: str
+) -> None:
+    leave(tmp_path, finished, lambda e: e["points"][1].update(decode_tokens_per_second=None))
+    result = quick(tiny, text, tmp_path, depth=[4])
+    assert [point["name"] for point in result["points"]] == ["full", "L4", "L2"]
+    assert quick(tiny, text, tmp_path, depth=[4], progress=stop_at_once) == result
 
 
 def test_an_interruption_in_an_empty_folder_writes_no_empty_result(

@@ -11,6 +11,7 @@ import pytest
 
 from elastic_moe.cli.sweep import show
 from elastic_moe.engine import Engine
+from elastic_moe.errors import RoutingError
 from elastic_moe.lab import sweep
 
 FIELDS = set(
@@ -93,7 +94,7 @@ def test_an_interrupted_sweep_keeps_its_points_and_goes_on_from_there(
     assert points["L2"]["bits_per_byte"] == 123.0
     assert all(p["decode_tokens_per_second"] > 0 for p in points.values())
 
-    again = quick(tiny, text, tmp_path)  # a complete sweep is measured anew
+    again = quick(tiny, text, tmp_path, overwrite=True)  # a complete sweep is measured anew
     assert {p["name"]: p for p in again["points"]}["L2"]["bits_per_byte"] < 100
 
 
@@ -194,6 +195,18 @@ def test_channels_are_ranked_before_and_the_text_is_recorded(
 
 
 def test_skipped_points_are_listed(tiny: Engine, text: Path, tmp_path: Path) -> None:
-    result = quick(tiny, text, tmp_path, depth=[3, 9], top_k=None)
-    assert [p["name"] for p in result["points"]] == ["full", "L3"]
-    assert [s["name"] for s in result["skipped"]] == ["L9"]
+    result = quick(tiny, text, tmp_path, depth=None, top_k=[1, 3], expert_pool=[2])
+    assert [p["name"] for p in result["points"]] == ["full", "k1-p2"]
+    assert [s["name"] for s in result["skipped"]] == ["k3-p2"]
+
+
+def test_values_out_of_range_are_refused_before_the_weights_are_read(
+    tiny: Engine, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(RoutingError, match=r"depth must be an integer in \[1, 6\], got 9, 99\."):
+        quick(tiny, text, out, depth=[3, 9, 99])
+    monkeypatch.setattr(Engine, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(RoutingError, match="got 9"):
+        sweep(tiny_folder, depth=[9], out=out)
+    assert not out.exists()

@@ -20,6 +20,9 @@ namespace {
 
 using elastic_moe::Call;
 
+// Up to this many numbers, rows are not worth sharing out.
+constexpr int64_t kAlone = 8192;
+
 // One thread's view of its team. All threads go through the same phases in the same order; what
 // they read between phases must not change during the call.
 class Member {

@@ -23,10 +23,7 @@ using elastic_moe::ModelWeights;
 using elastic_moe::QKNorm;
 using elastic_moe::StepArgs;
 
-// Up to this many numbers, rows are not worth sharing out.
-constexpr int64_t kAlone = 8192;
-
-// Nor is a matrix of up to this many bytes, for few rows.
+// A matrix of up to this many bytes is not worth sharing out, for few rows.
 constexpr int64_t kAloneBytes = 32 << 10;
 
 // Phase: body(row) for 0..rows-1, `cost` numbers each.

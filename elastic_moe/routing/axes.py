@@ -293,5 +293,5 @@ def was_trained(axis: Axis, value: Any, whole: Any, drawn: Iterable[float] | Non
     # A real value is a float32 in a sub-network and a decimal in a configuration.
     if any(math.isclose(value, each, rel_tol=1e-6) for each in values):
         return True
-    reduced = [each for each in values if each != whole]
+    reduced = [each for each in values if each not in (whole, axis.full)]
     return axis.kind == "real" and bool(reduced) and min(reduced) <= value <= max(reduced)

@@ -13,7 +13,7 @@ from elastic_moe.errors import TrainingError
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.routing import ModelShape, Subnet, resolve
 from elastic_moe.train.step.sampling import (
-    AXES,
+    ADDED_AXES,
     SamplingPlan,
     fixed_subnet,
     sample_subnet,
@@ -310,7 +310,7 @@ class TrainingPlan:
                 )
         stages = tuple(Stage(**stage) for stage in data["stages"])
         # A plan from before an axis was added never drew it; a fixed plan draws none.
-        absent = {} if data["sampling"].get("fixed") else dict.fromkeys(AXES, 0.0)
+        absent = {} if data["sampling"].get("fixed") else dict.fromkeys(ADDED_AXES, 0.0)
         sampling = SamplingPlan(**{**absent, **data["sampling"]})
         return cls(**{**data, "stages": stages, "sampling": sampling})
 

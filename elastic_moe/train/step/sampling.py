@@ -18,6 +18,7 @@ AXES = tuple(str(axis.trained) for axis in _DRAWN)
 # They take a random number at chance 0 too: the plans of checkpoints that exist replay so. Any
 # other axis takes none then, so a row in the table of axes changes no draw of those plans.
 _ALWAYS_TAKE_A_NUMBER = (DEPTH, TOP_K, WIDTH, THRESHOLD, POOL)
+ADDED_AXES = tuple(str(axis.trained) for axis in _DRAWN if axis not in _ALWAYS_TAKE_A_NUMBER)
 _REAL = (0.3, 0.9)  # where reduced values lie, in parts of the largest
 
 if TYPE_CHECKING:

@@ -16,43 +16,32 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
+from benchmarks.commits.checkout_worker import CheckoutWorker, lower_quartile
 from benchmarks.result_file import replace_lines
-from elastic_moe.lab.provenance import describe_commit, describe_machine, describe_versions
+from elastic_moe.lab.provenance import describe_provenance
 
 WORKER = Path(__file__).with_name("neighbour_worker.py")
 LOOP = "while True: pass"
 LEAST, LEAST_OF_IDLE, LEAST_EIGHT, MOST_P99 = 0.95, 0.30, 0.90, 1.5
 
 
-class Contestant:
-    """A worker in one checkout, asked for one slice at a time."""
+class Contestant(CheckoutWorker):
+    """Decodes for one slice at a time, in one checkout."""
 
     def __init__(self, checkout: Path, model: str, spin_count: str | None, threads: int) -> None:
         environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+        environment["PYTHONPATH"] = str(checkout)
         if spin_count:
             environment["GOMP_SPINCOUNT"] = spin_count
-        self._process = subprocess.Popen(
-            [checkout / ".venv" / "bin" / "python", WORKER, model, str(threads)],
-            cwd=checkout,
-            env=environment | {"PYTHONPATH": str(checkout)},
-            start_new_session=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._read()
+        super().__init__(checkout, [WORKER, model, str(threads)], environment)
         self.seconds: list[float] = []
         self.steps: list[float] = []
 
     def run(self, *, count: bool) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        seconds, steps = self._read()
+        seconds, steps = self.ask("")
         if count:
             self.seconds.append(seconds)
             self.steps += steps
@@ -60,25 +49,11 @@ class Contestant:
     def summary(self) -> dict[str, float]:
         """Lower quartile of seconds per token, 99th percentile of a step; forgets the slices."""
         found = {
-            "seconds_per_token": statistics.quantiles(self.seconds, n=4)[0],
+            "seconds_per_token": lower_quartile(self.seconds),
             "step_p99_seconds": statistics.quantiles(self.steps, n=100)[98],
         }
         self.seconds, self.steps = [], []
         return found
-
-    def _read(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit("a worker has ended")
-        return json.loads(line)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait()
 
 
 @contextmanager
@@ -127,11 +102,14 @@ def show(count: str, found: dict[str, Any]) -> None:
     new = cases["new"]["seconds_per_token"]
     print(f"beside {count} busy loops")
     for name, case in cases.items():
-        idle = f", of idle {found['0'][name]['seconds_per_token'] / case['seconds_per_token']:.2f}"
+        idle = ""
+        if "0" in found:
+            share = found["0"][name]["seconds_per_token"] / case["seconds_per_token"]
+            idle = f", {share:.2f} of idle"
         print(
             f"  {name:22} {case['seconds_per_token'] * 1e6:9.1f} us"
             f"  new is {case['seconds_per_token'] / new:5.2f} times as fast"
-            f"  p99 {case['step_p99_seconds'] * 1e3:7.2f} ms{idle if '0' in found else ''}"
+            f"  p99 {case['step_p99_seconds'] * 1e3:7.2f} ms{idle}"
         )
     sys.stdout.flush()
 
@@ -146,6 +124,8 @@ def verdicts(found: dict[str, Any]) -> list[tuple[str, float, bool]]:
         tail = cases["new"]["step_p99_seconds"] / one["step_p99_seconds"]
         out.append((f"beside {count}: over the best of old", best / new, best / new >= LEAST))
         out.append((f"beside {count}: p99 over one thread's", tail, tail <= MOST_P99))
+    if "0" not in found:
+        return out
     idle = found["0"]
     new = idle["new"]["seconds_per_token"]
     eight = new / idle["new, eight threads"]["seconds_per_token"]
@@ -172,13 +152,10 @@ def main() -> int:
         print(f"{what:40} {ratio:6.3f}  {'met' if met else 'MISSED'}")
     record = {
         "case": f"neighbours, {Path(args.model).name}",
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": describe_commit(),
+        **describe_provenance(),
         "slices": args.slices,
         "loops": found,
         "bars": [{"name": what, "ratio": ratio, "met": met} for what, ratio, met in bars],
-        "machine": describe_machine(),
-        "versions": describe_versions(),
     }
     if args.out is not None:
         replace_lines(args.out, [record], "case")

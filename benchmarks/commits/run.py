@@ -12,11 +12,11 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
+from benchmarks.commits.checkout_worker import CheckoutWorker, commit_of, lower_quartile
 from benchmarks.result_file import replace_lines
 from elastic_moe.lab.provenance import describe_provenance
 
@@ -25,74 +25,30 @@ SLICES = ("decode", "decode16", "prefill", "outside", "outside_mixed", "stream",
 LEAST, LEAST_MEAN = 0.95, 0.98
 
 
-class Side:
-    """A worker in one checkout."""
-
-    def __init__(self, checkout: Path) -> None:
-        self.checkout = checkout
-        self.commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            cwd=checkout,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        self._process = subprocess.Popen(
-            [checkout / ".venv" / "bin" / "python", WORKER],
-            cwd=checkout,
-            env={**os.environ, "GOMP_SPINCOUNT": "3000"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._read()
-
-    def run(self, slice_name: str) -> float:
-        assert self._process.stdin is not None
-        self._process.stdin.write(slice_name + "\n")
-        self._process.stdin.flush()
-        return float(self._read())
-
-    def _read(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"the worker in {self.checkout} has ended")
-        return json.loads(line)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait()
-
-
 def compare(old: Path, new: Path, rounds: int) -> dict[str, Any]:
     """Ratios of old to new by slice: above 1, new is faster."""
-    with Side(old) as a, Side(new) as b:
+    environment = {**os.environ, "GOMP_SPINCOUNT": "3000"}
+    with (
+        CheckoutWorker(old, [WORKER], environment) as a,
+        CheckoutWorker(new, [WORKER], environment) as b,
+    ):
         seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in SLICES}
         for number in range(rounds + 2):
             for name in SLICES:
                 pair = ((0, a), (1, b)) if number % 2 else ((1, b), (0, a))
                 for index, side in pair:
-                    taken = side.run(name)
+                    taken = float(side.ask(name))
                     if number >= 2:  # the first ones warm up
                         seconds[name][index].append(taken)
         cases = {
             name: {
-                "old_seconds": quartile(first),
-                "new_seconds": quartile(second),
-                "ratio": quartile(first) / quartile(second),
+                "old_seconds": lower_quartile(first),
+                "new_seconds": lower_quartile(second),
+                "ratio": lower_quartile(first) / lower_quartile(second),
             }
             for name, (first, second) in seconds.items()
         }
-        return {"old": a.commit, "new": b.commit, "slices": rounds, "cases": cases}
-
-
-def quartile(values: list[float]) -> float:
-    """The lower one."""
-    return statistics.quantiles(values, n=4)[0]
+        return {"old": commit_of(old), "new": commit_of(new), "slices": rounds, "cases": cases}
 
 
 def geometric_mean(found: dict[str, Any]) -> float:

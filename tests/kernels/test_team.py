@@ -94,3 +94,31 @@ def test_a_forked_child_has_helpers_of_its_own() -> None:
         "print(os.read(read, 100).decode())"
     )
     assert found == [1, 3]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/loadavg")
+def test_no_helper_takes_part_where_other_programs_want_all_cores() -> None:
+    loops = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        for _ in range(4 * (os.cpu_count() or 1) + 4)
+    ]
+    try:
+        found = run(
+            "import time\n"
+            "extension.assume_free_cores(0)\n"
+            "def for_a_while():\n"
+            "    end = time.monotonic() + 0.5\n"
+            "    while time.monotonic() < end: call()\n"
+            "for_a_while()\n"
+            "extension.stop_threads()\n"
+            "for_a_while()\n"
+            "asked = extension.helper_count()\n"
+            "extension.assume_free_cores(8)\n"
+            "call()\n"
+            "print(json.dumps([asked, extension.helper_count()]))"
+        )
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+    assert found == [0, 2]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,28 +104,39 @@ def run(args: argparse.Namespace) -> int:
         **result,
         **describe_run(batch),
     }
-    if not args.json:
-        _show(line)
-    print(json.dumps(line))
+    _print(line, None if args.json else _show)
     return 0
 
 
 def _run_kernel(args: argparse.Namespace, model: ElasticTransformer, kernel: Any) -> int:
     from elastic_moe.lab.bench.kernels import bench_kernel
+    from elastic_moe.lab.load import LoadMonitor
     from elastic_moe.lab.provenance import describe_provenance
 
-    records = bench_kernel(model, kernel, quick=args.quick, progress=_progress)
+    load = LoadMonitor()
+    records = bench_kernel(model, kernel, quick=args.quick, load=load, progress=_progress)
+    provenance = describe_provenance()
     line = {
         "benchmark": "elastic-moe bench --kernel",
         "model": args.model,
         "kernel": args.kernel,
         "records": records,
-        **describe_provenance(),
+        "load": load.describe(threads=provenance["machine"]["threads"]),
+        **provenance,
     }
-    if not args.json:
-        _show_kernel(line)
-    print(json.dumps(line))
+    _print(line, None if args.json else _show_kernel)
     return 0
+
+
+def _print(line: dict[str, Any], show: Callable[[dict[str, Any]], None] | None) -> None:
+    """Print a result: for a person if there is a way to, then as JSON. Warnings go to stderr."""
+    from elastic_moe.lab.load import busy_warning
+
+    if show is not None:
+        show(line)
+    if warning := busy_warning(line):
+        print(warning, file=sys.stderr)
+    print(json.dumps(line))
 
 
 def _ids(folder: Path, vocab_size: int) -> tuple[list[int], str]:
@@ -161,62 +173,64 @@ def _show_limits(limits: Limits) -> None:
 
 def _show(line: dict[str, Any]) -> None:
     """Print for a person."""
-    from rich.console import Console
-    from rich.table import Table
+    from elastic_moe.cli.tables import Column, make_console, print_table
+    from elastic_moe.lab.view.frontier import format_range
 
-    console = Console(highlight=False, markup=False, emoji=False)  # names are not ours
+    console = make_console()
     level = f", level {line['level']}" if line["level"] else ""
     console.print(
         f"{line['model']} under {line['routing']}, {line['dtype']}, backend {line['backend']}"
         f"{level}"
     )
-    table = Table(box=None, pad_edge=False)
-    for heading in ("", "tokens/s", "touched", "of the limit"):
-        table.add_column(heading, justify="right" if heading else "left")
     rows = (
         ("prefill", f"prefill of {line['prefill_tokens']} tokens", "share_of_matmul", "matrices"),
         ("decode", "decode, 1 sequence", "share_of_read", "memory"),
         ("decode16", "decode, 16 sequences", "share_of_read", "memory"),
     )
-    for case, title, share, limit in rows:
-        touched, part = line.get(f"{case}_touched_bytes"), line.get(f"{case}_{share}")
-        table.add_row(
-            title,
-            f"{line[f'{case}_tokens_per_second']:,.1f}",
-            "" if touched is None else f"{touched / 1e6:,.1f} MB",
-            "" if part is None else f"{part:.0%} of {limit}",
-        )
-    console.print(table)
+    touched, shares = [], []
+    for case, _, share, limit in rows:
+        size, part = line.get(f"{case}_touched_bytes"), line.get(f"{case}_{share}")
+        touched.append("" if size is None else f"{size / 1e6:,.1f} MB")
+        shares.append("" if part is None else f"{part:.0%} of {limit}")
+    speeds = [f"{line[f'{case}_tokens_per_second']:,.1f}" for case, *_ in rows]
+    columns = [
+        Column("", [title for _, title, *_ in rows], 9),
+        Column("tokens/s", speeds, 8),
+        Column("min-max", [format_range(line, case) for case, *_ in rows], 7),
+        Column("touched", touched, 5),
+        Column("of the limit", shares, 6),
+    ]
+    print_table(console, columns, box=None)
 
 
 def _show_kernel(line: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from elastic_moe.cli.tables import Column, make_console, print_table
 
-    console = Console(highlight=False, markup=False, emoji=False)
+    records = line["records"]
+
+    def times(name: str, end: str = "") -> list[str]:
+        values = [record[f"milliseconds{end}"][name] for record in records]
+        return ["-" if value is None else f"{value:.3f}" for value in values]
+
+    def errors(name: str) -> list[str]:
+        return [f"{r['errors'][name]:.2g}" if name in r["errors"] else "-" for r in records]
+
+    def span(name: str) -> list[str]:
+        return [
+            "-".join(ends) for ends in zip(times(name, "_min"), times(name, "_max"), strict=True)
+        ]
+
+    limits = [1e3 * r["weight_bytes"] / r["limits"]["read_bytes_per_second"] for r in records]
+    console = make_console()
     console.print(f"{line['kernel']} on the experts of {line['model']}, milliseconds")
-    table = Table(box=None, pad_edge=False)
-    columns = (
-        "rows",
-        "yours",
-        "ours",
-        "reference",
-        "weights at the limit",
-        "your error",
-        "our error",
-    )
-    for heading in columns:
-        table.add_column(heading, justify="right")
-    for record in line["records"]:
-        ms, errors = record["milliseconds"], record["errors"]
-        limit = 1e3 * record["weight_bytes"] / record["limits"]["read_bytes_per_second"]
-        table.add_row(
-            str(record["rows"]),
-            f"{ms['yours']:.3f}",
-            "-" if ms["ours"] is None else f"{ms['ours']:.3f}",
-            f"{ms['reference']:.3f}",
-            f"{limit:.3f}",
-            f"{errors['yours']:.2g}",
-            f"{errors['ours']:.2g}" if "ours" in errors else "-",
-        )
-    console.print(table)
+    columns = [
+        Column("rows", [str(record["rows"]) for record in records], 9),
+        Column("yours", times("yours"), 8),
+        Column("min-max", span("yours"), 4),
+        Column("ours", times("ours"), 8),
+        Column("reference", times("reference"), 6),
+        Column("weights at the limit", [f"{limit:.3f}" for limit in limits], 5),
+        Column("your error", errors("yours"), 7),
+        Column("our error", errors("ours"), 3),
+    ]
+    print_table(console, columns, box=None)

@@ -26,7 +26,7 @@ from elastic_moe.cli.arguments import (
 from elastic_moe.routing.axes import TRAINED
 
 if TYPE_CHECKING:
-    from elastic_moe.lab.schema import SweepResult
+    from elastic_moe.lab.schema import SweepPoint, SweepResult
     from elastic_moe.lab.sweeps.sweep import Progress
 
 EXAMPLES = """examples:
@@ -79,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
+    from elastic_moe.lab.load import busy_warning
     from elastic_moe.lab.sweeps.grid import check_values  # deferred: loads torch
     from elastic_moe.lab.sweeps.results import prepare_folder
     from elastic_moe.lab.sweeps.sweep import sweep
@@ -106,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
             notify=lambda line: print(line, file=sys.stderr, flush=True),
         )
     if args.json:
+        if warning := busy_warning(result):
+            print(warning, file=sys.stderr)
         json.dump(result, sys.stdout, ensure_ascii=False)
         print()
     else:
@@ -116,50 +119,49 @@ def run(args: argparse.Namespace) -> int:
 def show(result: SweepResult, out: Path) -> None:
     """Print the frontier: the sub-networks that no other beats in both cost and quality."""
     from rich import box
-    from rich.console import Console
-    from rich.table import Table
 
-    from elastic_moe.lab.view.frontier import decode_speed, format_error, format_si
+    from elastic_moe.cli.tables import Column, make_console, print_table
+    from elastic_moe.lab.load import busy_warning
+    from elastic_moe.lab.view.frontier import decode_speed, format_error, format_range, format_si
 
     full = next(point for point in result["points"] if point["name"] == "full")
     points = [point for point in result["points"] if point["pareto"] or point is full]
     points.sort(key=lambda point: -point["flops_per_token"])
     corpus = result["corpus"]
-    table = Table(
+    columns: list[tuple[str, int, Callable[[SweepPoint], str]]] = [
+        ("sub-network", 9, lambda p: p["name"] + ("" if p["trained"] else " *")),
+        ("params", 1, lambda p: format_si(p["active_params"])),
+        ("FLOP", 2, lambda p: format_si(p["flops_per_token"])),
+        ("of full", 6, lambda p: f"{p['flops_per_token'] / full['flops_per_token']:.0%}"),
+        ("bits/byte", 8, lambda p: f"{p['bits_per_byte']:.3f}"),
+        ("+nats", 5, lambda p: f"{p['delta_nats']:+.3f}"),
+        ("± SE", 5, lambda p: format_error(p["standard_error"])),
+        ("agrees", 3, lambda p: f"{p['top1_agreement']:.1%}"),
+        ("tok/s", 7, lambda p: f"{speed:.1f}" if (speed := decode_speed(p)) else "-"),
+        ("min-max", 4, lambda p: format_range(p, "decode") or "-"),
+    ]
+    if not any(format_range(point, "decode") for point in points):
+        columns.pop()
+    console = make_console()
+    print_table(
+        console,
+        [Column(heading, [cell(p) for p in points], keep) for heading, keep, cell in columns],
         title=f"Frontier of {result['model']['name']} on {corpus['name']} "
         f"({corpus['scored_tokens']:,} tokens)",
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    table.add_column("sub-network", no_wrap=True)
-    headings = ("params", "FLOP", "of full", "bits/byte", "+nats", "± SE", "agrees", "tok/s")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for point in points:
-        table.add_row(
-            point["name"] + ("" if point["trained"] else " *"),
-            format_si(point["active_params"]),
-            format_si(point["flops_per_token"]),
-            f"{point['flops_per_token'] / full['flops_per_token']:.0%}",
-            f"{point['bits_per_byte']:.3f}",
-            f"{point['delta_nats']:+.3f}",
-            format_error(point["standard_error"]),
-            f"{point['top1_agreement']:.1%}",
-            f"{speed:.1f}" if (speed := decode_speed(point)) else "-",
-        )
-    # A pipe has no width of its own; 100 columns hold the table and most paths whole.
-    # No markup: names of texts, models and folders may hold brackets and colons.
-    width = None if sys.stdout.isatty() else 100
-    console = Console(highlight=False, markup=False, emoji=False, width=width)
-    console.print(table)
     console.print("params, FLOP: used per token. +nats: loss added, per token. tok/s: decoding.")
     if any(not point["trained"] for point in points):
         console.print("* a value that the checkpoint was not trained for")
     for skipped in result["skipped"]:
         console.print(f"skipped {skipped['name']}: {skipped['reason']}")
+    if warning := busy_warning(result):
+        console.print(warning)
     console.print(
         f"{len(result['points'])} sub-networks in {result['seconds']:.0f} s: "
-        f"{out / 'report.html'}, {out / 'frontier.png'}, {out / 'sweep.json'}"
+        f"{out / 'report.html'}, {out / 'frontier.png'}, {out / 'sweep.json'}",
+        soft_wrap=True,  # paths stay whole
     )
 
 

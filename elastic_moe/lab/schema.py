@@ -16,8 +16,12 @@ class SweepPoint(TypedDict):
     An axis is None where layers differ, and absent in a file from before it was added. Costs are
     those of a token with a whole window (512) of context; `..._max` holds whatever the threshold
     drops. Losses, `delta_nats` (mean difference to the full network), its paired standard error and
-    `kl_to_full` are in nats per token. Speeds are None until they are measured, the error where
-    there is one window alone.
+    `kl_to_full` are in nats per token; the error is None where there is one window alone.
+    `window_deviations` lists for each window the nats that it has beyond its tokens' share of the
+    loss, over all scored tokens: the standard error of the difference of two points follows from
+    theirs (`difference_error`). A speed is the median over rounds, `..._min` and `..._max` are
+    of the slowest and the fastest round; all are None until they are measured. Older files lack
+    deviations and ranges.
     """
 
     name: str
@@ -38,10 +42,15 @@ class SweepPoint(TypedDict):
     perplexity: float
     delta_nats: float
     standard_error: float | None
+    window_deviations: list[float] | None
     kl_to_full: float
     top1_agreement: float
     prefill_tokens_per_second: float | None
+    prefill_tokens_per_second_min: float | None
+    prefill_tokens_per_second_max: float | None
     decode_tokens_per_second: float | None
+    decode_tokens_per_second_min: float | None
+    decode_tokens_per_second_max: float | None
     backend: str
     dtype: str
     pareto: bool
@@ -60,7 +69,8 @@ class SweepResult(TypedDict):
 
     Points of two sweeps are comparable only where `corpus`, `settings`, `machine` and `versions`
     are equal. `skipped` lists the combinations that the model cannot run, with the reason. `date`
-    (UTC), `command` and `commit` are of the run that wrote the file; older ones lack them.
+    (UTC), `command` and `commit` are of the run that wrote the file; older ones lack them. `load`,
+    None before, is what other programs ran while speeds were measured (`LoadMonitor.describe`).
     """
 
     schema_version: int
@@ -75,10 +85,18 @@ class SweepResult(TypedDict):
     skipped: list[dict[str, str]]
     points: list[SweepPoint]
     expert_use: ExpertUse | None
+    load: NotRequired[dict[str, Any] | None]
     complete: bool
     seconds: float
 
 
+ADDED_FIELDS = (  # None in files from before they were added
+    "window_deviations",
+    "prefill_tokens_per_second_min",
+    "prefill_tokens_per_second_max",
+    "decode_tokens_per_second_min",
+    "decode_tokens_per_second_max",
+)
 POINT_FIELDS = tuple(dict.fromkeys((*SweepPoint.__annotations__, *(a.name for a in TRAINED))))
 
 
@@ -91,7 +109,7 @@ def full_values(model: Mapping[str, Any]) -> dict[str, Any]:
     return {axis.name: None if axis in unknown else axis.whole(model) for axis in TRAINED}
 
 
-def with_every_axis(sweep: Mapping[str, Any]) -> dict[str, Any]:
-    """A sweep as read from a file; axes that were added since are full in each point."""
-    full = full_values(sweep["model"])
+def with_every_field(sweep: Mapping[str, Any]) -> dict[str, Any]:
+    """A sweep as read from a file; in each point axes added since are full, other fields None."""
+    full = {**full_values(sweep["model"]), **dict.fromkeys(ADDED_FIELDS)}
     return {**sweep, "points": [{**full, **point} for point in sweep["points"]]}

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from elastic_moe.cli import main
+from elastic_moe.lab import load
 from elastic_moe.lab.bench.batch import Batch
 
 RATES = ("prefill", "decode", "decode16")
@@ -65,6 +66,21 @@ def test_the_bundled_model_ends_in_one_line_of_json(capsys: pytest.CaptureFixtur
     assert {"elastic_moe", "torch", "python"} <= set(line["versions"])
     assert out[0].startswith("limits: memory")  # the ceiling comes first
     assert any("decode, 16 sequences" in words for words in out[1:-1])
+
+
+def test_bench_writes_no_file_and_warns_of_a_busy_machine(
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(load, "count_other_threads", lambda: 9)
+    assert main(["bench", str(tiny_folder), "--quick", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["load"]["busy"] is True
+    assert "The machine was busy: threads of other programs wanted 9.0 of its" in captured.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_json_prints_that_line_alone_and_a_subnetwork_costs_less(
@@ -123,6 +139,9 @@ def test_a_kernel_of_the_users_own_is_timed_beside_ours(
     line = json.loads(out.splitlines()[-1])
     assert [record["rows"] for record in line["records"]] == [1, 16]
     for record in line["records"]:
+        for who in ("yours", "ours", "reference"):
+            ends = [record[f"milliseconds{end}"][who] for end in ("_min", "", "_max")]
+            assert ends == sorted(ends)
         assert all(record["milliseconds"][who] > 0 for who in ("yours", "ours", "reference"))
         assert record["errors"]["yours"] < 0.01
     assert "yours" in out

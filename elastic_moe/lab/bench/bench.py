@@ -19,6 +19,8 @@ import torch
 from elastic_moe.errors import BenchmarkError
 from elastic_moe.lab.bench.batch import Batch, Work
 from elastic_moe.lab.bench.limits import Limits, LimitsProbe
+from elastic_moe.lab.bench.speed import Spread
+from elastic_moe.lab.load import LoadMonitor
 from elastic_moe.lab.provenance import describe_provenance
 from elastic_moe.routing import Subnet
 
@@ -119,9 +121,10 @@ def bench(
         progress: called with (rounds done, all).
 
     Returns:
-        `prefill_tokens_per_second`, `decode_tokens_per_second`, `decode16_tokens_per_second`, the
-        bytes that a step touched and the shares of the limits where the backend counts, and
-        `limits`; rates are medians over the rounds.
+        `prefill_tokens_per_second`, `decode_tokens_per_second`, `decode16_tokens_per_second`, each
+        the median over the rounds, with `..._min` and `..._max` of the slowest and the fastest one;
+        the bytes that a step touched and the shares of the limits where the backend counts;
+        `limits`, and `load` (`LoadMonitor.describe`).
     """
     todo = cases(max_positions, quick=quick)
     rounds = QUICK_ROUNDS if quick else ROUNDS
@@ -129,9 +132,11 @@ def bench(
     probe = LimitsProbe(dtype, **sizes)
     if started is not None:
         started(probe.measure())
+    load = LoadMonitor()
     samples: dict[str, list[Sample]] = {case.name: [] for case in todo}
     for number in range(rounds):
         for case in todo:
+            load.read()
             limits = probe.measure(reads=3, matmuls=1)
             samples[case.name].append(_run(batch, subnet, case, ids, limits))
         if progress is not None:
@@ -148,6 +153,7 @@ def bench(
             "matmul_flops_per_second",
         )
     } | {"dtype": everything[0].dtype, "threads": everything[0].threads}
+    result["load"] = load.describe(threads=result["limits"]["threads"])
     return {**result, "rounds": rounds, "quick": quick}
 
 
@@ -196,8 +202,9 @@ def _run(batch: Batch, subnet: Subnet, case: Case, ids: Sequence[int], limits: L
 def _summarize(case: Case, samples: Sequence[Sample]) -> dict[str, Any]:
     """One case's entries of the result."""
     tokens = case.sequences * (1 if case.steps else case.context)
-    seconds = statistics.median(sample.seconds for sample in samples)
-    entries: dict[str, Any] = {f"{case.name}_tokens_per_second": tokens / seconds}
+    speed = Spread.of(sample.seconds for sample in samples).rate(tokens)
+    key = f"{case.name}_tokens_per_second"
+    entries: dict[str, Any] = {key: speed.median, f"{key}_min": speed.min, f"{key}_max": speed.max}
     counted = [(s.seconds, s.work, s.limits) for s in samples if s.work is not None]
     if not counted:
         return entries

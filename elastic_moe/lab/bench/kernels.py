@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,8 @@ from torch.nn import functional
 from elastic_moe.errors import BenchmarkError, RequestError
 from elastic_moe.lab.bench.layer import LayerInputs, LayerWeights, NativeExperts, pad_rows
 from elastic_moe.lab.bench.limits import LimitsProbe
+from elastic_moe.lab.bench.speed import Spread
+from elastic_moe.lab.load import LoadMonitor
 from elastic_moe.model.reference.moe import MoE, run_experts
 from elastic_moe.model.reference.transformer import DecoderLayer, ElasticTransformer
 
@@ -72,15 +73,21 @@ def bench_kernel(
     kernel: ExpertKernel,
     *,
     quick: bool = False,
+    load: LoadMonitor | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Time a kernel on the experts of the model's first layer that routes.
 
     Everybody computes the same routing of the same random inputs, in turns.
 
+    Args:
+        load: read before each measurement.
+        progress: called with (numbers of rows done, all).
+
     Returns:
         A record for each number of rows: milliseconds of `yours`, `ours` (None where the C++
-        kernels are missing) and `reference`; bytes of the experts that ran; errors against float64.
+        kernels are missing) and `reference`, in the median, fastest and slowest round; bytes of the
+        experts that ran; errors against float64.
 
     Raises:
         BenchmarkError: the kernel raises, or its result is wrong.
@@ -104,15 +111,18 @@ def bench_kernel(
         used = len(set(inputs.topk_ids.flatten().tolist()))
         each = sum(part[0].nbytes for part in (weights.gate, weights.up, weights.down))
         limits = probe.measure()
-        seconds = _time(contestants, inputs, QUICK_ROUNDS if quick else ROUNDS)
+        seconds = _time(contestants, inputs, QUICK_ROUNDS if quick else ROUNDS, load)
         records.append(
             {
                 "rows": rows,
                 "experts_used": used,
                 "weight_bytes": used * each,
-                "milliseconds": {
-                    name: 1e3 * seconds[name] if name in seconds else None
-                    for name in ("yours", "ours", "reference")
+                **{
+                    f"milliseconds{end}": {
+                        name: 1e3 * getattr(seconds[name], figure) if name in seconds else None
+                        for name in ("yours", "ours", "reference")
+                    }
+                    for end, figure in (("", "median"), ("_min", "min"), ("_max", "max"))
                 },
                 "errors": errors,
                 "limits": limits.to_json(),
@@ -200,14 +210,19 @@ def _check(
 
 
 def _time(
-    contestants: dict[str, Callable[[LayerInputs], Tensor]], inputs: LayerInputs, rounds: int
-) -> dict[str, float]:
-    """Median over rounds of the faster of two calls."""
+    contestants: dict[str, Callable[[LayerInputs], Tensor]],
+    inputs: LayerInputs,
+    rounds: int,
+    load: LoadMonitor | None,
+) -> dict[str, Spread]:
+    """Seconds of the faster of two calls, over the rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, call in contestants.items():
+            if load is not None:
+                load.read()
             seconds[name].append(min(_seconds(call, inputs) for _ in range(CALLS)))
-    return {name: statistics.median(kept) for name, kept in seconds.items()}
+    return {name: Spread.of(kept) for name, kept in seconds.items()}
 
 
 def _seconds(call: Callable[[LayerInputs], Tensor], inputs: LayerInputs) -> float:

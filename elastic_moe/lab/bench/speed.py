@@ -4,15 +4,35 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
 from elastic_moe.engine.running.runner import Chunk, ModelRunner
+from elastic_moe.lab.load import LoadMonitor
 from elastic_moe.routing import Subnet
 
 PREFILL_TOKENS = 512
 DECODE_CONTEXT_TOKENS = 64
+
+
+class Spread(NamedTuple):
+    """A figure over the rounds of a measurement."""
+
+    min: float
+    median: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """The spread of at least one value."""
+        kept = list(values)
+        return cls(min(kept), statistics.median(kept), max(kept))
+
+    def rate(self, amount: float) -> Spread:
+        """Of seconds for `amount`: `amount` per second. The slowest round has the lowest."""
+        return Spread(amount / self.max, amount / self.median, amount / self.min)
 
 
 def measure_speed(
@@ -22,13 +42,15 @@ def measure_speed(
     *,
     rounds: int,
     decode_tokens: int,
-) -> Iterator[tuple[int, list[tuple[float, float]]]]:
+    load: LoadMonitor | None = None,
+) -> Iterator[tuple[int, list[tuple[Spread, Spread]]]]:
     """Time every sub-network in turn, round after round, so that a machine's drift hits all alike.
 
     Args:
         ids: at least 512 tokens of real text.
-        rounds: the median over this many counts.
+        rounds: how often each sub-network is timed.
         decode_tokens: tokens decoded per round, after a context of 64.
+        load: read before each measurement.
 
     Yields:
         (measurements done, []) after each, and last (all, [(prefill, decode) tokens per second]).
@@ -40,6 +62,8 @@ def measure_speed(
         _time_once(runner, subnets[0], prompt, 1)  # warms up
     for _ in range(rounds):
         for subnet, kept in zip(subnets, seconds, strict=True):
+            if load is not None:
+                load.read()
             with torch.inference_mode():
                 measured = _time_once(runner, subnet, prompt, decode_tokens)
             kept.append(measured)
@@ -47,8 +71,8 @@ def measure_speed(
             yield done, []
     speeds = [
         (
-            len(prompt) / statistics.median(prefill for prefill, _ in kept),
-            decode_tokens / statistics.median(decode for _, decode in kept),
+            Spread.of(prefill for prefill, _ in kept).rate(len(prompt)),
+            Spread.of(decode for _, decode in kept).rate(decode_tokens),
         )
         for kept in seconds
     ]

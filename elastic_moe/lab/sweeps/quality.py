@@ -65,6 +65,18 @@ def paired_difference(a: Quality, b: Quality, text: EvaluationSet) -> tuple[floa
     return weighted_mean(window_sums(a, text) - window_sums(b, text), counts)
 
 
+def window_deviations(quality: Quality, text: EvaluationSet) -> list[float]:
+    """Nats of each window beyond its tokens' share of the loss, over all scored tokens.
+
+    With the differences d_w of two of them and m windows, the paired error is
+    sqrt(m/(m-1) sum d_w^2): what `paired_difference` gives.
+    """
+    counts = np.array([window.scored for window in text.windows])
+    sums = window_sums(quality, text)
+    deviations = (sums - sums.sum() / counts.sum() * counts) / counts.sum()
+    return [round(float(each), 10) for each in deviations]
+
+
 def window_sums(quality: Quality, text: EvaluationSet) -> NDArray[np.float64]:
     """(W,) nats of the scored tokens of each window of the text."""
     counts = np.array([window.scored for window in text.windows])

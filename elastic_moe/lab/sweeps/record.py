@@ -8,14 +8,20 @@ from typing import Any, cast
 import torch
 
 from elastic_moe.engine import Engine
+from elastic_moe.lab.bench.speed import Spread
 from elastic_moe.lab.schema import ExpertUse, SweepPoint
 from elastic_moe.lab.sweeps.grid import is_trained
-from elastic_moe.lab.sweeps.quality import Quality, paired_difference
+from elastic_moe.lab.sweeps.quality import Quality, paired_difference, window_deviations
 from elastic_moe.lab.sweeps.text import WINDOW, EvaluationSet
 from elastic_moe.model.checkpoints.folder import file_in
 from elastic_moe.routing import Subnet
 from elastic_moe.routing.axes import AXES, DEPTH, TRAINED, count
 
+SPEED_FIELDS = tuple(
+    f"{kind}_tokens_per_second{part}"
+    for kind in ("prefill", "decode")
+    for part in ("", "_min", "_max")
+)
 BYTES_PER_WEIGHT = {"bfloat16": 2, "float32": 4}
 
 
@@ -47,15 +53,22 @@ def describe_point(
         "perplexity": float(torch.tensor(quality.nats_per_token, dtype=torch.float64).exp()),
         "delta_nats": delta,
         "standard_error": error,
+        "window_deviations": window_deviations(quality, text),
         "kl_to_full": max(0.0, quality.kl_to_full),
         "top1_agreement": quality.top1_agreement,
-        "prefill_tokens_per_second": None,
-        "decode_tokens_per_second": None,
+        **dict.fromkeys(SPEED_FIELDS),
         "backend": engine.backend,
         "dtype": engine.dtype,
         "pareto": False,
     }
     return cast(SweepPoint, point)
+
+
+def describe_speed(kind: str, speed: Spread) -> dict[str, float]:
+    """The fields of one speed, in tokens per second. `kind`: prefill or decode."""
+    key = f"{kind}_tokens_per_second"
+    figures = {key: speed.median, f"{key}_min": speed.min, f"{key}_max": speed.max}
+    return {name: round(figure, 2) for name, figure in figures.items()}
 
 
 def describe_model(engine: Engine) -> dict[str, Any]:

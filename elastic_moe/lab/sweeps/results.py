@@ -11,12 +11,13 @@ from typing import Any, cast
 
 from elastic_moe.errors import ElasticMoEError, ResultExistsError
 from elastic_moe.lab.schema import (
+    ADDED_FIELDS,
     POINT_FIELDS,
     SCHEMA_VERSION,
     ExpertUse,
     SweepPoint,
     SweepResult,
-    with_every_axis,
+    with_every_field,
 )
 from elastic_moe.routing import shorten
 from elastic_moe.routing.axes import TRAINED
@@ -150,7 +151,7 @@ def _read(path: Path) -> SweepResult:
     if problem:
         raise ElasticMoEError(f"{path} is no sweep: {problem}. Move it away or use --out.")
     known = data["schema_version"] == SCHEMA_VERSION
-    return cast(SweepResult, with_every_axis(data) if known else data)
+    return cast(SweepResult, with_every_field(data) if known else data)
 
 
 def _problem(data: Any) -> str:
@@ -168,9 +169,9 @@ def _problem(data: Any) -> str:
         return ""
     if not isinstance(data.get("model"), dict):
         return f"model must be an object, got {shorten(data.get('model'))}"
-    axes = {axis.name for axis in TRAINED}  # added after the file was written, if it lacks one
+    added = {*ADDED_FIELDS, *(axis.name for axis in TRAINED)}  # after the file, if it lacks one
     for i, point in enumerate(points):
-        lacking = [key for key in POINT_FIELDS if key not in point and key not in axes]
+        lacking = [key for key in POINT_FIELDS if key not in point and key not in added]
         if lacking:
             return f"points[{i}] lacks {', '.join(lacking)}"
     return ""

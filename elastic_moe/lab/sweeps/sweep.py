@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from elastic_moe.engine import Engine
 from elastic_moe.files import write_text
-from elastic_moe.lab.bench.speed import measure_speed
+from elastic_moe.lab.bench.speed import Spread, measure_speed
+from elastic_moe.lab.load import LoadMonitor
 from elastic_moe.lab.provenance import describe_provenance
 from elastic_moe.lab.schema import SCHEMA_VERSION, SweepPoint, SweepResult
 from elastic_moe.lab.sweeps import record
@@ -123,7 +124,7 @@ def sweep(
         run.measure_quality()
         decode_tokens = 16 if engine.backend == "reference" else 64  # a tenth of a second or so
         run.measure_speed(
-            rounds=1 if quick else 3, decode_tokens=decode_tokens // 4 if quick else decode_tokens
+            rounds=3 if quick else 5, decode_tokens=decode_tokens // 4 if quick else decode_tokens
         )
         run.result["complete"] = True
     except KeyboardInterrupt:
@@ -169,6 +170,7 @@ class _Run:
             "skipped": grid.skipped,
             "points": [],
             "expert_use": None,
+            "load": None,
             "complete": False,
             "seconds": 0.0,
         }
@@ -244,15 +246,18 @@ class _Run:
         subnets = [by_name[point["name"]] for point in points]
         ids = [token for window in self.text.windows[::2] for token in window.inputs]
         total = len(subnets) * rounds
-        speeds: list[tuple[float, float]] = []
+        speeds: list[tuple[Spread, Spread]] = []
+        load = LoadMonitor()
         timing = measure_speed(
-            self.engine.runner, subnets, ids, rounds=rounds, decode_tokens=decode_tokens
+            self.engine.runner, subnets, ids, rounds=rounds, decode_tokens=decode_tokens, load=load
         )
         for done, speeds in timing:  # noqa: B007  (the last item is the result)
             self.progress("speed", done, total)
         for point, (prefill, decode) in zip(points, speeds, strict=True):
-            point["prefill_tokens_per_second"] = round(prefill, 2)
-            point["decode_tokens_per_second"] = round(decode, 2)
+            figures = record.describe_speed("prefill", prefill)
+            figures |= record.describe_speed("decode", decode)
+            point.update(cast(SweepPoint, figures))
+        self.result["load"] = load.describe(threads=self.result["machine"]["threads"])
 
     def write_json(self) -> None:
         """Write what there is; never an empty result, which might replace one that is not."""

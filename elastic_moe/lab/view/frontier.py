@@ -1,7 +1,7 @@
 """The arithmetic behind the pictures of a sweep: the Pareto frontier, the curves, the numbers.
 
 A sweep is the content of `sweep.json`; a point is one entry of its `points`: one sub-network with
-its cost and quality, and a value for each axis (`with_every_axis`). Needs the standard library
+its cost and quality, and a value for each axis (`with_every_field`). Needs the standard library
 only. `mark_pareto` writes into its points; all else changes nothing.
 """
 
@@ -47,6 +47,38 @@ def decode_time(point: Point) -> float | None:
     return None if speed is None else 1 / speed
 
 
+def decode_time_range(point: Point) -> tuple[float, float] | None:
+    """Seconds per decoded token in the fastest and the slowest round; None where unknown."""
+    slowest = finite(point.get("decode_tokens_per_second_min"))
+    fastest = finite(point.get("decode_tokens_per_second_max"))
+    return (1 / fastest, 1 / slowest) if slowest and fastest else None
+
+
+def format_range(point: Point, kind: str) -> str:
+    """A speed in the slowest and the fastest round, tokens per second: "951.2-988.0"; or "".
+
+    Args:
+        kind: prefill or decode.
+    """
+    key = f"{kind}_tokens_per_second"
+    speed, slowest, fastest = (finite(point.get(f"{key}{end}")) for end in ("", "_min", "_max"))
+    if speed is None or slowest is None or fastest is None:
+        return ""
+    return f"{slowest:.1f}-{fastest:.1f}"
+
+
+def difference_error(a: Point, b: Point) -> float:
+    """Standard error of the difference of two points' losses, nats per token.
+
+    Paired: over the windows of their text. 0 where it is unknown, as for a single window.
+    """
+    first, second = a.get("window_deviations") or [], b.get("window_deviations") or []
+    m = len(first)
+    if m < 2 or m != len(second):
+        return 0.0
+    return math.sqrt(m / (m - 1)) * math.dist(first, second)
+
+
 def finite(value: object) -> float | None:
     """`value` as a float; None for what is no number, NaN or infinite."""
     if isinstance(value, (int, float)) and math.isfinite(value):
@@ -55,28 +87,52 @@ def finite(value: object) -> float | None:
 
 
 def pareto_flags(
-    points: Sequence[Point], cost: Callable[[Point], float | None] = flops
+    points: Sequence[Point],
+    cost: Callable[[Point], float | None] = flops,
+    cost_range: Callable[[Point], tuple[float, float] | None] = lambda _: None,
 ) -> list[bool]:
     """Which points are on the frontier of `cost` (lower is better) against bits per byte.
 
-    A point is on it when no other is both at least as cheap and at least as good. Points equal in
-    both do not exclude each other: otherwise they would, and leave a hole. A point without a finite
-    cost or quality is never on it and excludes nobody.
+    Of two points on it, the dearer one has a loss that is lower by more than two standard errors of
+    their difference, and the cheaper one's highest cost is below the dearer one's lowest. So where
+    errors are unknown, a point is on it when no other is both at least as cheap and at least as
+    good. Points equal in both do not exclude each other: otherwise they would, and leave a hole. A
+    point without a finite cost or quality is never on it and excludes nobody.
+
+    Args:
+        cost_range: lowest and highest cost of a point that was measured; None where it is exact.
     """
     pairs = {
         i: (c, b)
         for i, p in enumerate(points)
         if (c := cost(p)) is not None and (b := bits(p)) is not None
     }
-    flags = [False] * len(points)
-    last = (-math.inf, math.inf)
+
+    def is_equal(a: int, b: int) -> bool:
+        return pairs[a] == pairs[b] and not difference_error(points[a], points[b])
+
+    def is_better(a: int, b: int) -> bool:
+        error = 2 * difference_error(points[a], points[b])
+        if not error:
+            return pairs[a][1] < pairs[b][1]
+        return float(points[b]["nats_per_token"]) - float(points[a]["nats_per_token"]) > error
+
+    def is_cheaper(a: int, b: int) -> bool:
+        (_, high), (low, _) = (cost_range(points[i]) or (pairs[i][0], pairs[i][0]) for i in (a, b))
+        return high < low
+
+    kept: list[int] = []
     # Cheapest first, and among equally cheap the best first: whoever does not improve on the last
-    # point kept is excluded by it.
+    # point kept is excluded by it, and excludes those kept that are not certainly cheaper. It
+    # improves on all that remain: differences add up, and their errors to no more than their sum.
     for index in sorted(pairs, key=lambda i: pairs[i]):
-        if pairs[index][1] < last[1] or pairs[index] == last:
-            flags[index] = True
-            last = pairs[index]
-    return flags
+        if kept and is_equal(index, kept[-1]):
+            kept.append(index)
+        elif not kept or is_better(index, kept[-1]):
+            while kept and not is_cheaper(kept[-1], index):
+                kept.pop()
+            kept.append(index)
+    return [i in kept for i in range(len(points))]
 
 
 def mark_pareto(points: Sequence[SweepPoint]) -> None:
@@ -85,9 +141,14 @@ def mark_pareto(points: Sequence[SweepPoint]) -> None:
         point["pareto"] = flag
 
 
-def frontier(points: Sequence[Point], cost: Callable[[Point], float | None] = flops) -> list[Point]:
-    """The points on the frontier, cheapest first."""
-    on_it = [p for p, flag in zip(points, pareto_flags(points, cost), strict=True) if flag]
+def frontier(
+    points: Sequence[Point],
+    cost: Callable[[Point], float | None] = flops,
+    cost_range: Callable[[Point], tuple[float, float] | None] = lambda _: None,
+) -> list[Point]:
+    """The points on the frontier, cheapest first; arguments are those of `pareto_flags`."""
+    flags = pareto_flags(points, cost, cost_range)
+    on_it = [p for p, flag in zip(points, flags, strict=True) if flag]
     return sorted(on_it, key=lambda p: (cost(p) or 0.0, str(p["name"])))
 
 

@@ -20,7 +20,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from elastic_moe.files import write_bytes
-from elastic_moe.lab.schema import with_every_axis
+from elastic_moe.lab.load import busy_warning
+from elastic_moe.lab.schema import with_every_field
 from elastic_moe.lab.view.frontier import (
     SI_PREFIXES,
     Point,
@@ -29,6 +30,7 @@ from elastic_moe.lab.view.frontier import (
     clean,
     decode_speed,
     decode_time,
+    decode_time_range,
     flops,
     frontier,
     ranking,
@@ -70,7 +72,7 @@ def frontier_figure(sweep: Sweep, panel: Panel = "both") -> Figure:
             legend; the others draw one of them alone, for a page that has its own title and legend.
             Without timings "both" draws the FLOPs alone.
     """
-    sweep = with_every_axis(sweep)
+    sweep = with_every_field(sweep)
     points = sweep["points"]
     kinds: list[Panel] = [panel]
     if panel == "both":
@@ -92,8 +94,9 @@ def frontier_figure(sweep: Sweep, panel: Panel = "both") -> Figure:
 
 
 def _frontier_of(dots: Sequence[Dot], kind: Panel) -> list[Dot]:
-    """The dots that no other beats in both, cheapest first: fastest, or of the fewest FLOPs."""
-    edge = frontier([d.point for d in dots], decode_time if kind == "speed" else flops)
+    """The dots on the frontier, cheapest first: fastest, or of the fewest FLOPs."""
+    points, speed = [d.point for d in dots], kind == "speed"
+    edge = frontier(points, decode_time, decode_time_range) if speed else frontier(points, flops)
     return [next(d for d in dots if d.point is point) for point in edge]
 
 
@@ -126,6 +129,10 @@ def _draw_dots(axes: Axes, sweep: Sweep, kind: Panel) -> list[Dot]:
     edge = _frontier_of(dots, kind)
     xs, ys = [d.x for d in edge], [d.y for d in edge]
     axes.step(xs, ys, where="post", color=INK, lw=1.3, zorder=2.5, gid="frontier")
+    for dot in dots if speed else ():
+        if ends := decode_time_range(dot.point):
+            colour, xs = colours[dot.point[DEPTH.name]], [1 / end for end in ends]
+            axes.plot(xs, [dot.y, dot.y], color=colour, lw=1.6, zorder=2.8, gid="spread")
     for dot in dots:
         colour, hollow = colours[dot.point[DEPTH.name]], not dot.point.get("trained", True)
         axes.plot(
@@ -195,7 +202,7 @@ def _label_frontier(axes: Axes, dots: Sequence[Dot], kind: Panel) -> None:
     for (ax, ay), (bx, by) in pairwise(corners):
         lines += [((ax, ay), (bx, ay)), ((bx, ay), (bx, by))]
     for line in axes.lines:
-        if line.get_gid() in ("thread", "full"):
+        if line.get_gid() in ("thread", "full", "spread"):
             corners = [tuple(c) for c in line.get_transform().transform(line.get_xydata())]
             lines += pairwise(corners)
 
@@ -246,11 +253,12 @@ def _title(figure: Figure, sweep: Sweep) -> None:
     )
     dtype = clean(sweep["points"][0]["dtype"], 20) + ", " if count else ""
     ranked = f"; {ranking(sweep)}" if ranking(sweep) else ""
+    busy = "; the machine was busy: speeds may be wrong" if busy_warning(sweep) else ""
     figure.text(
         0.012,
         0.94,
         f"on {clean(corpus['name'], 60)}: {corpus['scored_tokens']:,} scored tokens, {dtype}"
-        f"{clean(sweep['machine'].get('cpu', 'unknown CPU'), 40)}{ranked}",
+        f"{clean(sweep['machine'].get('cpu', 'unknown CPU'), 40)}{ranked}{busy}",
         color=MUTED,
         size=10,
         va="top",
@@ -282,8 +290,11 @@ def _legend(figure: Figure, sweep: Sweep) -> None:
     rows += [dot(SHAPE_NAMES[s], s, MUTED, max_k) for s in SHAPES if s in shapes]
     if any(not p.get("trained", True) for p in points):
         rows.append(dot("hollow: not trained", "", MUTED, max_k, hollow=True))
+    if any(map(decode_time_range, points)):
+        rows += [heading(" "), Line2D([], [], color=MUTED, lw=1.6, label="slowest, fastest round")]
     rows += [heading(" "), Line2D([], [], color=INK, lw=1.3, label="frontier: none is both")]
-    rows.append(heading("cheaper and better"))
+    rows.append(heading("cheaper and better,"))
+    rows.append(heading("beyond errors"))
     legend = figure.legend(handles=rows, loc="outside right center", fontsize=9, labelspacing=0.42)
     for text in legend.get_texts():
         if text.get_text().split(":")[0] in ("Depth", "Size", "Shape"):

@@ -23,7 +23,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from elastic_moe.files import write_text
-from elastic_moe.lab.schema import full_values, with_every_axis
+from elastic_moe.lab.load import busy_warning
+from elastic_moe.lab.schema import full_values, with_every_field
 from elastic_moe.lab.view.frontier import (
     Point,
     Sweep,
@@ -34,6 +35,7 @@ from elastic_moe.lab.view.frontier import (
     flops,
     format_error,
     format_percent,
+    format_range,
     format_si,
     format_speed,
     format_value,
@@ -90,8 +92,8 @@ COLUMNS = (
     ("Δ nats ± 2 SE", "mean loss per token minus the full network's; paired standard error"),
     ("FLOPs", "floating-point operations per token"),
     ("% of full", "FLOPs per token, relative to the full network's"),
-    ("decode", "measured, tokens per second, one sequence"),
-    ("prefill", "measured, tokens per second"),
+    ("decode", "measured, tokens per second, one sequence: median, slowest and fastest round"),
+    ("prefill", "measured, tokens per second: median, slowest and fastest round"),
     ("agreement", "how often its likeliest token is the full network's"),
     ("KL", "divergence of its predictions from the full network's, nats per token"),
     ("perplexity", "per token; lower is better"),
@@ -110,7 +112,7 @@ def write_report(sweep: Sweep, path: str | Path) -> None:
 
 def render_report(sweep: Sweep) -> str:
     """The page as text. The template holds the words; here are the numbers and the drawings."""
-    sweep = with_every_axis(sweep)
+    sweep = with_every_field(sweep)
     folder = resources.files("elastic_moe.lab.view")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -133,6 +135,7 @@ def render_report(sweep: Sweep) -> str:
         script=Markup(script),
         script_hash=f"sha256-{digest}",
         summary=summary(sweep),
+        busy=busy_warning(sweep),
         light=LIGHT | {names[c]: c for c in names},
         dark=DARK | {names[c]: dark[d] for d, c in depth_colours(depths).items()},
         depths=[(d, names[depth_colours(depths)[d]]) for d in depths],
@@ -259,10 +262,11 @@ def table_row(index: int, sweep: Sweep, full: Point | None) -> Row:
     delta = number("delta_nats", "+.3f")
     if point.get("standard_error") is not None and delta.key != "":
         delta = Cell(f"{delta.text} ± {format_error(point['standard_error'], 2)}", delta.key)
-    speeds = [
-        Cell(format_speed(s).removesuffix(" tok/s"), "" if s is None else s)
-        for s in (decode_speed(point), finite(point.get("prefill_tokens_per_second")))
-    ]
+    speeds = []
+    for kind in ("decode", "prefill"):
+        speed, ends = finite(point.get(f"{kind}_tokens_per_second")), format_range(point, kind)
+        text = format_speed(speed).removesuffix(" tok/s") + (f" ({ends})" if ends else "")
+        speeds.append(Cell(text, "" if speed is None else speed))
     values = tuple(
         Cell(format_value(value), "" if value is None else float(value), key in untrained)
         for key, value in ((axis.name, point[axis.name]) for axis in TRAINED)
@@ -298,6 +302,7 @@ def tooltip(point: Point) -> str:
         f"{clean(point['name'])}: {point['bits_per_byte']:.3f} bits per byte, "
         f"{format_si(flops(point), 'FLOP')} per token"
         + (f", {format_speed(speed)} decode" if speed else "")
+        + (f" ({ends})" if (ends := format_range(point, "decode")) else "")
         + ("" if point.get("trained", True) else ", not trained")
     )
 

@@ -10,11 +10,12 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from elastic_moe.lab.schema import full_values, with_every_axis
+from elastic_moe.lab.schema import full_values, with_every_field
 from elastic_moe.lab.view.frontier import (
     Sweep,
     curves,
     decode_time,
+    decode_time_range,
     finite,
     flops,
     format_value,
@@ -40,7 +41,7 @@ def curve_figure(sweep: Sweep, axis: str | Axis) -> Figure:
         axis: one of `TRAINED`, or its key.
     """
     axis = axis if isinstance(axis, Axis) else next(a for a in TRAINED if a.name == axis)
-    sweep = with_every_axis(sweep)
+    sweep = with_every_field(sweep)
     full = full_point(sweep["points"])
     members = curves(sweep["points"], full or full_values(sweep["model"]))[axis.name]
     x = [float(p[axis.name]) for p in members]
@@ -93,6 +94,10 @@ def curve_figure(sweep: Sweep, axis: str | Axis) -> Figure:
                      if base and (c := cost(p)) is not None]  # fmt: skip
             if pairs:
                 bottom.plot(*zip(*pairs, strict=True), style, color=colour, ms=5, label=label)
+        base = decode_time(full) if full is not None else None
+        for point, at in zip(members, x, strict=True):
+            if base and (ends := decode_time_range(point)):
+                bottom.plot([at, at], [100 * end / base for end in ends], color=INK, gid="spread")
         bottom.set_ylim(bottom=0, top=max(108.0, bottom.get_ylim()[1]))
         if bottom.lines:
             bottom.legend(loc="lower right" if axis.size else "lower left", fontsize=9)

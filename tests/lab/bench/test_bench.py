@@ -113,12 +113,27 @@ def test_rates_and_shares_of_a_made_up_clock(monkeypatch: pytest.MonkeyPatch) ->
     assert result["prefill_tokens_per_second"] == 512 / 2.0
     assert result["decode_tokens_per_second"] == 1 / 0.25
     assert result["decode16_tokens_per_second"] == 16 / 0.5
+    for case in ("prefill", "decode", "decode16"):
+        key = f"{case}_tokens_per_second"
+        assert result[f"{key}_min"] == result[key] == result[f"{key}_max"]
+    assert set(result["load"]) == {"other_threads_mean", "other_threads_max", "busy"}
     assert result["decode_touched_bytes"] == 100
     assert result["decode_share_of_read"] == 100 / 0.25 / 800
     assert result["decode16_share_of_read"] == 100 / 0.5 / 800
     assert result["prefill_share_of_matmul"] == 1000 / 2.0 / 1000
     one_round = [(1, 512)] * 3 + [(1, 64)] + [(1, 1)] * 5 + [(16, 32)] + [(16, 1)] * 3
     assert runner.calls == one_round * 2
+
+
+def test_a_speed_is_the_median_of_its_rounds_between_the_slowest_and_the_fastest() -> None:
+    limits = Limits(1.0, 1.0, 1.0, "float32", 2)
+    samples = [module.Sample(seconds, None, limits) for seconds in (0.5, 4.0, 1.0)]
+    entries = module._summarize(module.Case("decode", 2, 64, 8), samples)
+    assert entries == {
+        "decode_tokens_per_second": 2.0,
+        "decode_tokens_per_second_min": 0.5,
+        "decode_tokens_per_second_max": 4.0,
+    }
 
 
 def test_a_model_with_few_positions_is_timed_on_what_it_has() -> None:

@@ -14,6 +14,18 @@ from elastic_moe.lab.bench.speed import measure_speed
 IDS = list(range(1, 601))
 
 
+def test_the_load_is_read_before_each_measurement(
+    tiny: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    load = SimpleNamespace(read=lambda: events.append("load"))
+    once = speed._time_once
+    monkeypatch.setattr(speed, "_time_once", lambda *a: (events.append("time"), once(*a))[1])
+    subnets = [tiny.resolve(name) for name in ("full", "k1")]
+    list(measure_speed(tiny.runner, subnets, IDS, rounds=2, decode_tokens=1, load=load))
+    assert events == ["time"] + ["load", "time"] * 4
+
+
 def test_every_point_is_timed_on_its_own_subnetwork(
     tiny: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -48,5 +60,5 @@ def test_speeds_are_tokens_over_the_median_time(
     *_, (_, [(prefill, decode)]) = measure_speed(
         tiny.runner, [subnet], IDS, rounds=3, decode_tokens=3
     )
-    assert prefill == 512 / 2.0
-    assert decode == 3 / 0.5
+    assert prefill == (512 / 4.0, 512 / 2.0, 512 / 1.0)  # slowest, median, fastest round
+    assert decode == (3 / 8.0, 3 / 0.5, 3 / 0.25)

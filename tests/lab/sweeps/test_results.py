@@ -12,7 +12,7 @@ import pytest
 from elastic_moe.engine import Engine
 from elastic_moe.errors import ElasticMoEError, ResultExistsError
 from elastic_moe.lab import sweep
-from elastic_moe.lab.schema import POINT_FIELDS
+from elastic_moe.lab.schema import ADDED_FIELDS, POINT_FIELDS
 from elastic_moe.lab.sweeps import results
 
 MARK = 123.0  # a quality that only a kept point carries
@@ -121,13 +121,17 @@ def test_a_sweep_with_another_setting_is_kept_aside_and_the_setting_is_named(
 def test_a_sweep_of_an_earlier_version_is_continued(
     tiny: Engine, text: Path, tmp_path: Path, finished: str
 ) -> None:
-    """It wrote neither date nor command, and less of the machine."""
+    """It wrote neither date nor command, less of the machine, and no spread."""
 
     def as_before(earlier: dict[str, Any]) -> None:
         for key in ("date", "command", "commit"):
             del earlier[key]
         for key in ("cpu_vendor", "cpu_family", "cpu_model", "cpu_stepping"):
             del earlier["machine"][key]
+        del earlier["load"]
+        for point in earlier["points"]:
+            for key in ADDED_FIELDS:
+                del point[key]
 
     leave(tmp_path, finished, as_before)
     result = quick(tiny, text, tmp_path, depth=[2, 6])

@@ -12,7 +12,8 @@ import pytest
 from elastic_moe.cli.sweep import show
 from elastic_moe.engine import Engine
 from elastic_moe.errors import RoutingError
-from elastic_moe.lab import sweep
+from elastic_moe.lab import load, sweep
+from elastic_moe.lab.view.frontier import difference_error
 
 FIELDS = set(
     """
@@ -57,6 +58,9 @@ def test_a_sweep_writes_its_three_files_and_every_field(
     for point in result["points"]:
         assert set(point) >= FIELDS
         assert None not in point.values()
+        for kind in ("prefill", "decode"):
+            key = f"{kind}_tokens_per_second"
+            assert 0 < point[f"{key}_min"] <= point[key] <= point[f"{key}_max"]
         subnet = tiny.resolve(point["name"])
         assert point["active_params_max"] == subnet.active_params
         assert point["flops_per_token"] == pytest.approx(
@@ -126,6 +130,39 @@ def test_every_axis_that_is_given_is_swept(
     assert [p["name"] for p in result["points"]] == names
 
 
+def test_errors_of_differences_follow_from_the_deviations_of_the_windows(
+    tiny: Engine, text: Path, tmp_path: Path
+) -> None:
+    full, *others = quick(tiny, text, tmp_path)["points"]
+    windows = 1 + (1100 - 512) // 256
+    for point in others:
+        assert len(point["window_deviations"]) == windows
+        assert abs(sum(point["window_deviations"])) < 1e-8
+        assert point["standard_error"] > 0
+        assert difference_error(point, full) == pytest.approx(point["standard_error"], abs=1e-8)
+
+
+def test_what_ran_beside_a_sweep_is_recorded_and_a_busy_machine_is_reported(
+    tiny: Engine,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for others, busy in ((0, False), (7, True)):
+        monkeypatch.setattr(load, "count_other_threads", lambda others=others: others)
+        out = tmp_path / str(others)
+        result = quick(tiny, text, out)
+        assert result["load"] == {
+            "other_threads_mean": others,
+            "other_threads_max": others,
+            "busy": busy,
+        }
+        show(result, out)
+        assert ("machine was busy" in " ".join(capsys.readouterr().out.split())) is busy
+        assert ("The machine was busy: " in (out / "report.html").read_text()) is busy
+
+
 def test_points_agree_with_their_definitions(tiny: Engine, text: Path, tmp_path: Path) -> None:
     for point in quick(tiny, text, tmp_path)["points"]:
         subnet = tiny.resolve(point["name"])
@@ -152,7 +189,7 @@ def test_one_window_has_no_standard_error_and_everything_copes(
     show(result, tmp_path)
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "%" in line]
     assert rows
-    assert all(row[-3] == "-" for row in rows)
+    assert all(row[-4] == "-" for row in rows)
 
 
 def test_points_that_were_not_timed_show_a_dash(

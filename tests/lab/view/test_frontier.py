@@ -13,6 +13,9 @@ from elastic_moe.lab.view.frontier import (
     clean,
     curves,
     decode_time,
+    decode_time_range,
+    difference_error,
+    flops,
     format_percent,
     format_si,
     format_speed,
@@ -66,6 +69,83 @@ def test_equals_stay_and_the_same_cost_for_less_quality_goes():
     ]
     mark_pareto(points)
     assert [p["pareto"] for p in points] == [True, True, False, False, True]
+
+
+def noisy(cost: float, nats: float, deviations: list[float] | None, speeds: tuple = ()) -> dict:
+    """A point whose bits are its nats; speeds are (slowest, median, fastest)."""
+    point = {"name": f"{cost}", "flops_per_token": cost, "nats_per_token": nats}
+    keys = [f"decode_tokens_per_second{end}" for end in ("_min", "", "_max")]
+    point |= {"bits_per_byte": nats, "window_deviations": deviations}
+    return point | dict(zip(keys, speeds, strict=True) if speeds else ())
+
+
+def test_the_error_of_a_difference_is_that_over_paired_windows():
+    a, b = noisy(1, 2.0, [0.01, -0.01, 0.0]), noisy(2, 1.0, [0.0, 0.0, 0.0])
+    assert difference_error(a, b) == pytest.approx(math.sqrt(3 / 2 * 0.0002))
+    assert difference_error(a, a) == 0  # what varies alike cancels
+    assert difference_error(a, noisy(1, 2.0, None)) == 0
+    assert difference_error(noisy(1, 2.0, [0.3]), noisy(1, 2.0, [0.1])) == 0
+
+
+def test_a_dearer_point_is_on_the_frontier_only_beyond_two_errors():
+    """Two windows of deviations d and -d against none: an error of 2 d."""
+    even = [0.0, 0.0]
+    for gain, flag in ((0.039, False), (0.041, True)):
+        points = [noisy(1, 2.0, even), noisy(2, 2.0 - gain, [0.01, -0.01])]
+        assert pareto_flags(points) == [True, flag]
+        points[1]["window_deviations"] = None  # unknown errors: as it is measured
+        assert pareto_flags(points) == [True, True]
+
+
+def test_small_gains_add_up_until_they_are_beyond_errors():
+    points = [noisy(c, 2.0 - 0.03 * c, [d, -d]) for c, d in enumerate([0.0, 0.01, -0.01, 0.0, 0.0])]
+    assert pareto_flags(points) == [True, False, True, False, True]
+
+
+def test_a_faster_point_is_on_the_frontier_only_beyond_the_spread_of_speeds():
+    better, worse = ((90.0, 100.0, 110.0), 1.0), ((95.0, 105.0, 112.0), 2.0)
+    points = [noisy(1, nats, None, speeds) for speeds, nats in (better, worse)]
+    flags = pareto_flags(points, decode_time, decode_time_range)
+    assert flags == [True, False]  # better beyond errors, and perhaps no slower
+    points[1] |= {"decode_tokens_per_second_min": 111.0, "decode_tokens_per_second": 111.5}
+    assert pareto_flags(points, decode_time, decode_time_range) == [True, True]
+    for point in points:
+        point["decode_tokens_per_second_min"] = None
+    assert pareto_flags(points, decode_time, decode_time_range) == [True, True]
+
+
+ERRORS = st.lists(
+    st.builds(
+        lambda c, b, d, s, w: noisy(c, b, [d, -d], (s - w, s, s + w)),
+        st.integers(1, 5),
+        st.integers(1, 9).map(float),
+        st.sampled_from([0.0, 0.3, 0.6, 1.0]),
+        st.integers(20, 25).map(float),
+        st.integers(0, 3).map(float),
+    ),
+    min_size=1,
+    max_size=10,
+)
+
+
+@given(ERRORS, st.booleans())
+def test_of_two_points_on_the_frontier_one_is_better_and_the_other_cheaper_beyond_errors(
+    points, speed
+):
+    costs = (decode_time, decode_time_range) if speed else (flops,)
+    on_it = frontier(points, *costs)
+    assert on_it
+    for i, cheap in enumerate(on_it):
+        for dear in on_it[i + 1 :]:
+            if costs[0](cheap) == costs[0](dear):
+                assert cheap["bits_per_byte"] == dear["bits_per_byte"]
+                continue
+            gain = cheap["nats_per_token"] - dear["nats_per_token"]
+            assert gain > 0
+            assert gain > 2 * difference_error(cheap, dear) - 1e-9
+            if speed:
+                fastest = dear["decode_tokens_per_second_max"]
+                assert cheap["decode_tokens_per_second_min"] > fastest
 
 
 def test_synthetic_flags_agree():

@@ -63,6 +63,39 @@ def test_both_panels_name_their_own_frontier_without_overlaps():
             assert not any(box.overlaps(other) for _, other in boxes[:i])
 
 
+def with_spread(sweep):
+    for point in sweep["points"]:
+        for kind in ("prefill", "decode"):
+            key = f"{kind}_tokens_per_second"
+            point[f"{key}_min"], point[f"{key}_max"] = 0.97 * point[key], 1.02 * point[key]
+    return sweep
+
+
+def test_speeds_are_drawn_with_their_slowest_and_fastest_round():
+    sweep = with_spread(synthetic_sweep())
+    speed, cost = frontier_figure(sweep).axes
+    bars = [line.get_xdata() for line in speed.lines if line.get_gid() == "spread"]
+    ends = [sorted(bar) for bar in bars]
+    assert ends == [
+        pytest.approx(sorted(p[f"decode_tokens_per_second_{end}"] for end in ("min", "max")))
+        for p in sweep["points"]
+    ]
+    assert not [line for line in cost.lines if line.get_gid() == "spread"]
+    _, bottom = curve_figure(sweep, "depth").axes
+    assert len([line for line in bottom.lines if line.get_gid() == "spread"]) == 4
+    assert len(bottom.get_legend().get_texts()) == 2
+
+
+def test_a_busy_machine_is_named_in_the_title():
+    def texts(sweep):
+        return " ".join(text.get_text() for text in frontier_figure(sweep).texts)
+
+    sweep = synthetic_sweep()
+    assert "busy" not in texts(sweep)
+    load = {"other_threads_mean": 3.0, "other_threads_max": 5, "busy": True}
+    assert "the machine was busy" in texts(sweep | {"load": load})
+
+
 def test_quality_points_up_in_both_panels():
     for axes in frontier_figure(synthetic_sweep()).axes:
         assert axes.yaxis.get_inverted()

@@ -32,7 +32,7 @@ RECORDS = pytest.StashKey[list[dict[str, Any]]]()
 
 @pytest.fixture(scope="session")
 def probe() -> LimitsProbe:
-    return LimitsProbe(torch.bfloat16)
+    return LimitsProbe()
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +42,7 @@ def _limits_now(probe: LimitsProbe) -> Callable[[], Limits]:
 
     def now() -> Limits:
         if not kept or time.monotonic() - kept[0][0] > LIMITS_AGE_SECONDS:
-            kept[:] = [(time.monotonic(), probe.measure(reads=3, matmuls=1))]
+            kept[:] = [(time.monotonic(), probe.measure(reads=3))]
         return kept[0][1]
 
     return now

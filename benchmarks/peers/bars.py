@@ -160,7 +160,10 @@ LLAMA = "llama.cpp bf16"
 ZENTORCH = "zentorch"
 REDUCED = ("L4", "k4", "w4")
 CONFIGURATIONS = ("default", "production", "deterministic")
-MATMUL_SHARE, READ_SHARE, READ_SHARE_16 = 0.72, 0.90, 0.85
+# Of multiply-adds in registers, which are 1.15 times as fast as torch's product of matrices: 0.72
+# and, as a goal, 0.80 of that one.
+MATMUL_SHARE, MATMUL_GOAL = 0.63, 0.70
+READ_SHARE, READ_SHARE_16 = 0.90, 0.85
 LAYER_16_SHARE, LAYER_64_SHARE = 0.85, 0.90
 AWKWARD = 0.85  # of these fractions
 
@@ -183,7 +186,7 @@ BARS: dict[str, list[Bar]] = {
     "prefill512": [
         Bar("over transformers", faster_than(*TRANSFORMERS), 1.45, 1.6),
         Bar("over llama.cpp", faster_than(LLAMA), 2.25, 2.5),
-        Bar("share of M", share_of_matmul, MATMUL_SHARE, 0.80),
+        Bar("share of M", share_of_matmul, MATMUL_SHARE, MATMUL_GOAL),
     ],
     "decode1": [
         Bar("share of B", share_of_read, READ_SHARE),

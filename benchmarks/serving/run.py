@@ -15,8 +15,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.peers.bars import MIN_ROUNDS
 from benchmarks.result_file import replace_lines
 from benchmarks.serving import cpu, first_token, throughput
@@ -56,7 +54,7 @@ def main() -> int:
         parser.error(f"there is no case {unknown}; there are {', '.join(CASES)}")
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {args.rounds}")
-    limits = LimitsProbe(torch.bfloat16).measure()
+    limits = LimitsProbe().measure()
     print(
         f"limits: B {limits.read_bytes_per_second / 1e9:.1f} GB/s, "
         f"M {limits.matmul_flops_per_second / 1e9:.0f} GFLOP/s"

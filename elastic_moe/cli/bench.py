@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         ids,
         max_positions=runner.config.max_positions,
         quick=args.quick,
-        dtype=runner.dtype,
+        dtype=dtype,
         started=None if args.json else _show_limits,
         progress=_progress,
     )
@@ -165,7 +165,7 @@ def _progress(done: int, total: int) -> None:
 def _show_limits(limits: Limits) -> None:
     print(
         f"limits: memory {limits.read_bytes_per_second / 1e9:.1f} GB/s "
-        f"({limits.read_huge_bytes_per_second / 1e9:.1f} on huge pages), matrices "
+        f"({limits.read_huge_bytes_per_second / 1e9:.1f} on huge pages), multiply-adds "
         f"{limits.matmul_flops_per_second / 1e9:.0f} GFLOP/s in {limits.dtype}, "
         f"{limits.threads} threads"
     )

@@ -21,7 +21,9 @@ struct Kernels {
     void (*attention)(AttentionArgs&);
     void (*rms_norm)(NormArgs&);
     void (*step)(StepArgs&);
-    int32_t (*probe)(const char* data, int64_t bytes, int threads);
+    int read_patterns;
+    void (*probe_read)(const char* data, int64_t bytes, int pattern, int threads);
+    int64_t (*probe_multiply)(bool bf16, int64_t turns, int threads);
 
     // Training. The sizes are numbers of floats: scratch of one thread, packed weights.
     int64_t (*attention_scratch)(const AttentionTraining&);

@@ -14,11 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from elastic_moe.errors import BenchmarkError
 from elastic_moe.lab.bench.batch import Batch, Work
-from elastic_moe.lab.bench.limits import Limits, LimitsProbe
+from elastic_moe.lab.bench.limits import READ_BYTES, Limits, LimitsProbe
 from elastic_moe.lab.bench.speed import Spread
 from elastic_moe.lab.load import LoadMonitor
 from elastic_moe.lab.provenance import describe_provenance
@@ -26,7 +24,7 @@ from elastic_moe.routing import Subnet
 
 PREFILL_TOKENS, CONTEXT_TOKENS, SEQUENCES, SHORT_CONTEXT_TOKENS = 512, 64, 16, 32
 ROUNDS, QUICK_ROUNDS = 5, 2
-QUICK_READ_BYTES, QUICK_MATMUL_SIZE = 1 << 27, 1024
+QUICK_READ_BYTES = 1 << 27
 MAX_ERROR = {"bfloat16": 0.1, "float32": 1e-3}  # of our step against the reference
 CHECKED_TOKENS = 16
 
@@ -108,7 +106,7 @@ def bench(
     *,
     max_positions: int,
     quick: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: str = "bfloat16",
     started: Callable[[Limits], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -116,7 +114,7 @@ def bench(
 
     Args:
         ids: of text, as many as there are; they repeat.
-        dtype: of the matrix multiplication that is the limit.
+        dtype: of the multiplications that are the limit, "bfloat16" or "float32".
         started: called with the limits, before anything of the model is timed.
         progress: called with (rounds done, all).
 
@@ -128,8 +126,7 @@ def bench(
     """
     todo = cases(max_positions, quick=quick)
     rounds = QUICK_ROUNDS if quick else ROUNDS
-    sizes = {"read_bytes": QUICK_READ_BYTES, "matmul_size": QUICK_MATMUL_SIZE} if quick else {}
-    probe = LimitsProbe(dtype, **sizes)
+    probe = LimitsProbe(dtype, read_bytes=QUICK_READ_BYTES if quick else READ_BYTES)
     if started is not None:
         started(probe.measure())
     load = LoadMonitor()
@@ -137,7 +134,7 @@ def bench(
     for number in range(rounds):
         for case in todo:
             load.read()
-            limits = probe.measure(reads=3, matmuls=1)
+            limits = probe.measure(reads=3)
             samples[case.name].append(_run(batch, subnet, case, ids, limits))
         if progress is not None:
             progress(number + 1, rounds)

@@ -102,7 +102,7 @@ def bench_kernel(
     if not native.missing():
         ours = NativeExperts(weights)
         contestants["ours"] = lambda i: ours(i, torch.zeros(i.x.shape))
-    probe = LimitsProbe(weights.gate.dtype, read_bytes=1 << 27, matmul_size=1024)
+    probe = LimitsProbe(str(weights.gate.dtype).removeprefix("torch."), read_bytes=1 << 27)
     rows_to_do = QUICK_ROWS if quick else ROWS
     records = []
     for done, rows in enumerate(rows_to_do):

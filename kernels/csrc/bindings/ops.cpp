@@ -221,11 +221,22 @@ void attention(int level, const Array<uint8_t, 2>& kv, int kv_heads, float scale
     kernels_of(level)->attention(args);
 }
 
-// Reads every byte once; the sum only proves that they were read.
-int32_t probe(int level, const Bytes& data, int threads) {
+int read_patterns(int level) { return kernels_of(level)->read_patterns; }
+
+// Reads every byte once, in one of the patterns.
+void probe_read(int level, const Bytes& data, int pattern, int threads) {
+    const Kernels* kernels = kernels_of(level);
+    if (pattern < 0 || pattern >= kernels->read_patterns)
+        throw nb::index_error("pattern is outside the read patterns");
     nb::gil_scoped_release release;
-    return kernels_of(level)->probe(reinterpret_cast<const char*>(data.data()),
-                                    static_cast<int64_t>(data.shape(0)), threads);
+    kernels->probe_read(reinterpret_cast<const char*>(data.data()),
+                        static_cast<int64_t>(data.shape(0)), pattern, threads);
+}
+
+int64_t probe_multiply(int level, bool bf16, int64_t turns, int threads) {
+    const Kernels* kernels = kernels_of(level);
+    nb::gil_scoped_release release;
+    return kernels->probe_multiply(bf16, turns, threads);
 }
 
 }  // namespace
@@ -250,7 +261,11 @@ void define_ops(nb::module_& m) {
     m.def("attention", &attention, arg("level"), nb::kw_only(), arg("kv").noconvert(),
           arg("kv_heads"), arg("scale"), arg("queries").noconvert(), arg("spans").noconvert(),
           arg("block_tables").noconvert(), arg("out").noconvert(), arg("threads"));
-    m.def("probe", &probe, arg("level"), arg("data").noconvert(), arg("threads"));
+    m.def("read_patterns", &read_patterns, arg("level"));
+    m.def("probe_read", &probe_read, arg("level"), arg("data").noconvert(), arg("pattern"),
+          arg("threads"));
+    m.def("probe_multiply", &probe_multiply, arg("level"), arg("bf16"), arg("turns"),
+          arg("threads"));
 }
 
 }  // namespace elastic_moe

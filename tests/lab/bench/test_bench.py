@@ -143,8 +143,8 @@ def test_a_model_with_few_positions_is_timed_on_what_it_has() -> None:
 
 
 def test_limits_are_those_of_reads_and_of_a_multiplication() -> None:
-    probe = LimitsProbe(torch.float32, read_bytes=1 << 22, matmul_size=64)
-    limits = probe.measure(reads=2, matmuls=1)
+    probe = LimitsProbe("float32", read_bytes=1 << 22, multiply_seconds=0.001)
+    limits = probe.measure(reads=2, multiplies=1)
     assert limits.dtype == "float32"
     assert limits.threads == torch.get_num_threads()
     assert min(limits.read_bytes_per_second, limits.read_huge_bytes_per_second) > 1e8

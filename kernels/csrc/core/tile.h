@@ -30,17 +30,16 @@ constexpr int kColumnPanels = 1;
 constexpr int kTilePanels = tile_panels(1);
 constexpr int kTileSums = kTileRows * 4 * kPanel;  // the sums of the largest tile
 
-// How far ahead of its use a weight is fetched into the cache by tiles of few rows, which wait for
-// memory; what is read past the end of a matrix belongs to the next one, or to nothing: a prefetch
-// cannot fault.
-constexpr int kPrefetchBytes = 2048;
-
-// Weights that tiles of many rows, which do not wait, fetch for the tiles that follow: `step` bytes
-// for every step of this one.
+// Memory that a tile fetches into the second-level cache for the tiles that follow: `step` bytes
+// for every step of this one. Memory so far ahead has arrived when it is used, whatever it waits
+// for, and only the first tile of a phase meets weights that nobody fetched.
 struct Ahead {
     const char* at;
     int64_t step;
 };
+
+// Lines that a tile of R rows and C panels fetches per step, at most.
+constexpr int ahead_lines(int rows, int panels) { return rows <= 4 && panels == 4 ? 4 : 2; }
 
 // This tile's share of `bytes` at `next`, when tile number `index` of `tiles` has `steps` steps.
 static inline Ahead fetch_ahead(const void* next, int64_t bytes, int index, int tiles, int steps) {
@@ -60,17 +59,14 @@ static __attribute__((noinline)) void tile(const typename Kind::Value* const* x,
     const typename Kind::Value* row[R];
     for (int r = 0; r < R; ++r) row[r] = x[r];
     for (int step = 0; step < steps; ++step) {
-        if (R > 4) {
-            __builtin_prefetch(ahead.at, 0, 2);
-            __builtin_prefetch(ahead.at + 64, 0, 2);
-            ahead.at += ahead.step;
-        }
+        for (int line = 0; line < ahead_lines(R, C); ++line)
+            __builtin_prefetch(ahead.at + 64 * line, 0, 2);
+        ahead.at += ahead.step;
         typename Kind::Weights weights[C];
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
             const typename Kind::Value* p =
                 w + c * stride + static_cast<int64_t>(step) * (kPanel * Kind::kDepth);
-            if (R <= 4) __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes);
             weights[c] = Kind::weights(p);
         }
 #pragma GCC unroll 8

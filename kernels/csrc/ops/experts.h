@@ -237,10 +237,13 @@ static void run_gate_up(Member& member, const ExpertPlan& plan, Input input) {
         for (int group = now.begin; group < now.end; group += width) {
             const int taken = now.end - group < width ? now.end - group : width;
             const Value* w = panels_at<Kind>(job.gate_up, stride, 2 * group);
-            const Value* then = w + 2 * taken * stride;
-            if (group + taken >= now.end && next.job)
-                then = panels_at<Kind>(next.job->gate_up, stride, 2 * next.begin);
-            const int64_t bytes = 2 * width * stride * static_cast<int64_t>(sizeof(Value));
+            const bool ends = group + taken >= now.end;
+            const Value* const then =
+                ends && next.job ? panels_at<Kind>(next.job->gate_up, stride, 2 * next.begin)
+                : ends           ? w
+                                 : w + 2 * taken * stride;
+            const int64_t bytes =
+                ends && !next.job ? 0 : 2 * width * stride * static_cast<int64_t>(sizeof(Value));
             const RowTiles tiles(rows_beyond(plan, job, group * kPanel));
             for (int t = 0; t < tiles.tiles; ++t) {
                 const int first = job.begin + tiles.begin(t);
@@ -292,8 +295,9 @@ static void run_down(Member& member, const ExpertPlan& plan, int rows, int hidde
     const int panels = groups_of(hidden);
     const int64_t even = panels / (4 * member.threads);
     const int grain = even < 1 ? 1 : even > kDownPanels ? kDownPanels : static_cast<int>(even);
-    member.share(panels, grain, [&](int64_t begin, int64_t end) {
-        const int count = static_cast<int>(end - begin);
+    const auto run = [&](int64_t piece, int64_t next) {
+        const int begin = static_cast<int>(piece) * grain;
+        const int count = panels - begin < grain ? panels - begin : grain;
         const int width = count * kPanel;
         std::memset(sums, 0,
                     sizeof(float) * static_cast<size_t>(rows) * static_cast<size_t>(width));
@@ -305,11 +309,16 @@ static void run_down(Member& member, const ExpertPlan& plan, int rows, int hidde
             const int per_tile = tile_panels(tiles.widest());
             for (int panel = 0; panel < count; panel += per_tile) {
                 const int taken = count - panel < per_tile ? count - panel : per_tile;
-                const Value* w = panels_at<Kind>(job.down, stride, static_cast<int>(begin) + panel);
+                const Value* w = panels_at<Kind>(job.down, stride, begin + panel);
                 const Value* then = w + taken * stride;
-                if (panel + taken >= count && j + 1 < plan.jobs_used)
-                    then = panels_at<Kind>(plan.jobs[j + 1].down, stride, static_cast<int>(begin));
-                const int64_t bytes = taken * stride * static_cast<int64_t>(sizeof(Value));
+                int64_t bytes = taken * stride * static_cast<int64_t>(sizeof(Value));
+                if (panel + taken >= count) {  // the next expert's, or the first of the next piece
+                    const bool more = j + 1 < plan.jobs_used;
+                    const int64_t column = more ? begin : next * grain;
+                    then = panels_at<Kind>(plan.jobs[more ? j + 1 : 0].down, stride,
+                                           static_cast<int>(column));
+                    if (!more && next < 0) then = w, bytes = 0;
+                }
                 for (int t = 0; t < tiles.tiles; ++t) {
                     const int first = job.begin + tiles.begin(t);
                     const int height = tiles.begin(t + 1) - tiles.begin(t);
@@ -333,7 +342,7 @@ static void run_down(Member& member, const ExpertPlan& plan, int rows, int hidde
                 }
             }
         }
-        const int column = static_cast<int>(begin) * kPanel;
+        const int column = begin * kPanel;
         const int wanted = hidden - column < width ? hidden - column : width;
         for (int row = 0; row < rows; ++row) {
             float* const to = target(row) + column;
@@ -341,7 +350,8 @@ static void run_down(Member& member, const ExpertPlan& plan, int rows, int hidde
             for (int i = 0; i < wanted; i += kPanel)
                 add_panel(to + i, from + i, wanted - i < kPanel ? wanted - i : kPanel);
         }
-    });
+    };
+    member.phase([&] { return (panels + grain - 1) / grain; }, [&] { return run; });
 }
 
 }  // namespace

@@ -27,11 +27,12 @@ static inline int piece_panels(int panels, int64_t panel_bytes, int threads) {
     return static_cast<int>(count < 1 ? 1 : count);
 }
 
-// Every row times panels begin..end-1 of `matrix`. `input(row)` gives a row's inputs; `output(row,
-// column, count, sums)` takes `count` <= 16 sums beginning at that column.
+// Every row times panels begin..end-1 of `matrix`; panels from `next` on are fetched for what comes
+// then, unless it is -1. `input(row)` gives a row's inputs; `output(row, column, count, sums)`
+// takes `count` <= 16 sums beginning at that column.
 template <class Kind, class Input, class Output>
 static void multiply_panels(const Matrix& matrix, const RowTiles& tiles, int begin, int end,
-                            Input input, Output output) {
+                            int next, Input input, Output output) {
     typedef typename Kind::Value Value;
     const int steps = steps_of<Kind>(matrix.inputs);
     const int64_t stride = static_cast<int64_t>(steps) * kPanel * Kind::kDepth;
@@ -39,14 +40,17 @@ static void multiply_panels(const Matrix& matrix, const RowTiles& tiles, int beg
     for (int panel = begin; panel < end; panel += per_tile) {
         const int count = end - panel < per_tile ? end - panel : per_tile;
         const Value* w = panels_at<Kind>(matrix.data, stride, panel);
+        const int then = panel + count < end ? panel + count : next;
+        const int64_t bytes =
+            then < 0 ? 0 : stride * static_cast<int64_t>(sizeof(Value)) * per_tile;
+        const Value* const ahead = panels_at<Kind>(matrix.data, stride, then < 0 ? panel : then);
         for (int t = 0; t < tiles.tiles; ++t) {
             const int first = tiles.begin(t), height = tiles.begin(t + 1) - first;
             const Value* x[kTileRows];
             float sums[kTileSums];
             for (int r = 0; r < height; ++r) x[r] = input(first + r);
-            const int64_t bytes = stride * static_cast<int64_t>(sizeof(Value)) * per_tile;
             multiply<Kind>(height, x, w, stride, steps, count, sums,
-                           fetch_ahead(w + stride * count, bytes, t, tiles.tiles, steps));
+                           fetch_ahead(ahead, bytes, t, tiles.tiles, steps));
             for (int r = 0; r < height; ++r)
                 for (int c = 0; c < count; ++c) {
                     const int column = (panel + c) * kPanel;
@@ -71,10 +75,11 @@ static void multiply_rows(Member& member, const Matrix& matrix, int rows, Input 
     member.phase([&] { return (panels + grain - 1) / grain; },
                  [&] {
                      before();
-                     return [&](int64_t piece, int64_t) {
+                     return [&](int64_t piece, int64_t next) {
                          const int begin = static_cast<int>(piece) * grain;
                          const int end = begin + grain < panels ? begin + grain : panels;
-                         multiply_panels<Kind>(matrix, tiles, begin, end, input, output);
+                         const int then = next < 0 ? -1 : static_cast<int>(next) * grain;
+                         multiply_panels<Kind>(matrix, tiles, begin, end, then, input, output);
                      };
                  });
 }

@@ -264,7 +264,7 @@ static void run_mlp_block(Member& member, StepArgs& s, int index) {
             for (int n = 0; n < here.rows; ++n) norm_row(n);
             if (routed)
                 multiply_panels<Float32>(layer.router, RowTiles(here.rows), 0,
-                                         panels_of(layer.router), router_input, router_output);
+                                         panels_of(layer.router), -1, router_input, router_output);
         }
         if (routed && route_alone) route_rows(route, 0, route.rows);
         plan_layer<Kind>(s, index);

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -36,8 +35,8 @@ class EngineConfig:
             quarter of the free memory, whichever is less. Memory is taken when it is first used.
         enable_prefix_caching: keep keys and values of requests that have ended, for prompts that
             begin alike.
-        num_threads: for the kernels; None for as many as PyTorch uses, and no more than the process
-            may keep busy (`allowed_cores`).
+        num_threads: for the kernels; None for OMP_NUM_THREADS, or all cores that the process may
+            keep busy (`elastic_moe_kernels.native`), whichever is less.
         on_step: called with a `StepRecord` before every step, on the engine's thread: it must not
             call the engine.
     """
@@ -113,38 +112,3 @@ def _free_bytes(device: torch.device) -> int:
     with contextlib.suppress(AttributeError, ValueError, OSError):  # no such thing on every system
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return FREE_BYTES
-
-
-def allowed_cores(system: Path = Path("/")) -> int:
-    """Cores that this process may keep busy: by its affinity, and by the CPU quota of its cgroup.
-
-    Args:
-        system: where /proc and /sys are.
-    """
-    if hasattr(os, "sched_getaffinity"):
-        allowed = len(os.sched_getaffinity(0))
-    else:
-        allowed = os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        for line in (system / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers in ("", "cpu", "cpu,cpuacct"):
-                for quota in _quotas(system / "sys/fs/cgroup", controllers, path.strip("/")):
-                    allowed = min(allowed, max(1, math.ceil(quota)))
-    return allowed
-
-
-def _quotas(root: Path, controllers: str, path: str) -> Iterator[float]:
-    """Cores that a cgroup and those around it allow, where they say so."""
-    folders = [path, *map(str, Path(path).parents)] if path else [""]
-    for folder in folders:
-        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
-            if controllers:
-                here = root / controllers / folder
-                quota = int((here / "cpu.cfs_quota_us").read_text())
-                if quota > 0:
-                    yield quota / int((here / "cpu.cfs_period_us").read_text())
-            else:
-                most, period = (root / folder / "cpu.max").read_text().split()
-                if most != "max":
-                    yield int(most) / int(period)

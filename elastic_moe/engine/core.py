@@ -18,9 +18,9 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
+from elastic_moe_kernels.native import allowed_cores, default_threads
 
-from elastic_moe.engine.config import EngineConfig, allowed_cores
+from elastic_moe.engine.config import EngineConfig
 from elastic_moe.engine.request import OutputQueue, Request, Sequence, SequenceOutput
 from elastic_moe.engine.running.runner import Chunk, LogitsMode, ModelRunner, StepOutput
 from elastic_moe.engine.scheduling.admission import Admission, Call
@@ -52,7 +52,7 @@ class EngineCore:
                 f"Choose a smaller kv_cache_bytes."
             ) from error
         self._runner, self._on_step = runner, config.on_step
-        self._num_threads = config.num_threads or min(torch.get_num_threads(), allowed_cores())
+        self._num_threads = config.num_threads or min(default_threads(), allowed_cores())
         self._blocks = BlockManager(num_blocks, prefix_caching=config.enable_prefix_caching)
         self._scheduler = Scheduler(
             self._blocks,
@@ -179,7 +179,7 @@ class EngineCore:
     # On the engine's thread
 
     def _work(self) -> None:
-        torch.set_num_threads(self._num_threads)
+        self._runner.set_threads(self._num_threads)
         error: Exception = EngineError("the engine was closed before the request had ended.")
         try:
             while True:

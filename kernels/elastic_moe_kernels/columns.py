@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from elastic_moe_kernels.arrays import Array, array, device_of, dtype_name, is_array
 from elastic_moe_kernels.errors import KernelError
 
 
@@ -51,7 +51,7 @@ class Range:
         allowed: the range of the entry at an index, in words.
     """
 
-    fits: Callable[[LayerColumns], Tensor]
+    fits: Callable[[LayerColumns], Array]
     allowed: Callable[[LayerColumns, tuple[int, ...]], str]
 
 
@@ -66,21 +66,21 @@ class Column:
         per_expert: whether it has one entry for each expert.
     """
 
-    dtype: torch.dtype
+    dtype: type[np.generic]
     value: Callable[[LayerChoice, int], Any]
     range: Range | None = None
     per_expert: bool = False
 
 
-# No generated equality: comparing tensors gives tensors.
+# No generated equality: comparing arrays gives arrays.
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerColumns:
-    """The tensors of a `LayerTable`, in its shapes."""
+    """The arrays of a `LayerTable`, in its shapes: numpy's, or torch's on another device."""
 
-    top_k: Tensor = field(
+    top_k: Array = field(
         metadata={
             "column": Column(
-                torch.int32,
+                np.int32,
                 value=lambda choice, _: choice.top_k,
                 range=Range(
                     lambda c: (c.top_k >= 1) & (c.top_k <= c.pool.sum(-1)),
@@ -89,10 +89,10 @@ class LayerColumns:
             )
         }
     )
-    min_experts: Tensor = field(
+    min_experts: Array = field(
         metadata={
             "column": Column(
-                torch.int32,
+                np.int32,
                 value=lambda choice, _: choice.min_experts,
                 range=Range(
                     lambda c: (c.min_experts >= 1) & (c.min_experts <= c.top_k),
@@ -101,10 +101,10 @@ class LayerColumns:
             )
         }
     )
-    threshold: Tensor = field(
+    threshold: Array = field(
         metadata={
             "column": Column(
-                torch.float32,
+                np.float32,
                 value=lambda choice, _: choice.sparsity_threshold,
                 range=Range(
                     lambda c: (c.threshold >= 0) & (c.threshold <= 1),
@@ -113,30 +113,28 @@ class LayerColumns:
             )
         }
     )
-    channels: Tensor = field(
+    channels: Array = field(
         metadata={
             "column": Column(
-                torch.int32,
+                np.int32,
                 value=lambda choice, per_granule: choice.expert_width * per_granule,
                 range=Range(lambda c: c.channels >= 1, lambda *_: "at least 1"),
             )
         }
     )
-    pool: Tensor = field(
+    pool: Array = field(
         metadata={
-            "column": Column(
-                torch.bool, value=lambda choice, _: choice.expert_pool, per_expert=True
-            )
+            "column": Column(np.bool_, value=lambda choice, _: choice.expert_pool, per_expert=True)
         }
     )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SubnetColumns(LayerColumns):
-    """The tensors of a `SubnetTable`, in its shapes."""
+    """The arrays of a `SubnetTable`, in its shapes."""
 
-    active: Tensor = field(
-        metadata={"column": Column(torch.bool, value=lambda choice, _: choice.active)}
+    active: Array = field(
+        metadata={"column": Column(np.bool_, value=lambda choice, _: choice.active)}
     )
 
 
@@ -147,35 +145,36 @@ def _columns(table: type[LayerColumns]) -> dict[str, Column]:
 LAYER_COLUMNS, SUBNET_COLUMNS = _columns(LayerColumns), _columns(SubnetColumns)
 
 
-def check_tensors(table: LayerColumns, columns: Mapping[str, Column], dims: str) -> None:
-    """Dtypes, shapes and devices: nothing that reads values."""
-    tensors = {name: getattr(table, name) for name in columns}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise KernelError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
-    pool = table.pool
-    for name, tensor in tensors.items():
-        column = columns[name]
-        if tensor.dtype != column.dtype:
+def check_arrays(table: LayerColumns, columns: Mapping[str, Column], dims: str) -> None:
+    """Kinds, dtypes, shapes and devices: nothing that reads values."""
+    arrays = {name: getattr(table, name) for name in columns}
+    for name, values in arrays.items():
+        if not is_array(values):
             raise KernelError(
-                f"{name} must be {column.dtype}, got {tensor.dtype}. Convert it with .to()."
+                f"{name} must be a numpy or torch array, got {type(values).__name__}."
             )
+    pool = table.pool
+    for name, values in arrays.items():
+        column = columns[name]
+        wanted, got = dtype_name(column.dtype), dtype_name(values.dtype)
+        if got != wanted:
+            raise KernelError(f"{name} must be {wanted}, got {got}. Convert it.")
         shape = pool.shape if column.per_expert else pool.shape[:-1]
-        if tensor.shape != shape or pool.dim() != dims.count(",") + 2:
+        if values.shape != shape or pool.ndim != dims.count(",") + 2:
             raise KernelError(
                 f"{name} must have shape ({dims}{', E' if column.per_expert else ''}) with "
-                f"({dims}, E) the shape of pool, {tuple(pool.shape)}, got {tuple(tensor.shape)}."
+                f"({dims}, E) the shape of pool, {tuple(pool.shape)}, got {tuple(values.shape)}."
             )
-        if tensor.device != pool.device:
+        if device_of(values) != device_of(pool):
             raise KernelError(
-                f"{name} is on {tensor.device} and pool on {pool.device}. "
-                f"Move all tensors of a table to one device."
+                f"{name} is on {device_of(values)} and pool on {device_of(pool)}. "
+                f"Move all arrays of a table to one device."
             )
     if pool.shape[-1] < 1:
         raise KernelError("pool must have at least one expert per row, got 0.")
 
 
-def check_values(table: LayerColumns, used: Tensor | None) -> None:
+def check_values(table: LayerColumns, used: Array | None) -> None:
     """Ranges of the entries where `used`; one combined test, taken apart only if it fails."""
     ranges = {name: column.range for name, column in SUBNET_COLUMNS.items() if column.range}
     fine = {name: each.fits(table) for name, each in ranges.items()}
@@ -183,10 +182,10 @@ def check_values(table: LayerColumns, used: Tensor | None) -> None:
     if bool((good if used is None else good | ~used).all()):
         return
     for name, ok in fine.items():
-        bad = ~ok if used is None else ~ok & used
-        if not bool(bad.any()):
+        bad = array(~ok if used is None else ~ok & used)
+        if not bad.any():
             continue
-        at = tuple(int(i) for i in bad.nonzero()[0])
+        at = tuple(int(i) for i in np.argwhere(bad)[0])
         allowed = ranges[name].allowed(table, at)
         where = f"sub-network {at[0]}" + (f", layer {at[1]}" if len(at) > 1 else "")
         raise KernelError(

@@ -8,10 +8,12 @@ channels, padded with zeros to a multiple of 16. See csrc/ops/attention.h.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
+from elastic_moe_kernels.arrays import BITS, AnyDType, Array, DType, array, to_dtype, value_dtype
 from elastic_moe_kernels.constants import BLOCK_POSITIONS, PANEL, STEP_BYTES
 from elastic_moe_kernels.errors import KernelError
 
@@ -21,87 +23,90 @@ class KVBlocks:
     """N blocks of keys and values.
 
     Attributes:
-        data: (N, bytes) uint8, contiguous.
+        data: (N, bytes) uint8, contiguous; of any kind, kept as numpy sees it.
         kv_heads: G.
         head_dim: d, even.
-        dtype: of keys and values, torch.bfloat16 or torch.float32.
+        dtype: of keys and values.
 
     Raises:
         KernelError: the data has another size than these numbers give it.
     """
 
-    data: Tensor
+    data: Array
     kv_heads: int
     head_dim: int
-    dtype: torch.dtype
+    dtype: DType
 
     def __post_init__(self) -> None:
-        if self.dtype not in (torch.bfloat16, torch.float32) or self.kv_heads < 1:
-            raise KernelError(
-                f"blocks must hold torch.bfloat16 or torch.float32 of at least one head, got "
-                f"{self.dtype} of {self.kv_heads}."
-            )
+        object.__setattr__(self, "dtype", value_dtype(self.dtype, "blocks"))
+        object.__setattr__(self, "data", array(self.data))
+        if self.kv_heads < 1:
+            raise KernelError(f"blocks must have at least one head, got {self.kv_heads}.")
         if self.head_dim < 2 or self.head_dim % 2:
             raise KernelError(f"head_dim must be even and at least 2, got {self.head_dim}.")
-        size = block_bytes(self.kv_heads, self.head_dim, self.dtype)
-        data = self.data
-        if data.dtype != torch.uint8 or data.shape[1:] != (size,) or not data.is_contiguous():
-            raise KernelError(
-                f"blocks must be contiguous uint8 with {size} bytes each, got {data.dtype} with "
-                f"shape {tuple(data.shape)}. Make them with new_blocks."
-            )
+        check_blocks(self.data, block_bytes(self.kv_heads, self.head_dim, self.dtype))
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def write(self, table: Tensor, start: int, keys: Tensor, values: Tensor) -> None:
+    def write(self, table: Array, start: int, keys: Array, values: Array) -> None:
         """Put a sequence's keys and values (n, G, d) at positions start..start+n-1.
 
         Args:
             table: (B,) integer: entry i names the block of positions 16i..16i+15.
         """
-        positions = start + torch.arange(len(keys), device=table.device)
-        block, lane = table.long()[positions // BLOCK_POSITIONS], positions % BLOCK_POSITIONS
+        positions = start + np.arange(len(keys))
+        block, lane = array(table)[positions // BLOCK_POSITIONS], positions % BLOCK_POSITIONS
         key_view, value_view = self._views()
-        key_view[block, :, :, lane] = keys.to(self.dtype).view(
-            *keys.shape[:2], self.head_dim // self._depth, self._depth
-        )
-        padded = value_view.shape[-1] - self.head_dim
-        value_view[block, :, lane] = torch.nn.functional.pad(values.to(self.dtype), (0, padded))
+        n, heads, d = keys.shape
+        rounded = to_dtype(array(keys), self.dtype)
+        key_view[block, :, :, lane] = rounded.reshape(n, heads, d // self._depth, self._depth)
+        value_view[block, :, lane, :d] = to_dtype(array(values), self.dtype)
+        value_view[block, :, lane, d:] = 0
 
-    def read(self, table: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def read(self, table: Array, count: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Keys and values (count, G, d) of a sequence's positions 0..count-1."""
-        positions = torch.arange(count, device=table.device)
-        block, lane = table.long()[positions // BLOCK_POSITIONS], positions % BLOCK_POSITIONS
+        positions = np.arange(count)
+        block, lane = array(table)[positions // BLOCK_POSITIONS], positions % BLOCK_POSITIONS
         key_view, value_view = self._views()
-        keys = key_view[block, :, :, lane].flatten(-2)
-        return keys, value_view[block, :, lane][..., : self.head_dim]
+        keys = key_view[block, :, :, lane].reshape(count, self.kv_heads, self.head_dim)
+        return keys, value_view[block, :, lane, : self.head_dim]
 
     @property
     def _depth(self) -> int:
-        return STEP_BYTES // PANEL // self.dtype.itemsize
+        return STEP_BYTES // PANEL // BITS[self.dtype].itemsize
 
-    def _views(self) -> tuple[Tensor, Tensor]:
+    def _views(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Keys (N, G, d / depth, 16, depth) and values (N, G, 16, d padded)."""
         count, heads, d = len(self.data), self.kv_heads, self.head_dim
         padded = _padded(d)
-        numbers = self.data.view(self.dtype).view(count, heads, BLOCK_POSITIONS * (d + padded))
-        keys, values = numbers.tensor_split([BLOCK_POSITIONS * d], dim=-1)
+        numbers = self.data.view(BITS[self.dtype])
+        numbers = numbers.reshape(count, heads, BLOCK_POSITIONS * (d + padded))
+        keys, values = np.split(numbers, [BLOCK_POSITIONS * d], axis=-1)
         return (
-            keys.view(count, heads, d // self._depth, BLOCK_POSITIONS, self._depth),
-            values.view(count, heads, BLOCK_POSITIONS, padded),
+            keys.reshape(count, heads, d // self._depth, BLOCK_POSITIONS, self._depth),
+            values.reshape(count, heads, BLOCK_POSITIONS, padded),
         )
 
 
-def block_bytes(kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+def check_blocks(data: NDArray[Any], size: int) -> None:
+    """Raise `KernelError` unless these are blocks of so many bytes each."""
+    if data.dtype != np.uint8 or data.shape[1:] != (size,) or not data.flags.c_contiguous:
+        raise KernelError(
+            f"blocks must be contiguous uint8 with {size} bytes each, got {data.dtype} with "
+            f"shape {data.shape}. Make them with new_blocks."
+        )
+
+
+def block_bytes(kv_heads: int, head_dim: int, dtype: AnyDType) -> int:
     """Bytes of one block."""
-    padded = _padded(head_dim)
-    return BLOCK_POSITIONS * kv_heads * (head_dim + padded) * dtype.itemsize
+    itemsize = BITS[value_dtype(dtype, "blocks")].itemsize
+    return BLOCK_POSITIONS * kv_heads * (head_dim + _padded(head_dim)) * itemsize
 
 
-def new_blocks(count: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> KVBlocks:
+def new_blocks(count: int, kv_heads: int, head_dim: int, dtype: AnyDType) -> KVBlocks:
     """`count` blocks, not initialised."""
-    data = torch.empty(count, block_bytes(kv_heads, head_dim, dtype), dtype=torch.uint8)
+    data = np.empty((count, block_bytes(kv_heads, head_dim, dtype)), dtype=np.uint8)
     return KVBlocks(data, kv_heads, head_dim, dtype)
 
 

@@ -1,4 +1,4 @@
-"""The C++ extension: loading it, and the instruction-set level that runs.
+"""The C++ extension: loading it, the instruction-set level that runs, and how many threads.
 
 kernels/CMakeLists.txt lists the levels. The strongest that the install has and the machine runs is
 used, unless the environment variable ELASTIC_MOE_ISA names another; it is read once, at first use.
@@ -6,17 +6,21 @@ used, unless the environment variable ELASTIC_MOE_ISA names another; it is read 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from elastic_moe_kernels import constants
 from elastic_moe_kernels.errors import KernelError
 
-ISA_VARIABLE = "ELASTIC_MOE_ISA"
+ISA_VARIABLE, THREADS_VARIABLE = "ELASTIC_MOE_ISA", "OMP_NUM_THREADS"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +121,7 @@ def extension() -> ModuleType:
     except (ImportError, OSError) as error:
         raise KernelError(
             f"the C++ kernels are installed but do not load: {error}. Install elastic-moe again "
-            f"with this Python and this torch."
+            f"with this Python."
         ) from error
     _check_constants(getattr(module, "CONSTANTS", {}))
     return module
@@ -133,3 +137,71 @@ def _check_constants(found: dict[str, int]) -> None:
                 f"has {expected.get(name)}: they come from different versions. Install elastic-moe "
                 f"again."
             )
+
+
+@cache
+def default_threads() -> int:
+    """Threads of a call whose caller names no number.
+
+    OMP_NUM_THREADS where it is set, else the cores that this process may keep busy.
+    """
+    try:
+        wanted = int(os.environ.get(THREADS_VARIABLE, "").partition(",")[0])
+    except ValueError:
+        wanted = 0
+    return wanted if wanted >= 1 else allowed_cores()
+
+
+def check_threads(threads: int | None) -> int:
+    """`threads`, or the default for None. Raises: KernelError: it is no integer of at least 1."""
+    if threads is None:
+        return default_threads()
+    if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
+        raise KernelError(f"threads must be at least 1, got {threads!r:.80}.")
+    return threads
+
+
+def allowed_cores(system: Path = Path("/")) -> int:
+    """Cores that this process may keep busy: by its affinity, and by the CPU quota of its cgroup.
+
+    Two hardware threads of a core count as one: they share the units that these kernels fill.
+
+    Args:
+        system: where /proc and /sys are.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        allowed = len({_core(system, cpu) for cpu in os.sched_getaffinity(0)})
+    else:
+        allowed = os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        for line in (system / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers in ("", "cpu", "cpu,cpuacct"):
+                for quota in _quotas(system / "sys/fs/cgroup", controllers, path.strip("/")):
+                    allowed = min(allowed, max(1, math.ceil(quota)))
+    return allowed
+
+
+def _core(system: Path, cpu: int) -> str:
+    """What names the core of a hardware thread; itself where the system does not say."""
+    try:
+        folder = system / "sys/devices/system/cpu" / f"cpu{cpu}" / "topology"
+        return (folder / "thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(cpu)
+
+
+def _quotas(root: Path, controllers: str, path: str) -> Iterator[float]:
+    """Cores that a cgroup and those around it allow, where they say so."""
+    folders = [path, *map(str, Path(path).parents)] if path else [""]
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+            if controllers:
+                here = root / controllers / folder
+                quota = int((here / "cpu.cfs_quota_us").read_text())
+                if quota > 0:
+                    yield quota / int((here / "cpu.cfs_period_us").read_text())
+            else:
+                most, period = (root / folder / "cpu.max").read_text().split()
+                if most != "max":
+                    yield int(most) / int(period)

@@ -11,12 +11,23 @@ import ctypes
 import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from elastic_moe_kernels import native
-from elastic_moe_kernels.arrays import array
+from elastic_moe_kernels.arrays import (
+    BITS,
+    AnyDType,
+    Array,
+    DType,
+    array,
+    dtype_name,
+    is_array,
+    to_dtype,
+    value_dtype,
+)
 from elastic_moe_kernels.constants import PANEL, STEP_BYTES
 from elastic_moe_kernels.errors import KernelError
 
@@ -30,24 +41,24 @@ class PackedMatrix:
 
     Attributes:
         data: (bytes,) uint8.
-        dtype: of the values, torch.bfloat16 or torch.float32.
+        dtype: of the values.
     """
 
-    data: Tensor
+    data: NDArray[np.uint8]
     outputs: int
     inputs: int
-    dtype: torch.dtype
+    dtype: DType
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedExperts:
     """E SwiGLU experts of D inputs and outputs and F hidden channels, one after the other."""
 
-    data: Tensor
+    data: NDArray[np.uint8]
     num_experts: int
     hidden: int
     channels: int
-    dtype: torch.dtype
+    dtype: DType
 
 
 def panels(outputs: int) -> int:
@@ -55,12 +66,12 @@ def panels(outputs: int) -> int:
     return -(-outputs // PANEL)
 
 
-def matrix_bytes(outputs: int, inputs: int, dtype: torch.dtype) -> int:
+def matrix_bytes(outputs: int, inputs: int, dtype: AnyDType) -> int:
     """Bytes of a packed matrix."""
     return panels(outputs) * -(-inputs // _depth(dtype)) * STEP_BYTES
 
 
-def expert_bytes(hidden: int, channels: int, dtype: torch.dtype) -> int:
+def expert_bytes(hidden: int, channels: int, dtype: AnyDType) -> int:
     """Bytes of one packed expert."""
     gate_up = 2 * panels(channels) * -(-hidden // _depth(dtype)) * STEP_BYTES
     return gate_up + matrix_bytes(hidden, channels, dtype)
@@ -78,11 +89,11 @@ class Arena:
             whole.madvise(mmap.MADV_HUGEPAGE)
         address = ctypes.addressof(ctypes.c_char.from_buffer(whole))
         start = -address % HUGE_PAGE_BYTES
-        # The tensor keeps the mapping alive.
-        self._memory = torch.frombuffer(whole, dtype=torch.uint8, offset=start, count=size_bytes)
+        # The array keeps the mapping alive.
+        self._memory = np.frombuffer(whole, dtype=np.uint8, offset=start, count=size_bytes)
         self._used = 0
 
-    def take(self, size_bytes: int) -> Tensor:
+    def take(self, size_bytes: int) -> NDArray[np.uint8]:
         """(size_bytes,) uint8, aligned to 64."""
         start, end = self._used, self._used + size_bytes
         if end > len(self._memory):
@@ -94,45 +105,45 @@ class Arena:
 
 
 def pack_matrix(
-    parts: Tensor | Sequence[Tensor],
+    parts: Array | Sequence[Array],
     *,
-    dtype: torch.dtype | None = None,
+    dtype: AnyDType | None = None,
     arena: Arena | None = None,
 ) -> PackedMatrix:
     """Pack an (outputs, inputs) matrix, or several with the same inputs below each other.
 
     Args:
-        parts: bfloat16 or float32.
+        parts: bfloat16, float16 or float32.
         dtype: to convert to; None keeps it.
         arena: where the result lies; None for memory of its own.
 
     Raises:
         KernelError: a part is no matrix, or its inputs or dtype differ from the first one's.
     """
-    rows = [parts] if isinstance(parts, Tensor) else list(parts)
-    dtype = dtype or rows[0].dtype
+    rows = [array(part) for part in ([parts] if is_array(parts) else parts)]
+    dtype = value_dtype(dtype or dtype_name(rows[0].dtype), "packed weights")
     inputs = rows[0].shape[-1]
     for part in rows:
-        if part.dim() != 2 or part.shape[1] != inputs:
+        if part.ndim != 2 or part.shape[1] != inputs:
             raise KernelError(
-                f"every part must be a matrix with {inputs} inputs, got shape {tuple(part.shape)}."
+                f"every part must be a matrix with {inputs} inputs, got shape {part.shape}."
             )
     outputs = sum(len(part) for part in rows)
     size = matrix_bytes(outputs, inputs, dtype)
-    data = arena.take(size) if arena is not None else torch.empty(size, dtype=torch.uint8)
+    data = arena.take(size) if arena is not None else np.empty(size, np.uint8)
     # Parts need not end on a panel.
-    whole = rows[0] if len(rows) == 1 else torch.cat([part.to(dtype) for part in rows])
+    whole = rows[0] if len(rows) == 1 else np.concatenate([to_dtype(p, dtype) for p in rows])
     _pack(whole, data, 0, 1, dtype)
     return PackedMatrix(data, outputs, inputs, dtype)
 
 
 def pack_experts(
-    experts: Iterable[tuple[Tensor, Tensor, Tensor]],
+    experts: Iterable[tuple[Array, Array, Array]],
     count: int,
     hidden: int,
     channels: int,
     *,
-    dtype: torch.dtype,
+    dtype: AnyDType,
     arena: Arena | None = None,
 ) -> PackedExperts:
     """Pack `count` experts, given one by one as gate and up (F, D) and down (D, F).
@@ -140,9 +151,10 @@ def pack_experts(
     Raises:
         KernelError: there are fewer or more, or one has another shape.
     """
+    dtype = value_dtype(dtype, "packed weights")
     each = expert_bytes(hidden, channels, dtype)
     size = count * each
-    data = arena.take(size) if arena is not None else torch.empty(size, dtype=torch.uint8)
+    data = arena.take(size) if arena is not None else np.empty(size, np.uint8)
     gate_up = each - matrix_bytes(hidden, channels, dtype)
     panel = -(-hidden // _depth(dtype)) * STEP_BYTES
     packed = 0
@@ -155,53 +167,51 @@ def pack_experts(
             )
         if packed < count:
             start = packed * each
-            _pack(gate, data, start, 2, dtype)
-            _pack(up, data, start + panel, 2, dtype)
-            _pack(down, data, start + gate_up, 1, dtype)
+            _pack(array(gate), data, start, 2, dtype)
+            _pack(array(up), data, start + panel, 2, dtype)
+            _pack(array(down), data, start + gate_up, 1, dtype)
         packed += 1
     if packed != count:
         raise KernelError(f"there must be {count} experts, got {packed}.")
     return PackedExperts(data, count, hidden, channels, dtype)
 
 
-def unpack_matrix(matrix: PackedMatrix) -> Tensor:
+def unpack_matrix(matrix: PackedMatrix) -> NDArray[Any]:
     """The (outputs, inputs) matrix again, in its dtype."""
     return _unpack(matrix.data, matrix.outputs, matrix.inputs, matrix.dtype)
 
 
-def unpack_experts(experts: PackedExperts) -> tuple[Tensor, Tensor, Tensor]:
+def unpack_experts(experts: PackedExperts) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """gate and up (E, F, D) and down (E, D, F) again, in their dtype."""
     hidden, channels, dtype = experts.hidden, experts.channels, experts.dtype
     each = expert_bytes(hidden, channels, dtype)
     gate_up = each - matrix_bytes(hidden, channels, dtype)
     gates, ups, downs = [], [], []
-    for data in experts.data.view(-1, each):
+    for data in experts.data.reshape(-1, each):
         # Gate and up alternate panel by panel.
-        pairs = data[:gate_up].view(panels(channels), 2, -1)
+        pairs = data[:gate_up].reshape(panels(channels), 2, -1)
         gates.append(_unpack(pairs[:, 0], channels, hidden, dtype))
         ups.append(_unpack(pairs[:, 1], channels, hidden, dtype))
         downs.append(_unpack(data[gate_up:], hidden, channels, dtype))
-    return torch.stack(gates), torch.stack(ups), torch.stack(downs)
+    return np.stack(gates), np.stack(ups), np.stack(downs)
 
 
-def _unpack(data: Tensor, outputs: int, inputs: int, dtype: torch.dtype) -> Tensor:
-    units = data.contiguous().view(dtype).view(panels(outputs), -1, PANEL, _depth(dtype))
-    return units.transpose(1, 2).flatten(2).flatten(0, 1)[:outputs, :inputs].contiguous()
+def _unpack(data: NDArray[np.uint8], outputs: int, inputs: int, dtype: DType) -> NDArray[Any]:
+    numbers = np.ascontiguousarray(data).view(BITS[dtype])
+    units = numbers.reshape(panels(outputs), -1, PANEL, _depth(dtype)).swapaxes(1, 2)
+    rows = units.reshape(panels(outputs) * PANEL, -1)
+    return np.ascontiguousarray(rows[:outputs, :inputs])
 
 
-def _pack(matrix: Tensor, data: Tensor, start: int, panel_stride: int, dtype: torch.dtype) -> None:
-    _depth(dtype)
-    matrix = matrix.to(dtype)
-    if matrix.stride(1) != 1:
-        matrix = matrix.contiguous()
-    native.extension().pack(array(matrix), array(data), start=start, panel_stride=panel_stride)
+def _pack(
+    matrix: NDArray[Any], data: NDArray[np.uint8], start: int, panel_stride: int, dtype: DType
+) -> None:
+    matrix = to_dtype(matrix, dtype)
+    if matrix.strides[1] != matrix.itemsize:
+        matrix = np.ascontiguousarray(matrix)
+    native.extension().pack(matrix, data, start=start, panel_stride=panel_stride)
 
 
-def _depth(dtype: torch.dtype) -> int:
+def _depth(dtype: object) -> int:
     """Inputs per step."""
-    if dtype not in (torch.bfloat16, torch.float32):
-        raise KernelError(
-            f"packed weights must be torch.bfloat16 or torch.float32, got {dtype}. "
-            f"Convert them with .to()."
-        )
-    return UNIT_BYTES // dtype.itemsize
+    return UNIT_BYTES // BITS[value_dtype(dtype, "packed weights")].itemsize

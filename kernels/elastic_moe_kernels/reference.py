@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elastic_moe_kernels.arrays import tensor
 from elastic_moe_kernels.table import LayerTable
 
 
@@ -51,10 +52,10 @@ def route(
     generalises dynamic expert skipping, arXiv:2402.14800.
     """
     rows = subnet_of_row.long()
-    pool = table.pool[rows]  # (T, E)
-    k = table.top_k[rows].unsqueeze(1)  # (T, 1)
-    min_experts = table.min_experts[rows].unsqueeze(1)  # (T, 1)
-    threshold = table.threshold[rows].unsqueeze(1).to(router_logits.dtype)  # (T, 1)
+    pool = tensor(table.pool)[rows]  # (T, E)
+    k = tensor(table.top_k)[rows].unsqueeze(1)  # (T, 1)
+    min_experts = tensor(table.min_experts)[rows].unsqueeze(1)  # (T, 1)
+    threshold = tensor(table.threshold)[rows].unsqueeze(1).to(router_logits.dtype)  # (T, 1)
 
     scores = router_scores(router_logits, pool)  # (T, E)
     preference = scores if correction_bias is None else scores + correction_bias

@@ -4,7 +4,7 @@ A batch mixes sequences that run different sub-networks. Kernels see S distinct 
 arrays indexed [subnet][layer], and one subnet index per row (token).
 
 `LayerTable` and `SubnetTable` are checked once, when they are made; kernels rely on that, so their
-tensors must not be written to afterwards. `GrowingTable` is for a model that serves requests: a
+arrays must not be written to afterwards. `GrowingTable` is for a model that serves requests: a
 sub-network's row is checked and written when its first user comes, and reused after its last.
 """
 
@@ -15,9 +15,10 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
+from elastic_moe_kernels.arrays import Array, array, device_of, tensor
 from elastic_moe_kernels.columns import (
     LAYER_COLUMNS,
     SUBNET_COLUMNS,
@@ -25,14 +26,14 @@ from elastic_moe_kernels.columns import (
     LayerChoice,
     LayerColumns,
     SubnetColumns,
-    check_tensors,
+    check_arrays,
     check_values,
 )
 
 FIRST_ROWS = 16  # of a `GrowingTable`
 
 
-# No generated equality: comparing tensors gives tensors.
+# No generated equality: comparing arrays gives arrays.
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerTable(LayerColumns):
     """What each of S sub-networks may use in one layer.
@@ -46,40 +47,31 @@ class LayerTable(LayerColumns):
         max_top_k: K, the largest top_k: how many slots a row of routing results has.
 
     Raises:
-        KernelError: a tensor has the wrong dtype, shape or device, or a value is out of range.
+        KernelError: the kind, dtype, shape or device of an array is wrong, or a value out of range.
     """
 
     max_top_k: int = field(init=False)
-    _arrays: dict[str, Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_tensors(self, LAYER_COLUMNS, "S")
+        _take(self, LAYER_COLUMNS, "S")
         check_values(self, None)
         object.__setattr__(self, "max_top_k", int(self.top_k.max()) if self.num_subnets else 0)
-        object.__setattr__(self, "_arrays", {})
 
     @property
     def num_subnets(self) -> int:
-        return self.pool.shape[0]
+        return int(self.pool.shape[0])
 
     @property
     def num_experts(self) -> int:
-        return self.pool.shape[1]
-
-    def arrays(self) -> Mapping[str, Any]:
-        """The columns as numpy arrays, by name; of a table on the CPU. Made once."""
-        if not self._arrays:
-            self._arrays.update({name: getattr(self, name).numpy() for name in LAYER_COLUMNS})
-        return self._arrays
+        return int(self.pool.shape[1])
 
     @classmethod
-    def _checked(cls, columns: Sequence[Tensor], max_top_k: int) -> LayerTable:
+    def _checked(cls, columns: Sequence[Array], max_top_k: int) -> LayerTable:
         """A layer of a `SubnetTable`, which was checked as a whole."""
         table = object.__new__(cls)
-        for name, tensor in zip(LAYER_COLUMNS, columns, strict=True):
-            object.__setattr__(table, name, tensor)
+        for name, values in zip(LAYER_COLUMNS, columns, strict=True):
+            object.__setattr__(table, name, values)
         object.__setattr__(table, "max_top_k", max_top_k)
-        object.__setattr__(table, "_arrays", {})
         return table
 
 
@@ -94,17 +86,15 @@ class SubnetTable(SubnetColumns):
     _layers: tuple[LayerTable, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_tensors(self, SUBNET_COLUMNS, "S, L")
+        _take(self, SUBNET_COLUMNS, "S, L")
         routed = _routed(self)
         check_values(self, routed)
-        slots = torch.where(routed, self.top_k, 0)  # (S, L)
-        max_top_k = slots.amax(dim=0).tolist() if len(slots) else [0] * slots.shape[1]
-        self._set_layers(max_top_k)
+        slots = np.where(routed, self.top_k, 0)  # (S, L)
+        self._set_layers(slots.max(axis=0).tolist() if len(slots) else [0] * slots.shape[1])
 
     def _set_layers(self, max_top_k: list[int]) -> None:
-        # All layers at once, each contiguous: a decode step asks for every one of them.
-        tensors = (getattr(self, name) for name in LAYER_COLUMNS)
-        columns = [tensor.transpose(0, 1).contiguous().unbind(0) for tensor in tensors]
+        # All layers at once: a decode step asks for every one of them.
+        columns = (getattr(self, name).swapaxes(0, 1) for name in LAYER_COLUMNS)
         rows = zip(*columns, strict=True)
         layers = tuple(map(LayerTable._checked, rows, max_top_k))
         object.__setattr__(self, "_layers", layers)
@@ -113,15 +103,22 @@ class SubnetTable(SubnetColumns):
         """The table of one layer."""
         return self._layers[index]
 
-    def to(self, device: torch.device | str) -> SubnetTable:
-        """This table on `device`; itself if it is there already."""
-        if self.active.device == torch.device(device):
+    def to(self, device: Any) -> SubnetTable:
+        """This table as torch tensors on a device; itself if it is there already."""
+        if str(device) == device_of(self.active):
             return self
         table = object.__new__(SubnetTable)
         for name in SUBNET_COLUMNS:
-            object.__setattr__(table, name, getattr(self, name).to(device))
+            object.__setattr__(table, name, tensor(getattr(self, name), device))
         table._set_layers([layer.max_top_k for layer in self._layers])
         return table
+
+
+def _take(table: LayerColumns, columns: Mapping[str, Column], dims: str) -> None:
+    """Check the arrays that a table was made from, and keep them as numpy sees them."""
+    check_arrays(table, columns, dims)
+    for name in columns:
+        object.__setattr__(table, name, array(getattr(table, name)))
 
 
 def build_table(
@@ -132,36 +129,31 @@ def build_table(
     Args:
         channels_per_granule: hidden channels of an expert that one granule of width has.
     """
-    return SubnetTable(**_tensors(subnets, num_experts, channels_per_granule))
+    return SubnetTable(**_arrays(subnets, num_experts, channels_per_granule))
 
 
-def _routed(columns: SubnetColumns) -> Tensor:
+def _routed(columns: SubnetColumns) -> Array:
     """(S, L) bool: where the entries other than `active` are read."""
     return columns.active & (columns.top_k != 0)
 
 
-def _tensors(
+def _arrays(
     subnets: Sequence[Sequence[LayerChoice]], num_experts: int, channels_per_granule: int
-) -> dict[str, Tensor]:
+) -> dict[str, NDArray[Any]]:
     """The columns of S >= 1 sub-networks by name, not checked."""
 
-    def tensor(column: Column) -> Tensor:
+    def column_of(column: Column) -> NDArray[Any]:
         value = column.value
         values = [[value(layer, channels_per_granule) for layer in layers] for layers in subnets]
         if not column.per_expert:
-            return torch.tensor(values, dtype=column.dtype)
-        chosen = torch.zeros(len(subnets), len(subnets[0]), num_experts, dtype=column.dtype)
-        at = [
-            (s, i, expert)
-            for s, of_subnet in enumerate(values)
-            for i, ids in enumerate(of_subnet)
-            for expert in ids
-        ]
-        if at:  # one write for all: each costs some microseconds
-            chosen[tuple(torch.tensor(at).unbind(1))] = True
+            return np.array(values, dtype=column.dtype)
+        chosen = np.zeros((len(subnets), len(subnets[0]), num_experts), dtype=column.dtype)
+        for of_subnet, row in zip(values, chosen, strict=True):
+            for ids, layer in zip(of_subnet, row, strict=True):
+                layer[list(ids)] = True
         return chosen
 
-    return {name: tensor(column) for name, column in SUBNET_COLUMNS.items()}
+    return {name: column_of(column) for name, column in SUBNET_COLUMNS.items()}
 
 
 class GrowingTable:
@@ -197,7 +189,7 @@ class GrowingTable:
         shape = (0, num_layers)
         self.columns = SubnetColumns(
             **{
-                name: torch.zeros(
+                name: np.zeros(
                     (*shape, num_experts) if column.per_expert else shape, dtype=column.dtype
                 )
                 for name, column in SUBNET_COLUMNS.items()
@@ -221,7 +213,7 @@ class GrowingTable:
         self._count_removed()
         row = self._row_of.get(key)
         if row is None:
-            new = _tensors([layers], self._num_experts, self._channels_per_granule)
+            new = _arrays([layers], self._num_experts, self._channels_per_granule)
             columns = SubnetColumns(**new)  # of this row alone
             check_values(columns, _routed(columns))
             self._check(columns)
@@ -229,8 +221,8 @@ class GrowingTable:
                 self._grow()
             row = next(iter(self._unused))
             self._row_of.pop(self._key_of[row], None)
-            for name, tensor in new.items():
-                getattr(self.columns, name)[row] = tensor[0]
+            for name, values in new.items():
+                getattr(self.columns, name)[row] = values[0]
             self._row_of[key] = row
             self._key_of[row] = key
         self._unused.pop(row, None)
@@ -249,17 +241,16 @@ class GrowingTable:
                 self._unused[row] = None
 
     def _grow(self) -> None:
-        """Twice the rows, in new tensors: a step that was prepared keeps the old ones."""
+        """Twice the rows, in new arrays: a step that was prepared keeps the old ones."""
         old = len(self._users)
         more = max(old, FIRST_ROWS)
-        with torch.inference_mode(False):  # later rows may be written outside of inference mode
-            columns = {name: getattr(self.columns, name) for name in SUBNET_COLUMNS}
-            self.columns = SubnetColumns(
-                **{
-                    name: torch.cat([column, column.new_zeros((more, *column.shape[1:]))])
-                    for name, column in columns.items()
-                }
-            )
+        columns = {name: getattr(self.columns, name) for name in SUBNET_COLUMNS}
+        self.columns = SubnetColumns(
+            **{
+                name: np.concatenate([column, np.zeros((more, *column.shape[1:]), column.dtype)])
+                for name, column in columns.items()
+            }
+        )
         self._users += [0] * more
         self._key_of += [None] * more
         self._unused |= dict.fromkeys(range(old, old + more))

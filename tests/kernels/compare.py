@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from elastic_moe_kernels.arrays import tensor
 from torch import Tensor
 
 
 def assert_as_good(
-    got: Tensor,
+    got: Any,
     same_dtype: Tensor,
     want: Tensor,
     little: float = 1e-6,
@@ -16,12 +19,13 @@ def assert_as_good(
     """The largest error is at most twice that of the PyTorch op in the same dtype.
 
     Args:
-        got, same_dtype: results of the kernel and of the PyTorch op.
+        got, same_dtype: results of the kernel, of any kind, and of the PyTorch op.
         want: float64.
         little: rounding that is always allowed, relative to `scale`.
         scale: size of what was added up; None for the largest result, which is smaller where
             terms cancel.
     """
+    got = tensor(got)
     assert want.dtype == torch.float64
     assert got.shape == same_dtype.shape == want.shape
     if not want.numel():
@@ -38,7 +42,9 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32)
 
 
-def assert_same_bits(a: Tensor, b: Tensor) -> None:
+def assert_same_bits(a: Any, b: Any) -> None:
+    """Of arrays of any kind; uint16 is bfloat16."""
+    a, b = tensor(a), tensor(b)
     assert a.shape == b.shape
     assert a.dtype == b.dtype
     assert torch.equal(bits(a), bits(b)), "the bits differ"

@@ -13,9 +13,9 @@ from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 BUILD = Path(__file__).resolve().parents[2] / "build" / "sanitize"
 PATTERNS = {
@@ -47,7 +47,7 @@ def pytest_sessionstart() -> None:
     if found.parent != BUILD or "libasan" not in Path("/proc/self/maps").read_text():
         raise pytest.UsageError(f"{found} is no build with sanitizers. Use make test-sanitize.")
 
-    def take(_: packing.Arena, size_bytes: int) -> Tensor:
-        return torch.empty(size_bytes, dtype=torch.uint8)
+    def take(_: packing.Arena, size_bytes: int) -> NDArray[np.uint8]:
+        return np.empty(size_bytes, np.uint8)
 
     packing.Arena.take = take  # type: ignore[method-assign]

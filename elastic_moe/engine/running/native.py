@@ -37,7 +37,7 @@ class NativeRunner(ModelRunner):
         self.folder = folder
         self.config = load_config(folder)
         self.model: CpuModel = load_packed(folder, dtype=dtype, level=level)
-        self.dtype = self.model.dtype
+        self.dtype = torch.bfloat16 if self.model.dtype == "bfloat16" else torch.float32
         self.level = self.model.level
         self.device = torch.device("cpu")
         # Not a method of the model: channels that are ranked make it another one.
@@ -46,6 +46,9 @@ class NativeRunner(ModelRunner):
         self._angles = 0  # positions whose rotary angles the model has
         self._subnets = self.model.new_table(self.config.shape.channels_per_granule)
         self._decoding: Decoding | None = None
+
+    def set_threads(self, count: int) -> None:
+        self.model.threads = count
 
     def open(self, subnet: Subnet, capacity: int) -> OwnedSequence:
         return OwnedSequence(subnet, capacity, self._own_pool, self._subnets)
@@ -71,17 +74,20 @@ class NativeRunner(ModelRunner):
             result = self._decoding.advance(chunks, pool.blocks)
         if result is None:
             result = self._start(chunks, pool, wanted, trace)
+        logits = torch.from_numpy(result.logits)
         if not wanted and not trace:
-            return StepOutput(
-                result.logits, result.best_ids, result.sequence_experts, result.counters
-            )
+            return StepOutput(logits, result.best_ids, result.sequence_experts, result.counters)
         return StepOutput(
-            result.logits,
+            logits,
             result.best_ids,
             result.sequence_experts,
             result.counters,
-            NO_STATES if result.states is None else dict(zip(wanted, result.states, strict=True)),
-            None if result.topk_ids is None else self._expert_counts(chunks, result.topk_ids),
+            NO_STATES
+            if result.states is None
+            else dict(zip(wanted, torch.from_numpy(result.states), strict=True)),
+            None
+            if result.topk_ids is None
+            else self._expert_counts(chunks, torch.from_numpy(result.topk_ids)),
         )
 
     def _start(
@@ -118,10 +124,10 @@ class NativeRunner(ModelRunner):
         return expert_counts
 
     def logits(self, states: Tensor) -> Tensor:
-        return self.model.logits(states)
+        return torch.from_numpy(self.model.logits(states))
 
     def final_states(self, states: Tensor) -> Tensor:
-        return self.model.final_states(states)
+        return torch.from_numpy(self.model.final_states(states))
 
     def rank_channels(
         self, windows: Sequence[Sequence[int]], progress: Progress
@@ -131,10 +137,12 @@ class NativeRunner(ModelRunner):
         from elastic_moe.model.reference.loading import load_model
 
         name: DTypeName = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
+        torch.set_num_threads(self.model.threads)
         model = load_model(self.folder, dtype=name)
         order = rank_channels(model, windows, progress)
         reorder_channels(model, order)
-        self.model = pack_model(model, self.level)
+        threads, self.model = self.model.threads, pack_model(model, self.level)
+        self.model.threads = threads
         self._angles = 0
         self._decoding = None
         return order

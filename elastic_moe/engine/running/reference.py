@@ -29,6 +29,9 @@ class ReferenceRunner(ModelRunner):
         dtype, device = self.dtype, self.device
         super().__init__(lambda count: torch.empty((count, *shape), dtype=dtype, device=device))
 
+    def set_threads(self, count: int) -> None:
+        torch.set_num_threads(count)
+
     def execute(
         self, chunks: Sequence[Chunk], pool: BlockPool, states_after: Iterable[int], trace: bool
     ) -> StepOutput:

@@ -106,6 +106,10 @@ class ModelRunner(ABC):
         self._own_pool = BlockPool(new_blocks)
         self._managed_pool = BlockPool(new_blocks)
 
+    @abstractmethod
+    def set_threads(self, count: int) -> None:
+        """How many threads the runner's calls of this thread take, at most."""
+
     @property
     def block_bytes(self) -> int:
         """Bytes of keys and values of 16 positions in one layer."""

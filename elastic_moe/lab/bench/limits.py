@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from elastic_moe_kernels import native
 from elastic_moe_kernels.packing import Arena
 from numpy.typing import NDArray
@@ -57,6 +56,7 @@ class LimitsProbe:
         dtype: "bfloat16" or "float32", of what is multiplied.
         read_bytes: size of each of the two buffers, far more than the caches hold.
         multiply_seconds: about how long one measurement of multiplications lasts.
+        threads: that work; None for the kernels' default.
     """
 
     def __init__(
@@ -65,10 +65,12 @@ class LimitsProbe:
         *,
         read_bytes: int = READ_BYTES,
         multiply_seconds: float = MULTIPLY_SECONDS,
+        threads: int | None = None,
     ) -> None:
         self._ordinary = np.full(read_bytes, 1, np.uint8)
-        self._huge = Arena(read_bytes).take(read_bytes).fill_(1).numpy()
-        self._threads = torch.get_num_threads()
+        self._huge = Arena(read_bytes).take(read_bytes)
+        self._huge.fill(1)
+        self._threads = native.check_threads(threads)
         if native.missing():
             self._dtype, self._multiply = "float32", _multiply_matrices()
             self._patterns: list[Callable[[NDArray[np.uint8]], object]] = [_sum]

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from elastic_moe_kernels import ops, reference
+from elastic_moe_kernels.arrays import tensor
 from elastic_moe_kernels.table import LayerTable
 from torch import Tensor, nn
 
@@ -92,7 +93,7 @@ class MoE(nn.Module):
             correction_bias=self.correction_bias,
             implementation=self.implementation,
         )
-        channels = table.channels[subnet_of_row]  # (T,)
+        channels = tensor(table.channels)[subnet_of_row]  # (T,)
         out = self.run_experts(x, topk_ids, topk_weights, channels, self.experts, self.input_dtype)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)

@@ -5,67 +5,81 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from elastic_moe_kernels.arrays import (
+    Array,
+    array,
+    device_of,
+    dtype_name,
+    is_array,
+    is_tensor,
+    wants_gradient,
+)
 from elastic_moe_kernels.errors import KernelError
 
-FLOAT32_MAX = torch.finfo(torch.float32).max
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
-def check_tensor(
-    name: str,
-    tensor: Tensor,
-    dtypes: tuple[torch.dtype, ...],
-    dim: int,
-    device: torch.device | None = None,
-) -> None:
-    """Raise `KernelError` unless the tensor is contiguous and as said.
+def check_array(
+    name: str, values: Array, dtypes: tuple[str, ...], ndim: int, device: str = "cpu"
+) -> Array:
+    """The array, which is contiguous and as said; as numpy sees it unless it is torch's.
 
     Args:
-        device: of the table or the weights that it is used with; None for the first tensor of a
-            call, which may be on any.
+        dtypes: names of those that are allowed.
+        device: of the table or the weights that it is used with.
+
+    Raises:
+        KernelError: it is not.
     """
-    if not isinstance(tensor, Tensor):
-        raise KernelError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
-    if tensor.dtype not in dtypes:
+    if not is_array(values):
+        raise KernelError(f"{name} must be a numpy or torch array, got {type(values).__name__}.")
+    if not is_tensor(values):
+        values = array(values)
+    if dtype_name(values.dtype) not in dtypes:
         raise KernelError(
-            f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}. "
-            f"Convert it with .to()."
+            f"{name} must be {' or '.join(dtypes)}, got {dtype_name(values.dtype)}. Convert it."
         )
-    if tensor.dim() != dim:
-        raise KernelError(f"{name} must have {dim} dimensions, got shape {tuple(tensor.shape)}.")
-    if device is not None and tensor.device != device:
+    if values.ndim != ndim:
+        raise KernelError(f"{name} must have {ndim} dimensions, got shape {tuple(values.shape)}.")
+    if device_of(values) != device:
         raise KernelError(
-            f"{name} is on {tensor.device} and the other arguments on {device}. "
+            f"{name} is on {device_of(values)} and the other arguments on {device}. "
             f"Move one to the other."
         )
-    if not tensor.is_contiguous():
+    if not is_contiguous(values):
         raise KernelError(
-            f"{name} must be contiguous, got strides {tensor.stride()} for shape "
-            f"{tuple(tensor.shape)}. Call .contiguous()."
+            f"{name} must be contiguous, got strides {_strides(values)} for shape "
+            f"{tuple(values.shape)}. Copy it."
+        )
+    return values
+
+
+def is_contiguous(values: Array) -> bool:
+    """Whether the elements lie one after the other."""
+    return bool(values.is_contiguous() if is_tensor(values) else values.flags.c_contiguous)
+
+
+def _strides(values: Array) -> tuple[int, ...]:
+    return tuple(values.stride() if is_tensor(values) else values.strides)
+
+
+def check_shape(name: str, values: Array, shape: tuple[int, ...], why: str) -> None:
+    """Raise `KernelError` unless the array has the shape; `why` says what gives it."""
+    if tuple(values.shape) != tuple(shape):
+        raise KernelError(
+            f"{name} must have shape {tuple(shape)}, {why}, got shape {tuple(values.shape)}."
         )
 
 
-def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], why: str) -> None:
-    """Raise `KernelError` unless the tensor has the shape; `why` says what gives it."""
-    shape = tuple(shape)
-    if tensor.shape != shape:
-        raise KernelError(
-            f"{name} must have shape {shape}, {why}, got shape {tuple(tensor.shape)}."
-        )
-
-
-def check_range(name: str, tensor: Tensor, low: int, high: int, meaning: str) -> None:
+def check_range(name: str, values: Array, low: int, high: int, meaning: str) -> None:
     """Raise `KernelError` unless every integer is in [low, high], naming the first that is not."""
-    if not tensor.numel():
+    found = array(values)
+    if not found.size or (found.min() >= low and found.max() <= high):
         return
-    least, most = (int(end) for end in tensor.aminmax())
-    if least >= low and most <= high:
-        return
-    at = ((tensor < low) | (tensor > high)).nonzero()[0].tolist()
+    at = np.argwhere((found < low) | (found > high))[0].tolist()
     raise KernelError(
-        f"{name}{at} must be in [{low}, {high}], {meaning}, got {int(tensor[tuple(at)])}."
+        f"{name}{at} must be in [{low}, {high}], {meaning}, got {int(found[tuple(at)])}."
     )
 
 
@@ -83,8 +97,8 @@ def check_number(name: str, value: float, low: float = -FLOAT32_MAX) -> None:
     raise KernelError(f"{name} must be finite{least}, got {value}{most}.")
 
 
-def no_backward(*tensors: Tensor) -> str:
-    """Why the C++ kernels cannot take tensors that want gradients, "" if none does."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+def no_backward(*arrays: Array) -> str:
+    """Why the C++ kernels cannot take arrays that want gradients, "" if none does."""
+    if any(map(wants_gradient, arrays)):
         return "has no backward pass. Call it under torch.no_grad()."
     return ""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+import importlib.util
 import warnings
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
-
-import torch
+from typing import Any, Literal
 
 from elastic_moe_kernels import native
+from elastic_moe_kernels.arrays import NO_TORCH
 from elastic_moe_kernels.errors import KernelError
 
 Implementation = Literal["auto", "reference", "cpu"]
@@ -34,7 +36,9 @@ class Backend:
 
 def backends() -> list[Backend]:
     """Every implementation that exists, whether or not this install has it."""
-    reference_backend = Backend("reference", True, None, (), f"torch {torch.__version__}")
+    no_torch = _why_no_reference()
+    detail = no_torch or f"torch {importlib.metadata.version('torch')}"
+    reference_backend = Backend("reference", not no_torch, None, (), detail)
     why_not = _why_not_cpu()
     if why_not:
         return [reference_backend, Backend("cpu", False, None, (), why_not)]
@@ -50,15 +54,21 @@ def backends() -> list[Backend]:
 
 def available(name: str) -> bool:
     """Whether the implementation `name` can run in this install."""
-    return name == "reference" or (name == "cpu" and not _why_not_cpu())
+    return name in _WHY_NOT and not _WHY_NOT[name]()
 
 
 def require(name: str) -> None:
     """Raise `KernelError` with the reason and the remedy unless `name` can run here."""
-    if name not in ("reference", "cpu"):
+    if name not in _WHY_NOT:
         raise KernelError(f"implementation must be 'reference' or 'cpu', got {name!r}.")
-    if name == "cpu" and _why_not_cpu():
-        raise KernelError(_why_not_cpu())
+    why_not = _WHY_NOT[name]()
+    if why_not:
+        raise KernelError(why_not)
+
+
+def _why_no_reference() -> str:
+    """Why the PyTorch reference cannot run; "" if it can. Does not load torch."""
+    return "" if importlib.util.find_spec("torch") else NO_TORCH
 
 
 def _why_not_cpu() -> str:
@@ -72,13 +82,16 @@ def _why_not_cpu() -> str:
     return ""
 
 
+_WHY_NOT = {"reference": _why_no_reference, "cpu": _why_not_cpu}
+
+
 @cache
 def warn_if_degraded() -> None:
-    """Warn, once per process, if the C++ kernels are not installed.
+    """Warn, once per process, if the C++ kernels are not installed, but torch is.
 
     "auto" then runs the reference: the results are right, but slow.
     """
-    if not native.missing():
+    if not native.missing() or _why_no_reference():
         return
     problem = (
         f"the PyTorch reference runs instead of the C++ kernels, and is slower: {native.missing()}"
@@ -97,8 +110,8 @@ def choose(
         level: the instruction-set level that the caller named, if any.
 
     Raises:
-        KernelError: the implementation does not exist, cannot take the arguments, or has no levels
-            though one was named; the level is no string.
+        KernelError: the implementation does not exist or is not installed, cannot take the
+            arguments, or has no levels though one was named; the level is no string.
     """
     if implementation == "auto":
         implementation = "reference" if unfit or native.missing() else "cpu"
@@ -115,4 +128,11 @@ def choose(
             f"level {level!r} was named, but this call runs on the reference, which has none. "
             f"Leave level out, or use implementation='cpu'."
         )
+    if implementation == "reference" and _why_no_reference():
+        raise KernelError(" ".join(filter(None, (native.missing(), _why_no_reference()))))
     return implementation
+
+
+def load_reference() -> Any:
+    """The module `reference`, which loads torch."""
+    return importlib.import_module("elastic_moe_kernels.reference")

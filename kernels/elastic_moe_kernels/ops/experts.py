@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from elastic_moe_kernels import native, reference
-from elastic_moe_kernels.arrays import array
+from elastic_moe_kernels import native
+from elastic_moe_kernels.arrays import Array, array, like, tensor
 from elastic_moe_kernels.errors import KernelError
-from elastic_moe_kernels.ops.checks import check_range, check_shape, check_tensor, no_backward
-from elastic_moe_kernels.ops.dispatch import Implementation, choose
+from elastic_moe_kernels.ops.checks import check_array, check_range, check_shape, no_backward
+from elastic_moe_kernels.ops.dispatch import Implementation, choose, load_reference
 from elastic_moe_kernels.ops.linear import as_inputs
 from elastic_moe_kernels.packing import PackedExperts, expert_bytes, unpack_experts
 
@@ -23,26 +23,27 @@ class ExpertsResult:
     """What `experts` gives.
 
     Attributes:
-        out: (T, D) float32.
+        out: (T, D) float32, of the kind of x.
         weight_bytes: packed weights read: of every expert that any row names, once, as far as the
             widest of those rows goes.
         flops: 2 per multiply-add, each row at its own width.
     """
 
-    out: Tensor
+    out: Array
     weight_bytes: int
     flops: int
 
 
 def experts(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    channels: Tensor,
+    x: Array,
+    topk_ids: Array,
+    topk_weights: Array,
+    channels: Array,
     experts: PackedExperts,
     *,
     implementation: Implementation = "auto",
     level: str | None = None,
+    threads: int | None = None,
 ) -> ExpertsResult:
     """Sum every row's experts: weight * down(silu(gate x) * (up x)), in ascending order of ids.
 
@@ -55,6 +56,7 @@ def experts(
         experts: E experts of D inputs and F hidden channels.
         implementation: "auto", "reference" or "cpu".
         level: the instruction-set level of "cpu"; None for `native.level()`.
+        threads: that take part at most; None for `default_threads`.
 
     Raises:
         KernelError: an argument is outside what is said above, or the implementation cannot run.
@@ -64,58 +66,66 @@ def experts(
             f"experts must be PackedExperts, got {type(experts).__name__}. "
             f"Pack them with pack_experts."
         )
-    device = experts.data.device
-    check_tensor("x", x, (torch.float32,), 2, device)
-    check_tensor("topk_ids", topk_ids, (torch.int32,), 2, device)
-    check_tensor("topk_weights", topk_weights, (torch.float32,), 2, device)
-    check_tensor("channels", channels, (torch.int32,), 1, device)
+    given = x
+    x = check_array("x", x, ("float32",), 2)
+    topk_ids = check_array("topk_ids", topk_ids, ("int32",), 2)
+    topk_weights = check_array("topk_weights", topk_weights, ("float32",), 2)
+    channels = check_array("channels", channels, ("int32",), 1)
     rows = len(x)
     check_shape("x", x, (rows, experts.hidden), "one column per input of the experts")
     check_shape("topk_ids", topk_ids, (rows, topk_ids.shape[1]), "one row for each of x")
     check_shape("topk_weights", topk_weights, tuple(topk_ids.shape), "one weight per id")
     check_shape("channels", channels, (rows,), "one entry for each row of x")
-    if topk_ids.numel() > MAX_SLOTS:
+    slots = rows * topk_ids.shape[1]
+    if slots > MAX_SLOTS:
         raise KernelError(
-            f"topk_ids must hold at most {MAX_SLOTS} ids, got {topk_ids.numel()}. "
-            f"Run fewer rows at once."
+            f"topk_ids must hold at most {MAX_SLOTS} ids, got {slots}. Run fewer rows at once."
         )
     check_range("topk_ids", topk_ids, -1, experts.num_experts - 1, "an expert, or -1 for none")
     check_range("channels", channels, 1, experts.channels, "the experts' hidden channels")
+    count = native.check_threads(threads)
     unfit = no_backward(x, topk_weights)
+    ids, widths = array(topk_ids), array(channels)
     if choose(implementation, unfit, level) == "cpu":
         out, weight_bytes, flops = experts_native(
-            x, topk_ids, topk_weights, channels, experts, level=level
+            array(x), ids, array(topk_weights), widths, experts, level=level, threads=count
         )
-        return ExpertsResult(out, weight_bytes, flops)
-    out = reference.experts(x, topk_ids, topk_weights, channels, *unpack_experts(experts))
-    return ExpertsResult(out, *_count(topk_ids, channels, experts))
+        return ExpertsResult(like(given, out), weight_bytes, flops)
+    inputs = map(tensor, (x, topk_ids, topk_weights, channels, *unpack_experts(experts)))
+    return ExpertsResult(
+        like(given, load_reference().experts(*inputs)), *_count(ids, widths, experts)
+    )
 
 
 def experts_native(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    channels: Tensor,
+    x: NDArray[np.float32],
+    topk_ids: NDArray[np.int32],
+    topk_weights: NDArray[np.float32],
+    channels: NDArray[np.int32],
     experts: PackedExperts,
     *,
     level: str | None = None,
-) -> tuple[Tensor, int, int]:
+    threads: int,
+) -> tuple[NDArray[np.float32], int, int]:
     """The C++ kernel of `experts`: out (T, D) float32, weight bytes and FLOPs."""
-    out = torch.zeros(len(x), experts.hidden)
+    out = np.zeros((len(x), experts.hidden), np.float32)
     inputs = as_inputs(x, experts.dtype)
-    counted = add_experts(out, inputs, topk_ids, topk_weights, channels, experts, level=level)
+    counted = add_experts(
+        out, inputs, topk_ids, topk_weights, channels, experts, level=level, threads=threads
+    )
     return out, *counted
 
 
 def add_experts(
-    out: Tensor,
-    inputs: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    channels: Tensor,
+    out: Array,
+    inputs: Array,
+    topk_ids: Array,
+    topk_weights: Array,
+    channels: Array,
     experts: PackedExperts,
     *,
     level: str | None = None,
+    threads: int | None = None,
 ) -> tuple[int, int]:
     """The C++ kernel by itself: nothing is checked, converted, padded or allocated.
 
@@ -128,7 +138,7 @@ def add_experts(
     """
     weight_bytes, flops = native.extension().experts(
         native.level_index(level),
-        weights=array(experts.data),
+        weights=experts.data,
         num_experts=experts.num_experts,
         channels=experts.channels,
         x=array(inputs),
@@ -136,19 +146,21 @@ def add_experts(
         topk_weights=array(topk_weights),
         row_channels=array(channels),
         out=array(out),
-        threads=torch.get_num_threads(),
+        threads=native.check_threads(threads),
     )
     return weight_bytes, flops
 
 
-def _count(topk_ids: Tensor, channels: Tensor, experts: PackedExperts) -> tuple[int, int]:
+def _count(
+    topk_ids: NDArray[np.int32], channels: NDArray[np.int32], experts: PackedExperts
+) -> tuple[int, int]:
     """Weight bytes and FLOPs of an `ExpertsResult`."""
     runs = topk_ids >= 0  # (T, K)
     weight_bytes = sum(
         expert_bytes(
-            experts.hidden, int(channels[(topk_ids == expert).any(1)].max()), experts.dtype
+            experts.hidden, int(channels[(topk_ids == expert).any(axis=1)].max()), experts.dtype
         )
         for expert in set(topk_ids.flatten().tolist()) - {-1}
     )
-    flops = 6 * experts.hidden * int((runs.sum(1) * channels).sum())
+    flops = 6 * experts.hidden * int((runs.sum(axis=1) * channels).sum())
     return weight_bytes, flops

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import Any
 
-from elastic_moe_kernels import native, reference
-from elastic_moe_kernels.arrays import array
+import numpy as np
+from numpy.typing import NDArray
+
+from elastic_moe_kernels import native
+from elastic_moe_kernels.arrays import BITS, AnyArray, DType, array, like, tensor, to_dtype
 from elastic_moe_kernels.constants import VECTOR_VALUES
 from elastic_moe_kernels.errors import KernelError
-from elastic_moe_kernels.ops.checks import check_shape, check_tensor, no_backward
-from elastic_moe_kernels.ops.dispatch import Implementation, choose
+from elastic_moe_kernels.ops.checks import check_array, check_shape, no_backward
+from elastic_moe_kernels.ops.dispatch import Implementation, choose, load_reference
 from elastic_moe_kernels.packing import PackedMatrix, unpack_matrix
 
 
 def linear(
-    x: Tensor,
+    x: AnyArray,
     matrix: PackedMatrix,
     *,
     implementation: Implementation = "auto",
     level: str | None = None,
-) -> Tensor:
+    threads: int | None = None,
+) -> AnyArray:
     """Multiply every row by a packed matrix.
 
     Args:
@@ -29,6 +31,7 @@ def linear(
         matrix: N outputs, D inputs.
         implementation: "auto", "reference" or "cpu".
         level: the instruction-set level of "cpu"; None for `native.level()`.
+        threads: that take part at most; None for `default_threads`.
 
     Returns:
         (T, N) float32.
@@ -40,29 +43,36 @@ def linear(
         raise KernelError(
             f"matrix must be a PackedMatrix, got {type(matrix).__name__}. Pack it with pack_matrix."
         )
-    check_tensor("x", x, (torch.float32,), 2, matrix.data.device)
-    check_shape("x", x, (x.shape[0], matrix.inputs), "one column per input of the matrix")
-    unfit = no_backward(x)
-    if choose(implementation, unfit, level) == "cpu":
-        return linear_native(x, matrix, level=level)
-    return reference.linear(x, unpack_matrix(matrix))
+    rows = check_array("x", x, ("float32",), 2)
+    check_shape("x", rows, (len(rows), matrix.inputs), "one column per input of the matrix")
+    count = native.check_threads(threads)
+    if choose(implementation, no_backward(rows), level) == "cpu":
+        return like(x, linear_native(array(rows), matrix, level=level, threads=count))
+    return like(x, load_reference().linear(tensor(rows), tensor(unpack_matrix(matrix))))
 
 
-def linear_native(x: Tensor, matrix: PackedMatrix, *, level: str | None = None) -> Tensor:
+def linear_native(
+    x: NDArray[np.float32], matrix: PackedMatrix, *, level: str | None = None, threads: int
+) -> NDArray[np.float32]:
     """The C++ kernel of `linear`."""
-    out = torch.empty(len(x), matrix.outputs)
-    inputs = as_inputs(x, matrix.dtype)
+    out = np.empty((len(x), matrix.outputs), np.float32)
     native.extension().linear(
         native.level_index(level),
-        matrix=array(matrix.data),
-        x=array(inputs),
-        out=array(out),
+        matrix=matrix.data,
+        x=as_inputs(x, matrix.dtype),
+        out=out,
         inputs=matrix.inputs,
-        threads=torch.get_num_threads(),
+        threads=threads,
     )
     return out
 
 
-def as_inputs(x: Tensor, dtype: torch.dtype) -> Tensor:
+def as_inputs(x: NDArray[np.float32], dtype: DType) -> NDArray[Any]:
     """x (T, D) rounded to dtype, ties to even, each row padded with zeros to whole vectors."""
-    return F.pad(x.to(dtype), (0, -x.shape[1] % VECTOR_VALUES))
+    rows, size = x.shape
+    padded = size + -size % VECTOR_VALUES
+    if padded == size:
+        return np.ascontiguousarray(to_dtype(x, dtype))
+    inputs = np.zeros((rows, padded), BITS[dtype])
+    inputs[:, :size] = to_dtype(x, dtype)
+    return inputs

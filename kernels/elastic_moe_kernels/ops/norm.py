@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from elastic_moe_kernels import native, reference
-from elastic_moe_kernels.arrays import array
+from elastic_moe_kernels import native
+from elastic_moe_kernels.arrays import AnyArray, array, device_of, dtype_name, like, tensor
 from elastic_moe_kernels.errors import KernelError
-from elastic_moe_kernels.ops.checks import check_number, check_shape, check_tensor, no_backward
-from elastic_moe_kernels.ops.dispatch import Implementation, choose, warn_if_degraded
+from elastic_moe_kernels.ops.checks import check_array, check_number, check_shape, no_backward
+from elastic_moe_kernels.ops.dispatch import (
+    Implementation,
+    choose,
+    load_reference,
+    warn_if_degraded,
+)
 
 
 def rms_norm(
-    x: Tensor,
-    gain: Tensor,
+    x: AnyArray,
+    gain: AnyArray,
     eps: float,
     *,
     implementation: Implementation = "auto",
     level: str | None = None,
-) -> Tensor:
+    threads: int | None = None,
+) -> AnyArray:
     """Scale every row to a root mean square of 1, then channel by channel.
 
     Args:
@@ -28,6 +34,7 @@ def rms_norm(
         eps: added to the mean square, finite in float32 and >= 0.
         implementation: "auto", "reference" or "cpu".
         level: the instruction-set level of "cpu"; None for `native.level()`.
+        threads: that take part at most; None for `default_threads`.
 
     Returns:
         x / sqrt(mean(x^2) + eps) * gain, (T, D) like x.
@@ -35,33 +42,38 @@ def rms_norm(
     Raises:
         KernelError: an argument is outside what is said above, or the implementation cannot run.
     """
-    check_tensor("gain", gain, (torch.float32, torch.float64), 1)
-    check_tensor("x", x, (gain.dtype,), 2, gain.device)
-    check_shape("gain", gain, x.shape[1:], "one gain per column of x")
-    if not gain.numel():
+    where = device_of(gain)
+    gains = check_array("gain", gain, ("float32", "float64"), 1, where)
+    rows = check_array("x", x, (dtype_name(gains.dtype),), 2, where)
+    check_shape("gain", gains, rows.shape[1:], "one gain per column of x")
+    if not len(gains):
         raise KernelError("x must have at least one column, got 0.")
     check_number("eps", eps, low=0)
-    unfit = no_backward(x, gain)
-    if x.dtype != torch.float32:
-        unfit = f"needs float32, got {x.dtype}. Convert with .float()."
-    elif x.device.type != "cpu":
-        unfit = f"needs tensors on the CPU, got {x.device}. Move them with .cpu()."
+    count = native.check_threads(threads)
+    unfit = no_backward(rows, gains)
+    if dtype_name(rows.dtype) != "float32":
+        unfit = f"needs float32, got {dtype_name(rows.dtype)}. Convert it."
+    elif where != "cpu":
+        unfit = f"needs arrays on the CPU, got {where}. Move them."
     if implementation == "auto" and not unfit:
         warn_if_degraded()
     if choose(implementation, unfit, level) == "cpu":
-        return rms_norm_native(x, gain, eps, level=level)
-    return reference.rms_norm(x, gain, eps)
+        out = rms_norm_native(array(rows), array(gains), eps, level=level, threads=count)
+        return like(x, out)
+    return like(x, load_reference().rms_norm(tensor(rows), tensor(gains), eps))
 
 
-def rms_norm_native(x: Tensor, gain: Tensor, eps: float, *, level: str | None = None) -> Tensor:
+def rms_norm_native(
+    x: NDArray[np.float32],
+    gain: NDArray[np.float32],
+    eps: float,
+    *,
+    level: str | None = None,
+    threads: int,
+) -> NDArray[np.float32]:
     """The C++ kernel of `rms_norm`, on float32."""
-    out = torch.empty_like(x)
+    out = np.empty_like(x)
     native.extension().rms_norm(
-        native.level_index(level),
-        x=array(x),
-        gain=array(gain),
-        eps=eps,
-        out=array(out),
-        threads=torch.get_num_threads(),
+        native.level_index(level), x=x, gain=gain, eps=eps, out=out, threads=threads
     )
     return out

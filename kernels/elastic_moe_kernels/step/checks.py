@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from elastic_moe_kernels.columns import SubnetColumns
 from elastic_moe_kernels.errors import KernelError
@@ -70,19 +68,6 @@ def check_arrays(
             )
 
 
-def check_blocks(blocks: Tensor, block_bytes: int) -> None:
-    """Raise `KernelError` unless these are blocks of that size."""
-    if (
-        blocks.dtype != torch.uint8
-        or blocks.shape[1:] != (block_bytes,)
-        or not blocks.is_contiguous()
-    ):
-        raise KernelError(
-            f"blocks must be contiguous uint8 with {block_bytes} bytes each, got {blocks.dtype} "
-            f"with shape {tuple(blocks.shape)}. Make them with new_blocks."
-        )
-
-
 def check_states(states_after: Sequence[int], layers: int) -> list[int]:
     """The layer counts after which to copy the stream, ascending in [0, layers]."""
     wanted = list(states_after)
@@ -103,14 +88,14 @@ def check_table(dims: ModelDims, table: SubnetColumns, routing_layers: Iterable[
     expect("the table's pool", tuple(table.pool.shape[1:]), shape)
     layers = list(routing_layers)
     idle = (table.active & (table.top_k < 1))[:, layers]  # (S, routing layers)
-    if bool(idle.any()):
-        i = int(idle.any(dim=0).int().argmax())
+    if idle.any():
+        i = int(idle.any(axis=0).argmax())
         raise KernelError(
-            f"sub-network {int(idle[:, i].int().argmax())}, layer {layers[i]}: top_k must be at "
+            f"sub-network {int(idle[:, i].argmax())}, layer {layers[i]}: top_k must be at "
             f"least 1 in an active layer that has experts, got 0. Make it inactive, or choose one."
         )
     routed = table.active & (table.top_k > 0)
-    most = int(table.channels.where(routed, 0).max()) if routed.any() else 0
+    most = int(table.channels[routed].max()) if routed.any() else 0
     if most > dims.expert_hidden:
         raise KernelError(
             f"channels must be in [1, {dims.expert_hidden}], the experts' hidden size, got {most}."

@@ -13,14 +13,14 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from elastic_moe_kernels import native
-from elastic_moe_kernels.arrays import array
+from elastic_moe_kernels.arrays import AnyDType, Array, array, to_dtype, value_dtype
 from elastic_moe_kernels.columns import SUBNET_COLUMNS, SubnetColumns
 from elastic_moe_kernels.errors import KernelError
-from elastic_moe_kernels.kv_blocks import block_bytes
+from elastic_moe_kernels.kv_blocks import block_bytes, check_blocks
 from elastic_moe_kernels.ops.linear import linear_native
 from elastic_moe_kernels.ops.norm import rms_norm_native
 from elastic_moe_kernels.packing import (
@@ -32,7 +32,6 @@ from elastic_moe_kernels.packing import (
 )
 from elastic_moe_kernels.step.checks import (
     Ints,
-    check_blocks,
     check_layer,
     check_states,
     check_table,
@@ -51,28 +50,32 @@ class CpuModel:
 
     Args:
         dims: sizes.
-        dtype: of matrices, their inputs, keys and values: torch.bfloat16 or torch.float32.
+        dtype: of matrices, their inputs, keys and values.
         level: instruction-set level; None for `native.level()`.
+
+    Attributes:
+        threads: that take part in a call, at most.
 
     Raises:
         KernelError: sizes that the kernels do not take, or the C++ kernels are missing.
     """
 
-    def __init__(self, dims: ModelDims, dtype: torch.dtype, level: str | None = None) -> None:
+    def __init__(self, dims: ModelDims, dtype: AnyDType, level: str | None = None) -> None:
         check_dims(dims)
         extension = native.extension()
-        self.dims, self.dtype = dims, dtype
+        self.dims, self.dtype = dims, value_dtype(dtype, "matrices")
+        self.threads = native.check_threads(None)
         self.level = level or native.level()
         self.native = extension.Model(
-            native.level_index(self.level), bf16=dtype == torch.bfloat16, **asdict(dims)
+            native.level_index(self.level), bf16=self.dtype == "bfloat16", **asdict(dims)
         )
         self._arena: Arena | None = None
         # `native` may be exchanged for a stand-in that times steps; batches are prepared here.
         self._native_prepare = self.native.prepare
         # By layer: q k v, out, router, experts, and what every token runs.
         self._packed: dict[int, tuple[PackedMatrix | PackedExperts | None, ...]] = {}
-        self._ends: tuple[Tensor, PackedMatrix] | None = None  # final norm and head
-        self._angles: tuple[Tensor, Tensor] | None = None
+        self._ends: tuple[NDArray[np.float32], PackedMatrix] | None = None  # final norm and head
+        self._angles: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
         self._native_angles: Any = None
         self._last_table: tuple[SubnetColumns, Any] | None = None
         self._routing_layers: set[int] = set()
@@ -93,7 +96,7 @@ class CpuModel:
         expect("out", (out.outputs, out.inputs), (dims.hidden_size, dims.query_size))
         router = None
         if tensors.router is not None:
-            router = pack_matrix(tensors.router, dtype=torch.float32, arena=self._arena)
+            router = pack_matrix(tensors.router, dtype="float32", arena=self._arena)
             expect("router", (router.outputs, router.inputs), (dims.num_experts, dims.hidden_size))
         experts = everyone = None
         if tensors.experts is not None:
@@ -116,7 +119,7 @@ class CpuModel:
                 arena=self._arena,
             )
         vectors = [
-            None if v is None else array(v.detach().float().contiguous().clone())
+            None if v is None else _floats(v)
             for v in (
                 tensors.attention_norm,
                 tensors.q_norm,
@@ -134,41 +137,38 @@ class CpuModel:
             attention_norm=attention_norm,
             q_norm=q_norm,
             k_norm=k_norm,
-            qkv=array(qkv.data),
-            out=array(out.data),
+            qkv=qkv.data,
+            out=out.data,
             mlp_norm=mlp_norm,
-            router=None if router is None else array(router.data),
+            router=None if router is None else router.data,
             correction_bias=bias,
-            experts=None if experts is None else array(experts.data),
-            everyone=None if everyone is None else array(everyone.data),
+            experts=None if experts is None else experts.data,
+            everyone=None if everyone is None else everyone.data,
             everyone_channels=0 if everyone is None else everyone.channels,
         )
 
-    def set_ends(self, embeddings: Tensor, final_norm: Tensor, head: Tensor) -> None:
+    def set_ends(self, embeddings: Array, final_norm: Array, head: Array) -> None:
         """Embeddings (V, D), the final norm (D,), and the head (V, D), which is packed."""
-        rows = embeddings.detach().to(self.dtype).contiguous()
-        gain = final_norm.detach().float().contiguous().clone()
+        rows = np.ascontiguousarray(to_dtype(array(embeddings), self.dtype))
+        gain = _floats(final_norm)
         packed = self._matrix(head)
         shape = (self.dims.vocab_size, self.dims.hidden_size)
         expect("final_norm", tuple(gain.shape), shape[1:])
         expect("embeddings", tuple(rows.shape), shape)
         expect("head", (packed.outputs, packed.inputs), shape)
         self._ends = gain, packed
-        self.native.set_ends(
-            embeddings=array(rows), final_norm=array(gain), head=array(packed.data)
-        )
+        self.native.set_ends(embeddings=rows, final_norm=gain, head=packed.data)
 
-    def _matrix(self, parts: Tensor | Sequence[Tensor]) -> PackedMatrix:
+    def _matrix(self, parts: Array | Sequence[Array]) -> PackedMatrix:
         return pack_matrix(parts, dtype=self.dtype, arena=self._arena)
 
-    def set_angles(self, cos: Tensor, sin: Tensor) -> None:
+    def set_angles(self, cos: Array, sin: Array) -> None:
         """Cosines and sines of the rotary angles, (positions, d/2) float32."""
         shape = (len(cos), self.dims.head_dim // 2)
         expect("cos", tuple(cos.shape), shape)
         expect("sin", tuple(sin.shape), shape)
-        cos, sin = cos.float().contiguous(), sin.float().contiguous()
-        self._angles = cos, sin
-        self._native_angles = native.extension().Angles(cos=array(cos), sin=array(sin))
+        self._angles = _floats(cos), _floats(sin)
+        self._native_angles = native.extension().Angles(cos=self._angles[0], sin=self._angles[1])
 
     # Cache
 
@@ -177,9 +177,9 @@ class CpuModel:
         """Bytes of one block of keys and values: 16 positions of one layer."""
         return block_bytes(self.dims.num_kv_heads, self.dims.head_dim, self.dtype)
 
-    def new_blocks(self, count: int) -> Tensor:
+    def new_blocks(self, count: int) -> NDArray[np.uint8]:
         """`count` blocks of keys and values, not initialised: (count, block_bytes) uint8."""
-        return torch.empty(count, self.block_bytes, dtype=torch.uint8)
+        return np.empty((count, self.block_bytes), np.uint8)
 
     # Running
 
@@ -196,7 +196,7 @@ class CpuModel:
         sequences: Ints,
         subnets: Ints,
         table: SubnetColumns,
-        blocks: Tensor,
+        blocks: Array,
         block_tables: Ints,
         logits_rows: Ints,
         *,
@@ -218,6 +218,7 @@ class CpuModel:
             logits_rows: (n,) rows to give logits of.
             states_after: ascending layer counts in [0, L] after which to copy the stream.
             trace: whether to return which experts ran.
+            threads: that take part, at most; None for `threads` of the model.
 
         Raises:
             KernelError: an argument is outside what is said above, or another step is running;
@@ -233,7 +234,7 @@ class CpuModel:
         self,
         arrays: BatchArrays,
         table: SubnetColumns,
-        blocks: Tensor,
+        blocks: Array,
         *,
         logits: bool = True,
         states_after: Sequence[int] = (),
@@ -248,40 +249,36 @@ class CpuModel:
         dims = self.dims
         if self._angles is None:
             raise KernelError("no rotary angles are set. Call set_angles first.")
-        if threads is None:
-            threads = torch.get_num_threads()
-        if threads < 1:
-            raise KernelError(f"threads must be at least 1, got {threads}.")
-        check_blocks(blocks, self.block_bytes)
+        memory = array(blocks)
+        check_blocks(memory, self.block_bytes)
         inputs = self._native_prepare(
             table=self._columns_of(table),
             angles=self._native_angles,
-            blocks=array(blocks),
-            threads=threads,
+            blocks=memory,
+            threads=native.check_threads(self.threads if threads is None else threads),
         )
-        slots = int(torch.where(table.active, table.top_k, 0).max()) if trace else 0
+        slots = int(np.where(table.active, table.top_k, 0).max()) if trace else 0
         wanted = WantedOutputs(logits, tuple(check_states(states_after, dims.num_layers)), slots)
         return PreparedStep(self, inputs, arrays, wanted)
 
-    def logits(self, states: Tensor) -> Tensor:
+    def logits(self, states: Array) -> NDArray[np.float32]:
         """Final norm and head: residual stream (n, D) float32 -> logits (n, V) float32.
 
         The bits are those that `step` gives for the same stream.
         """
         final_states = self.final_states(states)
         _, head = self._known_ends()
-        return linear_native(final_states, head, level=self.level)
+        return linear_native(final_states, head, level=self.level, threads=self.threads)
 
-    def final_states(self, states: Tensor) -> Tensor:
+    def final_states(self, states: Array) -> NDArray[np.float32]:
         """Final norm: residual stream (n, D) -> (n, D) float32."""
         dims = self.dims
         expect("states", tuple(states.shape), (len(states), dims.hidden_size))
-        if states.dtype != torch.float32 or not states.is_contiguous():
-            states = states.float().contiguous()
+        x = np.ascontiguousarray(to_dtype(array(states), "float32"))
         gain, _ = self._known_ends()
-        return rms_norm_native(states, gain, dims.rms_norm_eps, level=self.level)
+        return rms_norm_native(x, gain, dims.rms_norm_eps, level=self.level, threads=self.threads)
 
-    def _known_ends(self) -> tuple[Tensor, PackedMatrix]:
+    def _known_ends(self) -> tuple[NDArray[np.float32], PackedMatrix]:
         if self._ends is None:
             raise KernelError("weights are missing: ends. Call set_ends.")
         return self._ends
@@ -300,7 +297,12 @@ class CpuModel:
             )
         check_table(self.dims, table, sorted(self._routing_layers))
         columns = native.extension().SubnetColumns(
-            **{name: array(getattr(table, name).contiguous()) for name in SUBNET_COLUMNS}
+            **{name: np.ascontiguousarray(getattr(table, name)) for name in SUBNET_COLUMNS}
         )
         self._last_table = table, columns
         return columns
+
+
+def _floats(values: Array) -> NDArray[np.float32]:
+    """A copy in float32, row-major, that nobody else writes to."""
+    return np.array(to_dtype(array(values), "float32"), dtype=np.float32, order="C")

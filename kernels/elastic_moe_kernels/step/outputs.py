@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 
 # Tuples: a step of a small model is over in the time that a few dataclasses take to make.
@@ -46,9 +47,9 @@ class StepResult(NamedTuple):
         sequence_experts: (S,) how many (token, expert) pairs each ran.
     """
 
-    logits: Tensor
-    states: Tensor | None
-    topk_ids: Tensor | None
+    logits: NDArray[np.float32]
+    states: NDArray[np.float32] | None
+    topk_ids: NDArray[np.int32] | None
     counters: Counters
     best_ids: list[int]
     sequence_experts: list[int]

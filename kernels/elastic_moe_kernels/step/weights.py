@@ -6,9 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
+from elastic_moe_kernels.arrays import AnyDType, Array
 from elastic_moe_kernels.constants import (
     MAX_EXPERTS,
     MAX_HEAD_DIM,
@@ -54,12 +52,12 @@ class ModelDims:
 
 
 # Gate and up (F, D) and down (D, F) of each expert in turn.
-Experts = Iterable[tuple[Tensor, Tensor, Tensor]]
+Experts = Iterable[tuple[Array, Array, Array]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerTensors:
-    """One layer's weights as a checkpoint has them; matrices are (outputs, inputs).
+    """One layer's weights as a checkpoint has them, arrays of any kind; matrices (outputs, inputs).
 
     Attributes:
         router, correction_bias, experts: None in a dense layer. Experts may come one by one, so
@@ -67,21 +65,21 @@ class LayerTensors:
         everyone: what every token runs, as one expert: shared experts, or the dense MLP.
     """
 
-    attention_norm: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    out: Tensor
-    mlp_norm: Tensor
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-    router: Tensor | None = None
-    correction_bias: Tensor | None = None
+    attention_norm: Array
+    q: Array
+    k: Array
+    v: Array
+    out: Array
+    mlp_norm: Array
+    q_norm: Array | None = None
+    k_norm: Array | None = None
+    router: Array | None = None
+    correction_bias: Array | None = None
     experts: Experts | None = None
-    everyone: tuple[Tensor, Tensor, Tensor] | None = None
+    everyone: tuple[Array, Array, Array] | None = None
 
 
-def packed_bytes(dims: ModelDims, dtype: torch.dtype, layers: Sequence[tuple[bool, int]]) -> int:
+def packed_bytes(dims: ModelDims, dtype: AnyDType, layers: Sequence[tuple[bool, int]]) -> int:
     """Bytes that the packed weights take.
 
     Args:
@@ -96,7 +94,7 @@ def packed_bytes(dims: ModelDims, dtype: torch.dtype, layers: Sequence[tuple[boo
         total += up(matrix_bytes(dims.qkv_size, dims.hidden_size, dtype))
         total += up(matrix_bytes(dims.hidden_size, dims.query_size, dtype))
         if routes:
-            total += up(matrix_bytes(dims.num_experts, dims.hidden_size, torch.float32))
+            total += up(matrix_bytes(dims.num_experts, dims.hidden_size, "float32"))
             total += dims.num_experts * expert_bytes(dims.hidden_size, dims.expert_hidden, dtype)
         if everyone:
             total += expert_bytes(dims.hidden_size, everyone, dtype)

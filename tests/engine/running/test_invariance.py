@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from elastic_moe_kernels import native
+from elastic_moe_kernels.arrays import BITS
 from elastic_moe_kernels.step import PreparedStep, StepResult
 from torch import Tensor
 
@@ -66,7 +67,7 @@ def random_ids(rng: np.random.Generator, count: int) -> list[int]:
 
 def alone(runner: NativeRunner, subnet: Subnet, ids: list[int], threads: int = 1) -> Tensor:
     """Logits (T, V) of one sequence in one chunk."""
-    torch.set_num_threads(threads)
+    runner.set_threads(threads)
     return runner.run([Chunk(runner.open(subnet, len(ids)), ids, "all")]).logits
 
 
@@ -81,7 +82,7 @@ def test_chunks_of_any_size_give_the_bits_of_the_whole(
     subnet = resolve_routing(runner.config.shape, name)
     ids = random_ids(np.random.default_rng(1), TOKENS)
     want = alone(runner, subnet, ids)
-    torch.set_num_threads(threads)
+    runner.set_threads(threads)
     for size in (1, 7, 64, TOKENS):
         sequence = runner.open(subnet, len(ids))
         parts = [
@@ -103,7 +104,7 @@ def test_every_one_of_33_sequences_gets_the_bits_that_it_gets_alone(
     want = [alone(runner, s, ids) for s, ids in zip(subnets, texts, strict=True)]
     assert len({s.fingerprint for s in subnets}) == 33
 
-    torch.set_num_threads(threads)
+    runner.set_threads(threads)
     sequences = [runner.open(s, len(ids)) for s, ids in zip(subnets, texts, strict=True)]
     got: list[list[Tensor]] = [[] for _ in subnets]
     shared = 0
@@ -172,30 +173,31 @@ def test_what_no_row_uses_is_not_read(runner: NativeRunner) -> None:
     want = alone(runner, subnet, ids, threads=2)
     model = runner.model
     saved = {
-        i: (model._packed[i][0].data.clone(), model._packed[i][3].data.clone()) for i in range(6)
+        i: (model._packed[i][0].data.copy(), model._packed[i][3].data.copy()) for i in range(6)
     }
     try:
         for i in range(6):
             qkv, experts = model._packed[i][0], model._packed[i][3]
             if not subnet.layers[i].active:
-                qkv.data.fill_(0xFF)  # NaN in either dtype
-                experts.data.fill_(0xFF)
+                qkv.data.fill(0xFF)  # NaN in either dtype
+                experts.data.fill(0xFF)
                 continue
-            each = experts.data.view(shape.num_experts, -1)
+            each = experts.data.reshape(shape.num_experts, -1)
             for e in set(range(shape.num_experts)) - {1, 4, 6}:
-                each[e].fill_(0xFF)
+                each[e].fill(0xFF)
             # Twelve of sixteen channels run. They are one panel, so gate and up are read whole
             # and what is beyond is set to 0; of down, the steps behind the twelfth are not read.
-            steps = 16 * model.dtype.itemsize // 4
-            down = each[:, -2 * steps * 64 :].view(shape.num_experts, 2, steps, 64)
-            down[:, :, 12 * model.dtype.itemsize // 4 :].fill_(0xFF)
+            steps = 16 * BITS[model.dtype].itemsize // 4
+            down = each[:, -2 * steps * 64 :].reshape(shape.num_experts, 2, steps, 64)
+            down[:, :, 12 * BITS[model.dtype].itemsize // 4 :].fill(0xFF)
+            assert np.shares_memory(down, experts.data)
         assert torch.equal(alone(runner, subnet, ids, threads=2), want)
         with_them = alone(runner, resolve(shape, active_layers=[0, 2, 3]), ids)
         assert with_them.isnan().any(), "the poison must be where a full layer reads it"
     finally:
         for i, (qkv, experts) in saved.items():
-            model._packed[i][0].data.copy_(qkv)
-            model._packed[i][3].data.copy_(experts)
+            model._packed[i][0].data[:] = qkv
+            model._packed[i][3].data[:] = experts
 
 
 def test_blocks_hold_nothing_of_whom_they_belonged_to(runner: NativeRunner) -> None:
@@ -262,7 +264,7 @@ def _trace(runner: NativeRunner, subnets: list[Subnet], chunks: list[Chunk]) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PreparedStep, "run", watched)
         runner.run(again, trace=True)
-    return seen[0].topk_ids.numpy()
+    return seen[0].topk_ids
 
 
 @pytest.mark.parametrize("name", ["full", "L3", "k1", "w2", "L4-k2-w3-t0.7-p5"])

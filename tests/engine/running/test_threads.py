@@ -1,4 +1,4 @@
-"""How many threads an engine takes, and that it leaves none behind."""
+"""Engines leave no thread behind."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 from elastic_moe_kernels import native
-
-from elastic_moe.engine.config import allowed_cores
 
 ENGINES = """
 import gc, json, os, sys, time
@@ -49,41 +47,3 @@ def test_engines_made_and_closed_leave_no_thread(tiny_folder: Path) -> None:
         check=True,
     )
     assert json.loads(done.stdout) == [2]
-
-
-@pytest.mark.parametrize(
-    ("files", "cores"),
-    [
-        ({}, 64),
-        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "max 100000\n"}, 64),
-        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "250000 100000\n"}, 3),
-        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "200000 100000\n"}, 2),
-        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "10000 100000\n"}, 1),
-        (
-            {
-                "proc/self/cgroup": "4:cpu,cpuacct:/a\n0::/\n",
-                "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_quota_us": "400000\n",
-                "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_period_us": "100000\n",
-            },
-            4,
-        ),
-        (
-            {
-                "proc/self/cgroup": "4:cpu:/\n",
-                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
-                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
-            },
-            64,
-        ),
-        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "unreadable\n"}, 64),
-    ],
-    ids=["none", "max", "v2", "outer", "part-of-a-core", "v1", "v1-none", "unreadable"],
-)
-def test_a_quota_of_cpu_time_limits_the_cores(
-    files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert allowed_cores(tmp_path) == cores

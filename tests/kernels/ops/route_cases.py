@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
+from elastic_moe_kernels.arrays import tensor
 from elastic_moe_kernels.reference import router_scores
 from elastic_moe_kernels.table import LayerTable, build_table
 from torch import Tensor
@@ -109,7 +110,7 @@ def comparable(
     threshold) has a score gap above `gap`.
     """
     rows = subnet_of_row.long()
-    pool = table.pool[rows]
+    pool = tensor(table.pool)[rows]
     scores = router_scores(logits.double(), pool)
     preference = scores if bias is None else scores + bias.double()
     preference = preference.masked_fill(~pool, -torch.inf)

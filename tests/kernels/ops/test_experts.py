@@ -134,8 +134,8 @@ def test_thread_count_changes_nothing(case: ExpertsCase, dtype: torch.dtype, lev
     inputs, packed = case.inputs(), case.packed(dtype)
     results = []
     for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        results.append(ops.experts(*inputs, packed, implementation="cpu", level=level))
+        options = {"implementation": "cpu", "level": level, "threads": count}
+        results.append(ops.experts(*inputs, packed, **options))
     for other in results[1:]:
         assert_same_bits(results[0].out, other.out)
         assert (other.weight_bytes, other.flops) == (results[0].weight_bytes, results[0].flops)

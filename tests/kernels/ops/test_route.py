@@ -102,8 +102,8 @@ def test_thread_count_changes_nothing(level: str, num_rows: int) -> None:
     logits, table, rows, _ = Case(num_rows, 64, [Entry(k=8), Entry(k=3, threshold=0.6)]).build()
     results = []
     for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        results.append(bits(*route_native(logits, table, rows, renormalize=True, level=level)))
+        options = {"renormalize": True, "level": level, "threads": count}
+        results.append(bits(*route_native(logits, table, rows, **options)))
     assert results[0] == results[1] == results[2]
 
 
@@ -163,10 +163,10 @@ def test_both_index_types(level: str, dtype: torch.dtype) -> None:
 def test_overwritten_table_stays_in_range(level: str) -> None:
     """A table is checked when made; if written to later, results are void but nothing breaks."""
     logits, table, rows, _ = Case(50, 16, [Entry(k=4), Entry(k=2)]).build()
-    table.min_experts.fill_(1000)
+    table.min_experts.fill(1000)
     table.pool[0, 2:] = False  # fewer members than k
     table.pool[1] = False
-    table.threshold.fill_(float("nan"))
+    table.threshold.fill(float("nan"))
     ids, _ = route_native(logits, table, rows, renormalize=True, level=level)
     assert ((ids >= -1) & (ids < 16)).all()
     assert (ids[1::2] == -1).all()

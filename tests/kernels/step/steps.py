@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from elastic_moe_kernels.arrays import tensor
 from elastic_moe_kernels.step import CpuModel, StepResult
 from elastic_moe_kernels.table import SubnetTable, build_table
 from torch import Tensor
@@ -48,7 +49,7 @@ class Runner:
         shape = (self.sequences, self.model.dims.num_layers, per_row)
         ids = np.random.default_rng(0).permutation(int(np.prod(shape)))
         self.tables = np.ascontiguousarray(ids.reshape(shape).astype(np.int32))
-        self.blocks = self.model.new_blocks(len(ids))
+        self.blocks = torch.from_numpy(self.model.new_blocks(len(ids)))
         self.blocks.fill_(255)  # NaN
 
     def step(
@@ -56,9 +57,14 @@ class Runner:
     ) -> StepResult:
         """Run the pieces in one step; logits of every row unless rows are named."""
         arrays = arrays_of(pieces, logits_rows)
-        return self.model.step(
-            *arrays[:4], self.table, self.blocks, self.tables, arrays[4], **options
+        return as_tensors(
+            self.model.step(*arrays[:4], self.table, self.blocks, self.tables, arrays[4], **options)
         )
+
+
+def as_tensors(result: StepResult) -> StepResult:
+    """What a step gave, as tensors."""
+    return StepResult(*(tensor(v) if isinstance(v, np.ndarray) else v for v in result))
 
 
 def arrays_of(pieces: Sequence[Piece], logits_rows: Sequence[int] | None) -> list[np.ndarray]:

@@ -14,6 +14,7 @@ from elastic_moe_kernels import native, ops
 from elastic_moe_kernels.errors import KernelError
 
 CSRC = Path(__file__).parents[2] / "kernels" / "csrc"
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def run(code: str, **environment: str) -> str:
@@ -49,6 +50,18 @@ def test_environment_chooses_the_level(level: str) -> None:
 
 def test_strongest_level_is_the_default() -> None:
     assert run(ROUTE + "print(native.level())", ELASTIC_MOE_ISA="") == native.levels()[-1]
+
+
+def test_levels_that_run_are_those_whose_instructions_linux_names() -> None:
+    flags = set(re.search(r"^flags\s*:(.*)$", CPUINFO.read_text(), re.MULTILINE)[1].split())
+    needed = {
+        "portable": set(),
+        "avx2": {"avx2", "fma"},
+        "avx512f": {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    }
+    needed["avx512"] = needed["avx512f"] | {"avx512_bf16"}
+    built = native.build_info().levels
+    assert native.levels() == tuple(level for level in built if needed[level] <= flags)
 
 
 def test_unknown_level_is_refused_and_not_replaced() -> None:

@@ -26,7 +26,7 @@ namespace {
 
 struct Level {
     const Kernels* kernels;
-    bool runs;  // the compiler's check reads cpuid and whether the system saves the wide registers
+    bool runs;
 };
 
 // Weakest first.

@@ -1,8 +1,8 @@
 """Keys and values in the order in which the C++ kernels read them.
 
-A block is 16 positions of one layer. It holds, for each key/value head, the keys as one panel (a
-position is an output, a channel an input: see csrc/core/values.h), then the values as 16 rows of d
-channels, padded with zeros to a multiple of 16. See csrc/ops/attention.h.
+A block is 16 positions of one layer. It holds, for each key/value head, two packed matrices (see
+csrc/core/values.h): the keys, in which a position is an output and a channel an input, then the
+values, in which a channel is an output and a position an input. See csrc/ops/attention.h.
 """
 
 from __future__ import annotations
@@ -61,8 +61,11 @@ class KVBlocks:
         n, heads, d = keys.shape
         rounded = to_dtype(array(keys), self.dtype)
         key_view[block, :, :, lane] = rounded.reshape(n, heads, d // self._depth, self._depth)
-        value_view[block, :, lane, :d] = to_dtype(array(values), self.dtype)
-        value_view[block, :, lane, d:] = 0
+        rounded = to_dtype(array(values), self.dtype)
+        padded = np.pad(rounded, ((0, 0), (0, 0), (0, _padded(d) - d)))
+        value_view[block, :, :, lane // self._depth, :, lane % self._depth] = padded.reshape(
+            n, heads, _padded(d) // PANEL, PANEL
+        )
 
     def read(self, table: Array, count: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Keys and values (count, G, d) of a sequence's positions 0..count-1."""
@@ -70,14 +73,16 @@ class KVBlocks:
         block, lane = array(table)[positions // BLOCK_POSITIONS], positions % BLOCK_POSITIONS
         key_view, value_view = self._views()
         keys = key_view[block, :, :, lane].reshape(count, self.kv_heads, self.head_dim)
-        return keys, value_view[block, :, lane, : self.head_dim]
+        values = value_view[block, :, :, lane // self._depth, :, lane % self._depth]
+        values = values.reshape(count, self.kv_heads, _padded(self.head_dim))
+        return keys, values[..., : self.head_dim]
 
     @property
     def _depth(self) -> int:
         return STEP_BYTES // PANEL // BITS[self.dtype].itemsize
 
     def _views(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Keys (N, G, d / depth, 16, depth) and values (N, G, 16, d padded)."""
+        """Keys (N, G, d / depth, 16, depth), values (N, G, d / 16, 16 / depth, 16, depth)."""
         count, heads, d = len(self.data), self.kv_heads, self.head_dim
         padded = _padded(d)
         numbers = self.data.view(BITS[self.dtype])
@@ -85,7 +90,9 @@ class KVBlocks:
         keys, values = np.split(numbers, [BLOCK_POSITIONS * d], axis=-1)
         return (
             keys.reshape(count, heads, d // self._depth, BLOCK_POSITIONS, self._depth),
-            values.reshape(count, heads, BLOCK_POSITIONS, padded),
+            values.reshape(
+                count, heads, padded // PANEL, BLOCK_POSITIONS // self._depth, PANEL, self._depth
+            ),
         )
 
 
@@ -111,5 +118,5 @@ def new_blocks(count: int, kv_heads: int, head_dim: int, dtype: AnyDType) -> KVB
 
 
 def _padded(head_dim: int) -> int:
-    """Channels of a row of values: whole panels."""
+    """Channels of values: whole panels."""
     return -(-head_dim // PANEL) * PANEL

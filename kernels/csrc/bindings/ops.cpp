@@ -8,6 +8,7 @@
 
 #include "bindings/arrays.h"
 #include "bindings/bindings.h"
+#include "ops/attention_shares.h"
 #include "ops/expert_plan.h"
 #include "ops/pack.h"
 
@@ -217,6 +218,12 @@ void attention(int level, const Array<uint8_t, 2>& kv, int kv_heads, float scale
     args.span_count = static_cast<int>(list.size());
     args.out = out.data();
     args.threads = threads;
+    const int group = args.heads / kv_heads;
+    args.shares = share_attention(args.spans, args.span_count, kv_heads, group, threads);
+    std::vector<float> partials(static_cast<size_t>(partial_floats(args.shares, group, head_dim)));
+    std::vector<int32_t> runs_done(static_cast<size_t>(args.shares.partials));
+    args.partials = partials.data();
+    args.runs_done = runs_done.data();
     nb::gil_scoped_release release;
     kernels_of(level)->attention(args);
 }

@@ -1,9 +1,11 @@
 // One step of a model: what Python handed over is checked, rows are sorted by layer, memory is
 // shared out, and the level's kernel runs.
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
 #include "bindings/model.h"
+#include "ops/attention_shares.h"
 #include "ops/expert_plan.h"
 
 namespace nb = nanobind;
@@ -134,6 +136,8 @@ void NativeModel::sort_rows(const StepInputs& in) {
                 ++here.span_count;
             }
         }
+        here.attention = share_attention(here.spans, here.span_count, weights_.kv_heads,
+                                         weights_.heads / weights_.kv_heads, in.threads);
         here.slots = 1;
         for (const int64_t s : used_subnets_)
             if (active[s * L + l] && top_k[s * L + l] > here.slots) here.slots = top_k[s * L + l];
@@ -150,6 +154,13 @@ void NativeModel::reserve(const StepInputs& in, StepArgs& a) {
     a.own_rows =
         static_cast<int>(kFewNumbers / weights_.hidden < T ? kFewNumbers / weights_.hidden : T);
     a.head_stride = whole_vectors(heads);
+    int64_t partials = 0, runs = 0;
+    for (const LayerRows& here : layers_) {
+        const int64_t floats =
+            partial_floats(here.attention, weights_.heads / weights_.kv_heads, weights_.head_dim);
+        if (floats > partials) partials = floats;
+        if (here.attention.partials > runs) runs = here.attention.partials;
+    }
     workspace_.measure();
     for (int pass = 0; pass < 2; ++pass) {
         if (pass) workspace_.hand_out();
@@ -161,6 +172,8 @@ void NativeModel::reserve(const StepInputs& in, StepArgs& a) {
         a.qkv = workspace_.take<float>(T * (heads + 2 * kv_heads));
         a.queries = workspace_.take_bytes(T * a.head_stride * value_bytes);
         a.attended = workspace_.take_bytes(T * a.head_stride * value_bytes);
+        a.partials = workspace_.take<float>(partials);
+        a.runs_done = workspace_.take<int32_t>(runs);
         a.router_logits = workspace_.take<float>(T * weights_.experts);
         a.topk_ids = workspace_.take<int32_t>(T * most_slots_);
         a.topk_weights = workspace_.take<float>(T * most_slots_);
@@ -173,6 +186,7 @@ void NativeModel::reserve(const StepInputs& in, StepArgs& a) {
         take_plan(workspace_, a.plan, T, T * (most_slots_ + 1), weights_.experts, most_channels_,
                   value_bytes);
     }
+    std::fill(a.runs_done, a.runs_done + runs, 0);
 }
 
 // `prepare` completes the inputs, and says what is wrong with them.

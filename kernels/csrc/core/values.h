@@ -25,34 +25,53 @@ struct Panel {
     VFloat part[kParts];
 };
 
+// sums += w . x over the first N inputs of a step, which are float32.
+template <int N, class Wide>
+static inline __attribute__((always_inline)) void add_inputs(Panel& sums, const Wide& w,
+                                                             const float* x) {
+    for (int n = 0; n < N; ++n) {
+        const VFloat input = broadcast(x[n]);
+        for (int i = 0; i < kParts; ++i) sums.part[i] = fma(w.part[n][i], input, sums.part[i]);
+    }
+}
+
 struct Bf16 {
     typedef uint16_t Value;
     static constexpr int kDepth = 2;
 
-    // sums += w . x over one step; x points at the step's inputs.
-    struct Weights {
-#if defined(__AVX512BF16__)
-        __m512bh pairs;
-#else
-        VFloat low[kParts], high[kParts];
-#endif
+    // The weights of a step as float32, by input.
+    struct Wide {
+        VFloat part[kDepth][kParts];
     };
 
-    static inline __attribute__((always_inline)) Weights weights(const Value* p) {
-        Weights w;
 #if defined(__AVX512BF16__)
-        w.pairs = (__m512bh)_mm512_loadu_si512(p);
+    struct Weights {
+        __m512bh pairs;
+    };
 #else
+    typedef Wide Weights;
+#endif
+
+    static inline __attribute__((always_inline)) Wide wide(const Value* p) {
+        Wide w;
         for (int i = 0; i < kParts; ++i) {
             VInt pairs;
             std::memcpy(&pairs, p + i * 2 * kLanes, sizeof pairs);
-            w.low[i] = as_floats(pairs << 16);
-            w.high[i] = as_floats(pairs & static_cast<int32_t>(0xFFFF0000u));
+            w.part[0][i] = as_floats(pairs << 16);
+            w.part[1][i] = as_floats(pairs & static_cast<int32_t>(0xFFFF0000u));
         }
-#endif
         return w;
     }
 
+    static inline __attribute__((always_inline)) Weights weights(const Value* p) {
+#if defined(__AVX512BF16__)
+        return {(__m512bh)_mm512_loadu_si512(p)};
+#else
+        return wide(p);
+#endif
+    }
+
+    // sums += w . x over one step; x points at the step's inputs.
     static inline __attribute__((always_inline)) void add(Panel& sums, const Weights& w,
                                                           const Value* x) {
 #if defined(__AVX512BF16__)
@@ -60,11 +79,8 @@ struct Bf16 {
         std::memcpy(&pair, x, sizeof pair);
         sums.part[0] = _mm512_dpbf16_ps(sums.part[0], w.pairs, (__m512bh)_mm512_set1_epi32(pair));
 #else
-        const VFloat first = broadcast(from_bf16(x[0])), second = broadcast(from_bf16(x[1]));
-        for (int i = 0; i < kParts; ++i) {
-            sums.part[i] = fma(w.low[i], first, sums.part[i]);
-            sums.part[i] = fma(w.high[i], second, sums.part[i]);
-        }
+        const float wide[kDepth] = {from_bf16(x[0]), from_bf16(x[1])};
+        add_inputs<kDepth>(sums, w, wide);
 #endif
     }
 
@@ -77,20 +93,22 @@ struct Float32 {
     typedef float Value;
     static constexpr int kDepth = 1;
 
-    struct Weights {
-        VFloat part[kParts];
+    struct Wide {
+        VFloat part[kDepth][kParts];
     };
+    typedef Wide Weights;
 
-    static inline __attribute__((always_inline)) Weights weights(const Value* p) {
-        Weights w;
-        for (int i = 0; i < kParts; ++i) w.part[i] = load(p + i * kLanes);
+    static inline __attribute__((always_inline)) Wide wide(const Value* p) {
+        Wide w;
+        for (int i = 0; i < kParts; ++i) w.part[0][i] = load(p + i * kLanes);
         return w;
     }
 
+    static inline __attribute__((always_inline)) Weights weights(const Value* p) { return wide(p); }
+
     static inline __attribute__((always_inline)) void add(Panel& sums, const Weights& w,
                                                           const Value* x) {
-        const VFloat input = broadcast(*x);
-        for (int i = 0; i < kParts; ++i) sums.part[i] = fma(w.part[i], input, sums.part[i]);
+        add_inputs<kDepth>(sums, w, x);
     }
 
     static inline VFloat read(const Value* p) { return load(p); }

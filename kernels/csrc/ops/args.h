@@ -90,8 +90,19 @@ struct Span {
     const int32_t* blocks;
 };
 
+// How attention is shared out among threads; results do not depend on it.
+struct AttentionShares {
+    int rows;           // (token, query head) pairs per piece of work
+    int runs;           // pieces that the tiles of a single token's head are cut into
+    int partial_tiles;  // tiles of the longest such token, if runs > 1
+    int partials;       // (token, key/value head) pairs that are cut
+};
+
 struct AttentionArgs {
     KVPool kv;
+    AttentionShares shares;
+    float* partials;     // (shares.partials, partial_tiles, group, 2 + channels), if runs > 1
+    int32_t* runs_done;  // (shares.partials,) zeros, and zeros again afterwards
     int heads;
     float scale;
     const void* queries;  // (rows, query_stride) rotated, as matrix inputs

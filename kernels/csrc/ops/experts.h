@@ -237,13 +237,10 @@ static void run_gate_up(Member& member, const ExpertPlan& plan, Input input) {
         for (int group = now.begin; group < now.end; group += width) {
             const int taken = now.end - group < width ? now.end - group : width;
             const Value* w = panels_at<Kind>(job.gate_up, stride, 2 * group);
-            const bool ends = group + taken >= now.end;
-            const Value* const then =
-                ends && next.job ? panels_at<Kind>(next.job->gate_up, stride, 2 * next.begin)
-                : ends           ? w
-                                 : w + 2 * taken * stride;
-            const int64_t bytes =
-                ends && !next.job ? 0 : 2 * width * stride * static_cast<int64_t>(sizeof(Value));
+            const Value* then = w + 2 * taken * stride;
+            if (group + taken >= now.end)
+                then =
+                    next.job ? panels_at<Kind>(next.job->gate_up, stride, 2 * next.begin) : nullptr;
             const RowTiles tiles(rows_beyond(plan, job, group * kPanel));
             for (int t = 0; t < tiles.tiles; ++t) {
                 const int first = job.begin + tiles.begin(t);
@@ -252,7 +249,7 @@ static void run_gate_up(Member& member, const ExpertPlan& plan, Input input) {
                 float sums[kTileSums];
                 for (int r = 0; r < height; ++r) x[r] = input(plan.row[first + r]);
                 multiply<Kind>(height, x, w, stride, steps, 2 * taken, sums,
-                               fetch_ahead(then, bytes, t, tiles.tiles, steps));
+                               fetch_ahead(then, stride, 2 * taken, t, tiles.tiles, steps));
                 for (int r = 0; r < height; ++r)
                     for (int g = 0; g < taken; ++g) {
                         const int channel = (group + g) * kPanel;
@@ -311,13 +308,12 @@ static void run_down(Member& member, const ExpertPlan& plan, int rows, int hidde
                 const int taken = count - panel < per_tile ? count - panel : per_tile;
                 const Value* w = panels_at<Kind>(job.down, stride, begin + panel);
                 const Value* then = w + taken * stride;
-                int64_t bytes = taken * stride * static_cast<int64_t>(sizeof(Value));
                 if (panel + taken >= count) {  // the next expert's, or the first of the next piece
                     const bool more = j + 1 < plan.jobs_used;
                     const int64_t column = more ? begin : next * grain;
-                    then = panels_at<Kind>(plan.jobs[more ? j + 1 : 0].down, stride,
-                                           static_cast<int>(column));
-                    if (!more && next < 0) then = w, bytes = 0;
+                    then = column < 0 ? nullptr
+                                      : panels_at<Kind>(plan.jobs[more ? j + 1 : 0].down, stride,
+                                                        static_cast<int>(column));
                 }
                 for (int t = 0; t < tiles.tiles; ++t) {
                     const int first = job.begin + tiles.begin(t);
@@ -330,7 +326,7 @@ static void run_down(Member& member, const ExpertPlan& plan, int rows, int hidde
                         h[r] = static_cast<const Value*>(plan.hidden) +
                                plan.hidden_stride * (first + r);
                     multiply<Kind>(height, h, w, stride, steps, taken, out,
-                                   fetch_ahead(then, bytes, t, tiles.tiles, steps));
+                                   fetch_ahead(then, stride, taken, t, tiles.tiles, steps));
                     for (int r = 0; r < height; ++r) {
                         const VFloat weight = broadcast(plan.weight[first + r]);
                         float* to = sums + static_cast<int64_t>(plan.row[first + r]) * width +

@@ -40,17 +40,16 @@ static void multiply_panels(const Matrix& matrix, const RowTiles& tiles, int beg
     for (int panel = begin; panel < end; panel += per_tile) {
         const int count = end - panel < per_tile ? end - panel : per_tile;
         const Value* w = panels_at<Kind>(matrix.data, stride, panel);
-        const int then = panel + count < end ? panel + count : next;
-        const int64_t bytes =
-            then < 0 ? 0 : stride * static_cast<int64_t>(sizeof(Value)) * per_tile;
-        const Value* const ahead = panels_at<Kind>(matrix.data, stride, then < 0 ? panel : then);
+        const int following = panel + count < end ? panel + count : next;
+        const Value* const then =
+            following < 0 ? nullptr : panels_at<Kind>(matrix.data, stride, following);
         for (int t = 0; t < tiles.tiles; ++t) {
             const int first = tiles.begin(t), height = tiles.begin(t + 1) - first;
             const Value* x[kTileRows];
             float sums[kTileSums];
             for (int r = 0; r < height; ++r) x[r] = input(first + r);
             multiply<Kind>(height, x, w, stride, steps, count, sums,
-                           fetch_ahead(ahead, bytes, t, tiles.tiles, steps));
+                           fetch_ahead(then, stride, count, t, tiles.tiles, steps));
             for (int r = 0; r < height; ++r)
                 for (int c = 0; c < count; ++c) {
                     const int column = (panel + c) * kPanel;

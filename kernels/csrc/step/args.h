@@ -51,6 +51,7 @@ struct LayerRows {
     const int32_t* subnets;  // of each
     const Span* spans;       // in numbers of this list
     int span_count;
+    AttentionShares attention;
     int slots;  // the largest k
 };
 
@@ -98,6 +99,8 @@ struct StepArgs {
     void* queries;     // (T, head_stride)
     void* attended;    // (T, head_stride)
     int64_t head_stride;
+    float* partials;        // of AttentionArgs, as much as any layer needs
+    int32_t* runs_done;     // the same
     float* router_logits;   // (T, E)
     int32_t* topk_ids;      // (T, K)
     float* topk_weights;    // (T, K)

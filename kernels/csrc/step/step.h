@@ -111,16 +111,19 @@ static void run_attention_block(Member& member, StepArgs& s, int index) {
             float normed[kFewNumbers];
             for (int n = 0; few && n < here.rows; ++n) norm_row(n, normed);
         });
-    // Single tokens of many sequences: no other row waits for a head's keys. Whole vectors only, as
-    // heads of one row are then finished side by side.
-    const bool singly =
-        here.span_count == here.rows && m.qk_norm != QKNorm::kAll && group_size % kPanel == 0;
+    // Single tokens of many sequences: no other piece waits for a head's keys. Whole vectors only,
+    // as heads of one row are then finished side by side.
+    const bool singly = here.span_count == here.rows && here.attention.runs == 1 &&
+                        m.qk_norm != QKNorm::kAll && group_size % kPanel == 0;
     if (!singly)
         each_row(member, here.rows, qkv_size,
                  [&](int n) { finish_row<Kind>(s, layer, index, n, here.row[n]); });
 
     AttentionArgs args = {};
     args.kv = s.kv;
+    args.shares = here.attention;
+    args.partials = s.partials;
+    args.runs_done = s.runs_done;
     args.heads = m.heads;
     args.scale = 1.0f / std::sqrt(static_cast<float>(m.head_dim));
     args.queries = s.queries;

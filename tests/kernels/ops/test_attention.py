@@ -78,6 +78,11 @@ CASES = {
     "last-of-a-tile": Case(4, 2, 8, (1,), (255,)),
     "first-of-a-tile": Case(4, 2, 8, (1,), (256,)),
     "one-past-two-tiles": Case(4, 2, 8, (1,), (513,)),
+    "shared-tiles": Case(8, 1, 16, (1,), (1500,)),
+    "shared-tiles-that-end-together": Case(8, 1, 16, (1,), (1279,)),
+    "shared-tiles-of-several-sequences": Case(6, 1, 24, (1, 1, 1), (1280, 3, 700)),
+    "shared-tiles-beside-a-chunk": Case(4, 1, 8, (1, 5, 1), (1100, 600, 3)),
+    "chunk-of-one-head-far-away": Case(8, 1, 64, (40,), (4070,)),
     "prefill-of-less-than-a-block": Case(4, 2, 8, (7,), (0,)),
     "prefill-over-a-tile": Case(4, 2, 8, (300,), (0,)),
     "chunk-across-a-tile": Case(6, 2, 16, (37,), (240,)),
@@ -156,7 +161,15 @@ def test_sequence_does_not_depend_on_its_batch(dtype: torch.dtype, level: str) -
         assert_same_bits(got, torch.cat([whole[s] for s in order]))
 
 
-@pytest.mark.parametrize("case", [Case(4, 2, 24, (300,), (0,)), Case(17, 1, 8, (70,), (230,))])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(4, 2, 24, (300,), (0,)),
+        Case(17, 1, 8, (70,), (230,)),
+        Case(8, 1, 16, (70,), (1000,)),
+        Case(3, 3, 36, (130,), (450,)),
+    ],
+)
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_chunks_of_a_prompt_change_nothing(
     case: Case, chunk: int, dtype: torch.dtype, level: str
@@ -175,11 +188,23 @@ def test_chunks_of_a_prompt_change_nothing(
 
 
 @pytest.mark.usefixtures("threads")
-def test_thread_count_changes_nothing(dtype: torch.dtype, level: str) -> None:
-    batch = CASES["decode-and-prefill-mixed"].build(dtype)
-    results = [batch.run(level, threads=count) for count in (1, 2, 3)]
-    assert_same_bits(results[0], results[1])
-    assert_same_bits(results[0], results[2])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "decode-and-prefill-mixed",
+        "shared-tiles",
+        "shared-tiles-that-end-together",
+        "shared-tiles-of-several-sequences",
+        "shared-tiles-beside-a-chunk",
+        "chunk-of-one-head-far-away",
+    ],
+)
+def test_thread_count_changes_nothing(name: str, dtype: torch.dtype, level: str) -> None:
+    """More threads than pieces of work also share the tiles of single tokens."""
+    batch = CASES[name].build(dtype)
+    results = [batch.run(level, threads=count) for count in (1, 2, 3, 8)]
+    for result in results[1:]:
+        assert_same_bits(results[0], result)
 
 
 def test_place_of_the_blocks_changes_nothing(dtype: torch.dtype, level: str) -> None:

@@ -213,6 +213,26 @@ def test_thread_count_changes_nothing(name: str, dtype: torch.dtype, level: str)
         assert other.counters == results[0].counters
 
 
+@pytest.mark.usefixtures("threads")
+def test_decoding_a_long_context_on_any_thread_count(dtype: torch.dtype, level: str) -> None:
+    """One head of keys: threads share its tiles, with the bits that a prefill has on one thread."""
+    model = make_model(dtype, max_positions=1024, **ARCHITECTURES["one-head-for-all"])
+    subnets = subnets_of(model)
+    tokens, ends = prompt(800), (509, 515)
+    alone = runner_of(model, subnets, level, positions=800)
+    whole = alone.step([Piece(0, tokens, 0, 0)], range(*ends), threads=1).logits
+    for count in (1, 2, 5):
+        runner = runner_of(model, subnets, level, sequences=2, positions=800)
+        pieces = [Piece(0, tokens[: ends[0]], 0, 0), Piece(1, tokens[:300], 0, 1)]
+        runner.step(pieces, [], threads=count)
+        for at in range(*ends):
+            pieces = [Piece(0, tokens[at : at + 1], at, 0)]
+            if at % 2:
+                pieces.append(Piece(1, tokens[300:301], 300, 1))
+            got = runner.step(pieces, [0], threads=count).logits
+            assert_same_bits(got[0], whole[at - ends[0]])
+
+
 def test_calls_that_overlap_are_refused() -> None:
     model = make_model(torch.float32, max_positions=704)
     runner: Runner = runner_of(model, [resolve(model.shape)], positions=704)

@@ -93,6 +93,10 @@ class Arena:
         self._memory = np.frombuffer(whole, dtype=np.uint8, offset=start, count=size_bytes)
         self._used = 0
 
+    def populate(self) -> None:
+        """Have the system find its pages now, on all threads; it holds nothing yet."""
+        native.extension().populate(self._memory, threads=native.default_threads())
+
     def take(self, size_bytes: int) -> NDArray[np.uint8]:
         """(size_bytes,) uint8, aligned to 64."""
         start, end = self._used, self._used + size_bytes
@@ -209,7 +213,9 @@ def _pack(
     matrix = to_dtype(matrix, dtype)
     if matrix.strides[1] != matrix.itemsize:
         matrix = np.ascontiguousarray(matrix)
-    native.extension().pack(matrix, data, start=start, panel_stride=panel_stride)
+    native.extension().pack(
+        matrix, data, start=start, panel_stride=panel_stride, threads=native.default_threads()
+    )
 
 
 def _depth(dtype: object) -> int:

@@ -86,7 +86,7 @@ std::tuple<int, int64_t, double> route(
 
 // `matrix` has contiguous rows, which may lie apart.
 void pack_matrix(const StridedNumbers<2>& matrix, const Array<uint8_t, 1>& packed, int64_t start,
-                 int64_t panel_stride) {
+                 int64_t panel_stride, int threads) {
     const bool bf16 = is_bf16(matrix);
     const int64_t outputs = static_cast<int64_t>(matrix.shape(0));
     const int64_t inputs = static_cast<int64_t>(matrix.shape(1));
@@ -97,9 +97,27 @@ void pack_matrix(const StridedNumbers<2>& matrix, const Array<uint8_t, 1>& packe
                 (!panels || start + ((panels - 1) * panel_stride + 1) * panel <=
                                 static_cast<int64_t>(packed.shape(0))),
             "the packed matrix does not fit.");
+    const int value_bytes = bf16 ? 2 : 4;
     nb::gil_scoped_release release;
-    pack(static_cast<const char*>(matrix.data()), matrix.stride(0), outputs, inputs, bf16 ? 2 : 4,
-         reinterpret_cast<char*>(packed.data()) + start, panel_stride);
+    pack({static_cast<const char*>(matrix.data()), matrix.stride(0) * value_bytes, outputs, inputs,
+          value_bytes, reinterpret_cast<char*>(packed.data()) + start, panel_stride, threads});
+}
+
+// Of memory that holds nothing yet.
+void populate_memory(const Array<uint8_t, 1>& memory, int threads) {
+    nb::gil_scoped_release release;
+    populate(reinterpret_cast<char*>(memory.data()), static_cast<int64_t>(memory.shape(0)),
+             threads);
+}
+
+// `values` are numbers of `value_bytes`; `exponent` has the bits of the exponent of NaN.
+bool are_finite(const Bytes& values, int value_bytes, uint32_t exponent, int threads) {
+    const auto bytes = static_cast<int64_t>(values.shape(0));
+    require((value_bytes == 2 || value_bytes == 4) && bytes % value_bytes == 0,
+            "values must be whole numbers of 2 or 4 bytes.");
+    nb::gil_scoped_release release;
+    return all_finite(reinterpret_cast<const char*>(values.data()), bytes, value_bytes, exponent,
+                      threads);
 }
 
 // Raise unless the rows of `x` are whole vectors, of which `size` numbers count.
@@ -256,7 +274,10 @@ void define_ops(nb::module_& m) {
           arg("correction_bias").noconvert().none(), arg("renormalize"), arg("epsilon"),
           arg("topk_ids").noconvert(), arg("topk_weights").noconvert(), arg("threads"));
     m.def("pack", &pack_matrix, arg("matrix").noconvert(), arg("packed").noconvert(), nb::kw_only(),
-          arg("start"), arg("panel_stride"));
+          arg("start"), arg("panel_stride"), arg("threads"));
+    m.def("populate", &populate_memory, arg("memory").noconvert(), arg("threads"));
+    m.def("are_finite", &are_finite, arg("values").noconvert(), nb::kw_only(), arg("value_bytes"),
+          arg("exponent"), arg("threads"));
     m.def("linear", &linear, arg("level"), nb::kw_only(), arg("matrix").noconvert(),
           arg("x").noconvert(), arg("out").noconvert(), arg("inputs"), arg("threads"));
     m.def("rms_norm", &rms_norm, arg("level"), nb::kw_only(), arg("x").noconvert(),

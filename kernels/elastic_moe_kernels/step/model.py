@@ -85,6 +85,7 @@ class CpuModel:
     def reserve(self, size_bytes: int) -> None:
         """Allocate huge pages for all packed weights; `packed_bytes` gives the size."""
         self._arena = Arena(size_bytes)
+        self._arena.populate()
 
     def set_layer(self, index: int, tensors: LayerTensors) -> None:
         """Pack one layer; the tensors given may be dropped afterwards."""

@@ -1,8 +1,9 @@
 """What the server costs beyond its engine: python -m benchmarks.serving.run, `make bench-serving`.
 
-Three cases: the throughput of 16 streams of olmoe-0.9b over HTTP as a share of the engine's own, in
-alternating rounds; the server's CPU time per streamed token of elastic-mini; the time from the
-command to the first token. Before anything is timed, streamed texts are compared with the engine's.
+The cases: the throughput of 16 streams of olmoe-0.9b over HTTP as a share of the engine's own, in
+alternating rounds; that of 16 sampled streams beside 16 greedy ones; the server's CPU time per
+streamed token of elastic-mini; the time from the command to the first token. Before anything is
+timed over HTTP, streamed texts are compared with the engine's.
 Exit status 1 if a bar is missed.
 """
 
@@ -17,19 +18,26 @@ from typing import Any
 
 from benchmarks.peers.bars import MIN_ROUNDS
 from benchmarks.result_file import replace_lines
-from benchmarks.serving import cpu, first_token, throughput
+from benchmarks.serving import cpu, first_token, sampled, throughput
 from benchmarks.verdict import Verdict
 from elastic_moe.lab.bench.limits import LimitsProbe
 from elastic_moe.lab.provenance import describe_provenance
 
 FIRST_TOKEN_ROUNDS = 5
-CASES = {"throughput": throughput.BARS, "cpu": cpu.BARS, "first-token": first_token.BARS}
+CASES = {
+    "throughput": throughput.BARS,
+    "sampled": sampled.BARS,
+    "cpu": cpu.BARS,
+    "first-token": first_token.BARS,
+}
 
 
 def measure(case: str, checkpoint: Path, rounds: int) -> tuple[dict[str, Any], list[Verdict]]:
     """The record of a case and its verdicts."""
     if case == "throughput":
         return throughput.measure(checkpoint, rounds)
+    if case == "sampled":
+        return sampled.measure(checkpoint, rounds)
     if case == "cpu":
         return cpu.measure(rounds)
     return first_token.measure(FIRST_TOKEN_ROUNDS)

@@ -16,11 +16,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from elastic_moe_kernels.native import allowed_cores, default_threads
 
 from elastic_moe.engine.config import EngineConfig
+from elastic_moe.engine.generation.sampler import Logits, choose_tokens
 from elastic_moe.engine.request import OutputQueue, Request, Sequence, SequenceOutput
 from elastic_moe.engine.running.runner import Chunk, LogitsMode, ModelRunner, StepOutput
 from elastic_moe.engine.scheduling.admission import Admission, Call
@@ -312,21 +313,16 @@ class EngineCore:
     def _update(
         self, scheduled: list[tuple[Sequence, int]], chunks: list[Chunk], out: StepOutput
     ) -> None:
-        """Record what ran, and sample the next token of every sequence that is up to date."""
-        logits = None
-        for chunk in chunks:
-            if chunk.logits in ("last", "all"):
-                logits = out.logits.numpy(force=True)
-                break
-        row = 0
-        for (sequence, count), (_, _, mode), experts_run in zip(
-            scheduled, chunks, out.experts_run, strict=True
-        ):
+        """Record what ran, and choose the next token of every sequence that is up to date."""
+        many = any(chunk.logits in ("last", "all") for chunk in chunks)
+        logits: Logits | None = out.logits.numpy(force=True) if many else None
+        ready: list[tuple[Sequence, int, int]] = []  # with a row of logits, the best id
+        end = 0
+        parts = zip(scheduled, chunks, out.experts_run, strict=True)
+        for (sequence, count), (_, _, mode), experts_run in parts:
             request = sequence.request
             rows = 0 if mode == "none" else count if mode == "all" else 1
-            own = None if logits is None else logits[row : row + rows]
-            best_ids = out.best_ids[row : row + rows]
-            row += rows
+            end += rows
             if request.finished:  # by a choice before this one
                 continue
             start = sequence.num_computed_tokens
@@ -335,24 +331,40 @@ class EngineCore:
             if not rows:
                 continue
             try:
-                self._sample(sequence, start, own, best_ids)
-            except Exception as error:  # noqa: BLE001  (of this request alone: text, schema)
+                if -1 in out.best_ids[end - rows : end]:
+                    raise EngineError(
+                        f"the logits after {sequence.num_computed_tokens} tokens are not numbers: "
+                        f"weights or keys of config.json are so large or small that a sum "
+                        f"overflows. Fetch or convert the checkpoint again."
+                    )
+                if not sequence.reads_cache and start + 1 < sequence.num_prompt_tokens:
+                    own = None if logits is None else logits[end - rows : end]
+                    request.add_prompt_logits(start, own, self._num_threads)
+                if sequence.num_new_tokens:
+                    continue
+                if sequence.wants_token:
+                    sequence.sampler.update_mask()
+                    ready.append((sequence, end - 1, out.best_ids[end - 1]))
+                else:
+                    self._record(sequence.finish_prompt())
+            except Exception as error:  # noqa: BLE001  (of this request alone: schema)
                 self._fail(request, error)
-
-    def _sample(self, sequence: Sequence, start: int, logits: Any, best_ids: list[int]) -> None:
-        """Use the logits (n, V) of a sequence's last n computed tokens, the first at `start`."""
-        request = sequence.request
-        if -1 in best_ids:
-            raise EngineError(
-                f"the logits after {sequence.num_computed_tokens} tokens are not numbers: weights "
-                f"or keys of config.json are so large or small that a sum overflows. Fetch or "
-                f"convert the checkpoint again."
-            )
-        if not sequence.reads_cache and start + 1 < sequence.num_prompt_tokens:
-            request.add_prompt_logits(start, logits)
-        if sequence.num_new_tokens:
+        if not ready:
             return
-        output = sequence.sample(None if logits is None else logits[-1], best_ids[-1])
+        sequences, logits_rows, best_ids = zip(*ready, strict=True)
+        samplers = [s.sampler for s in sequences]
+        tokens = choose_tokens(samplers, logits, logits_rows, best_ids, self._num_threads)
+        for sequence, (token, logprob) in zip(sequences, tokens, strict=True):
+            if sequence.request.finished:  # by a choice before this one
+                continue
+            try:
+                self._record(sequence.append(token, logprob))
+            except Exception as error:  # noqa: BLE001  (of this request alone: text, schema)
+                self._fail(sequence.request, error)
+
+    def _record(self, output: SequenceOutput) -> None:
+        """Count an output, and deliver it with the next step."""
+        sequence, request = output.sequence, output.sequence.request
         if output.token_id is not None:
             self._written_tokens += 1
         if not request.first_token_time:

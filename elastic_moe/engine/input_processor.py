@@ -80,7 +80,15 @@ class InputProcessor:
         request = Request(ids, subnet, params, outputs, index)
         for choice, grammar in enumerate(self._structured_output.grammars(params)):
             request.add_sequence(
-                Sampler(params, ids, choice, end_ids, grammar=grammar, forced=forced),
+                Sampler(
+                    params,
+                    ids,
+                    choice,
+                    end_ids,
+                    self._config.vocab_size,
+                    grammar=grammar,
+                    forced=forced,
+                ),
                 Detokenizer(tokenizer, params.stop),
                 end_ids,
                 None if forced is None else len(forced),

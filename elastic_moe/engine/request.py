@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from elastic_moe_kernels.constants import BLOCK_POSITIONS
 
 from elastic_moe.engine.generation.detokenizer import Detokenizer
-from elastic_moe.engine.generation.sampler import Logits, Sampler, token_logprob
+from elastic_moe.engine.generation.sampler import Logits, Sampler, describe_tokens
 from elastic_moe.engine.outputs import (
     Choice,
     Completion,
@@ -189,18 +189,23 @@ class Sequence(PagedSequence):
             self._keys.append(self._digest.digest())
         return self._keys[:pages]
 
-    def sample(self, logits: Logits | None, best_id: int) -> SequenceOutput:
-        """Append the next token; logits (V,) may be None if the sampler needs the best alone."""
+    @property
+    def wants_token(self) -> bool:
+        """Whether tokens follow the prompt."""
+        return self._max_length > self.num_prompt_tokens
+
+    def finish_prompt(self) -> SequenceOutput:
+        """End: the prompt alone was asked for."""
+        self.finish_reason = self._last_reason
+        logprobs = None if self.request.params.logprobs is None else ()
+        return SequenceOutput(self, None, None, self.finish_reason, logprobs)
+
+    def append(self, token: int, logprob: TokenLogprob | None = None) -> SequenceOutput:
+        """Append the next token, with its log-probability if that was asked for."""
         params = self.request.params
-        logprobs: tuple[TokenLogprob, ...] | None = None
-        if self._max_length == self.num_prompt_tokens:  # the prompt alone was asked for
-            self.finish_reason = self._last_reason
-            logprobs = None if params.logprobs is None else ()
-            return SequenceOutput(self, None, None, self.finish_reason, logprobs)
-        token = self.sampler.choose(logits, best_id)
-        if params.logprobs is not None and logits is not None:
-            logprobs = (token_logprob(logits, token, params.logprobs),)
-            self._logprobs += logprobs
+        self.sampler.accept(token)
+        logprobs = None if logprob is None else (logprob,)
+        self._logprobs += logprobs or ()
         self.token_ids.append(token)
         if token in self._end_ids:
             self.finish_reason = "stop"
@@ -303,14 +308,15 @@ class Request:
         self._computed_tokens += tokens
         self._experts_run += experts_run
 
-    def add_prompt_logits(self, start: int, logits: Logits | None) -> None:
+    def add_prompt_logits(self, start: int, logits: Logits | None, threads: int) -> None:
         """Logits (n, V) of the prompt's tokens from `start` on; again after a preemption."""
         top, prompt = self.params.prompt_logprobs, self.prompt_token_ids
         if top is None or logits is None:
             return
-        for position, row in enumerate(logits[: len(prompt) - 1 - start], start + 1):
-            if position == len(self._prompt_logprobs) + 1:
-                self._prompt_logprobs.append(token_logprob(row, prompt[position], top))
+        known = len(self._prompt_logprobs)
+        rows = range(known - start, min(len(logits), len(prompt) - 1 - start))
+        tokens = [prompt[start + row + 1] for row in rows]
+        self._prompt_logprobs += describe_tokens(logits, rows, tokens, [top] * len(rows), threads)
 
     def completion(self) -> Completion:
         """The whole, once all choices have ended."""

@@ -2,6 +2,7 @@
 // its name: everything but the one table below has internal linkage, so levels cannot mix.
 #include "levels.h"
 #include "ops/probe.h"
+#include "ops/sample.h"
 #include "step/step.h"
 #include "training/attention.h"
 #include "training/experts.h"
@@ -17,7 +18,9 @@ namespace {
 
 using elastic_moe::ExpertsArgs;
 using elastic_moe::LinearArgs;
+using elastic_moe::LogprobArgs;
 using elastic_moe::NormArgs;
+using elastic_moe::SampleArgs;
 
 template <class Kind>
 void linear_as(Member& member, const LinearArgs& args) {
@@ -79,6 +82,16 @@ void rms_norm_rows(NormArgs& args) {
     });
 }
 
+void sample(SampleArgs& args) {
+    const int threads = args.count * args.vocab <= kAlone ? 1 : args.threads;
+    run_team(threads, args, [](Member& member, SampleArgs& a) { sample_rows(member, a); });
+}
+
+void token_logprobs_of_rows(LogprobArgs& args) {
+    const int threads = args.count * args.vocab <= kAlone ? 1 : args.threads;
+    run_team(threads, args, [](Member& member, LogprobArgs& a) { token_logprobs(member, a); });
+}
+
 }  // namespace
 
 namespace elastic_moe {
@@ -90,6 +103,8 @@ extern const Kernels ELASTIC_MOE_JOIN(kernels_, ELASTIC_MOE_LEVEL) = {
     &::experts,
     &::attention,
     &::rms_norm_rows,
+    &::sample,
+    &::token_logprobs_of_rows,
     &::step,
     ::kReadPatternCount,
     &::probe_read,

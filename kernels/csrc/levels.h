@@ -20,6 +20,8 @@ struct Kernels {
     void (*experts)(ExpertsArgs&);
     void (*attention)(AttentionArgs&);
     void (*rms_norm)(NormArgs&);
+    void (*sample)(SampleArgs&);
+    void (*token_logprobs)(LogprobArgs&);
     void (*step)(StepArgs&);
     int read_patterns;
     void (*probe_read)(const char* data, int64_t bytes, int pattern, int threads);

@@ -14,3 +14,5 @@ MAX_EXPERTS = 4096
 MAX_HEAD_DIM = 512
 MAX_HEADS_PER_GROUP = 64  # query heads per key/value head
 TRAINING_MULTIPLE = 16  # of the sizes that the training kernels take
+SAMPLING_ROW_BYTES = 80  # of `ops.sample.SAMPLING_ROW`
+LOGIT_CHANGE_BYTES = 32  # of `ops.sample.LOGIT_CHANGE`

@@ -124,14 +124,14 @@ def test_lists_and_single_calls_share_the_queue(engine: Engine) -> None:
 
 def test_concurrent_lists_take_turns(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in the order of service: what entered the queue first runs first."""
-    sample, begun = Sequence.sample, []
+    append, begun = Sequence.append, []
 
     def watched(sequence: Sequence, *arguments: Any) -> Any:
         if not sequence.num_output_tokens:
             begun.append(sequence.request.params.max_tokens)
-        return sample(sequence, *arguments)
+        return append(sequence, *arguments)
 
-    monkeypatch.setattr(Sequence, "sample", watched)
+    monkeypatch.setattr(Sequence, "append", watched)
     with Engine.from_pretrained(
         tiny_folder, dtype="float32", max_num_seqs=1, max_queue=4
     ) as engine:
@@ -153,14 +153,14 @@ def test_concurrent_lists_take_turns(tiny_folder: Path, monkeypatch: pytest.Monk
 def test_one_stream_that_fails_ends_them_all(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
 ) -> None:
-    sample = Sequence.sample
+    append = Sequence.append
 
     def faulty(sequence: Sequence, *arguments: Any) -> Any:
         if sequence.request.prompt_index == 1 and sequence.num_output_tokens == 3:
             raise ValueError("cursed")
-        return sample(sequence, *arguments)
+        return append(sequence, *arguments)
 
-    monkeypatch.setattr(Sequence, "sample", faulty)
+    monkeypatch.setattr(Sequence, "append", faulty)
     got: list[Delta] = []
 
     async def read() -> None:

@@ -270,12 +270,12 @@ def test_a_choice_that_fails_ends_the_others_of_its_request(
     """In the same step, before they have their token; a mate goes on."""
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     want = engine.generate(PROMPT, "k1", params).token_ids
-    sample, run = Sequence.sample, engine.runner.run
+    append, run = Sequence.append, engine.runner.run
 
-    def faulty_sample(sequence: Sequence, *arguments: Any) -> Any:
+    def faulty_append(sequence: Sequence, *arguments: Any) -> Any:
         if sequence.request.params.n == 3 and sequence.num_output_tokens == 20:
             raise ValueError("cursed")
-        return sample(sequence, *arguments)
+        return append(sequence, *arguments)
 
     def faulty_run(chunks: Any, **options: Any) -> Any:
         cursed = [c.sequence for c in chunks if c.sequence.request.params.n == 3]
@@ -284,7 +284,7 @@ def test_a_choice_that_fails_ends_the_others_of_its_request(
         return run(chunks, **options)
 
     if where == "in its text":
-        monkeypatch.setattr(Sequence, "sample", faulty_sample)
+        monkeypatch.setattr(Sequence, "append", faulty_append)
     else:
         monkeypatch.setattr(engine.runner, "run", faulty_run)
     three = engine.stream(
@@ -362,14 +362,14 @@ def test_a_list_that_fails_leaves_nothing_running(engine: Engine) -> None:
 def test_a_list_of_which_one_raises_ends_the_others(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
 ) -> None:
-    sample = Sequence.sample
+    append = Sequence.append
 
     def faulty(sequence: Sequence, *arguments: Any) -> Any:
         if sequence.num_output_tokens == 3 and sequence.request.params.max_tokens == 6:
             raise ValueError("cursed")
-        return sample(sequence, *arguments)
+        return append(sequence, *arguments)
 
-    monkeypatch.setattr(Sequence, "sample", faulty)
+    monkeypatch.setattr(Sequence, "append", faulty)
     request: Any = ([PROMPT] * 3, None, [SHORT, LONG, LONG])
     with pytest.raises(ValueError, match="cursed"):
         asyncio.run(engine.agenerate(*request)) if asynchronous else engine.generate(*request)

@@ -66,12 +66,11 @@ class JsonGrammar:
     def __init__(self, matcher: Any, vocab_size: int) -> None:
         self._matcher, self._vocab_size = matcher, vocab_size
 
-    def allowed(self) -> NDArray[np.bool_]:
-        """(V,) whether each token may come; an end token where the text may end."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+    def allowed(self) -> NDArray[np.uint32]:
+        """(ceil(V / 32),) a bit for each token that may come; see `sampler.Grammar`."""
+        words = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint32)
         self._check()
-        mask = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(np.bool_)
-        return np.pad(mask, (0, self._vocab_size - len(mask)))
+        return np.pad(words, (0, max(0, -(-self._vocab_size // 32) - len(words))))
 
     def accept(self, token: int) -> None:
         """Advance by a token that was sampled."""

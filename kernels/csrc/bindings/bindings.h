@@ -10,6 +10,7 @@ namespace elastic_moe {
 const Kernels* kernels_of(int level);
 
 void define_ops(nanobind::module_& m);
+void define_sampling(nanobind::module_& m);
 void define_model(nanobind::module_& m);
 void define_training(nanobind::module_& m);
 

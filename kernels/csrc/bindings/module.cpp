@@ -60,6 +60,7 @@ NB_MODULE(_native, m) {
     m.def("assume_free_cores", &assume_free_cores, nb::arg("cores"));
     m.def("stop_threads", &stop_threads, nb::call_guard<nb::gil_scoped_release>());
     define_ops(m);
+    define_sampling(m);
     define_model(m);
     define_training(m);
 }

@@ -35,6 +35,11 @@ constexpr int kTrainingMultiple = 16;
 constexpr int kTrainingBlockRows = 64;
 static_assert(kTrainingMultiple % kPanel == 0, "training products take whole panels of columns");
 
+// Sampling: weights whose sum is kept; bytes of what Python hands over.
+constexpr int kSampleBlock = 512;
+constexpr int kSamplingRowBytes = 80;
+constexpr int kLogitChangeBytes = 32;
+
 struct SharedConstant {
     const char* name;
     int value;
@@ -49,6 +54,8 @@ constexpr SharedConstant kShared[] = {
     {"MAX_HEAD_DIM", kMaxHeadDim},
     {"MAX_HEADS_PER_GROUP", kMaxHeadsPerGroup},
     {"TRAINING_MULTIPLE", kTrainingMultiple},
+    {"SAMPLING_ROW_BYTES", kSamplingRowBytes},
+    {"LOGIT_CHANGE_BYTES", kLogitChangeBytes},
 };
 
 static constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

@@ -135,6 +135,61 @@ struct NormArgs {
     int threads;
 };
 
+// How one row is sampled, as `elastic_moe_kernels.ops.sample_reference.SAMPLING_ROW`.
+struct SamplingRow {
+    double temperature, top_p, min_p;
+    double repetition_penalty, frequency_penalty, presence_penalty;
+    int64_t top_k;
+    uint64_t seed, choice, position;
+};
+static_assert(sizeof(SamplingRow) == kSamplingRowBytes, "Python has it, too");
+
+// What happens to the logit of one token of a row, as `LOGIT_CHANGE` there.
+struct LogitChange {
+    int64_t token, count, seen;
+    double bias;
+};
+static_assert(sizeof(LogitChange) == kLogitChangeBytes, "Python has it, too");
+
+// Memory to sample a row of V logits in.
+struct SampleWork {
+    float* weights;   // (V rounded up to kSampleBlock,)
+    uint64_t* sums;   // of each block of weights
+    float* logits;    // (V,) after changes, or null if no row has any
+    float* largest;   // of each piece of a row
+    uint64_t* above;  // one number
+};
+
+struct SampleArgs {
+    const float* logits;         // (n, V)
+    int vocab;                   // V
+    int64_t count;               // R rows to sample
+    const int32_t* logits_rows;  // (R,) in [0, n)
+    const SamplingRow* rows;     // (R,)
+    const LogitChange* changes;  // or null; row r has those from change_ends[r - 1] to before
+    const int64_t* change_ends;  // change_ends[r]
+    const uint32_t* masks;       // (M, mask_words) a bit for each token that may come, or null
+    int64_t mask_words;
+    const int32_t* mask_rows;  // (R,) in [-1, M), -1 for none; or null
+    int32_t* token_ids;        // (R,) out
+    const SampleWork* work;    // one for each thread
+    int threads;
+};
+
+struct LogprobArgs {
+    const float* logits;         // (n, V)
+    int vocab;                   // V
+    int64_t count;               // R
+    const int32_t* logits_rows;  // (R,) in [0, n)
+    const int32_t* token_ids;    // (R,) in [0, V)
+    int top;                     // N in [0, V]
+    double* logprobs;            // (R,) out
+    int32_t* top_ids;            // (R, N) out
+    double* top_logprobs;        // (R, N) out
+    const SampleWork* work;      // one for each thread
+    int threads;
+};
+
 struct ExpertsArgs {
     Ffn ffn;
     ExpertPlan plan;

@@ -28,6 +28,7 @@ from elastic_moe_kernels.ops.experts import ExpertsResult, experts
 from elastic_moe_kernels.ops.linear import linear
 from elastic_moe_kernels.ops.norm import rms_norm
 from elastic_moe_kernels.ops.route import route
+from elastic_moe_kernels.ops.sample import sample, token_logprobs
 
 __all__ = [
     "Backend",
@@ -43,6 +44,8 @@ __all__ = [
     "require",
     "rms_norm",
     "route",
+    "sample",
+    "token_logprobs",
     "warn_if_degraded",
 ]
 

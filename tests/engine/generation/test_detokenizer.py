@@ -85,9 +85,9 @@ def test_an_end_token_is_no_text_but_may_cut_a_character(stop: tuple[str, ...]) 
     def write(*tokens: int) -> tuple[Sequence, list[SequenceOutput]]:
         params = SamplingParams(stop=stop, max_tokens=9)
         request = Request([A], Subnet.full(MINI), params, BlockingOutputs())
-        sampler = Sampler(params, [], 0, {END})
+        sampler = Sampler(params, [], 0, {END}, 512)
         sequence = request.add_sequence(sampler, Detokenizer(TOKENIZER, stop), {END})
-        return sequence, [sequence.sample(None, token) for token in tokens]
+        return sequence, [sequence.append(token) for token in tokens]
 
     sequence, outputs = write(A, *HALF, END)
     assert [output.finish_reason for output in outputs] == [None, None, "stop"]

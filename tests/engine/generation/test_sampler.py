@@ -8,33 +8,55 @@ from typing import Any
 
 import numpy as np
 import pytest
+from elastic_moe_kernels.ops.sample_reference import (
+    integer_weights,
+    kept_tokens,
+    random_words,
+    token_weights,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_moe.engine.generation.sampler import Sampler, _candidates, token_logprob, uniform
+from elastic_moe.engine.generation.sampler import Sampler, choose_tokens, describe_tokens
+from elastic_moe.engine.outputs import TokenLogprob
 from elastic_moe.engine.sampling_params import SamplingParams
 
 PROBABILITIES = [0.1, 0.5, 0.05, 0.3, 0.05]
 LOGITS = np.log(np.array(PROBABILITIES, dtype=np.float32))
 
 
-def sampler(prompt: tuple[int, ...] = (), choice: int = 0, ends: tuple = (), **params: Any):
-    return Sampler(SamplingParams(**params), prompt, choice, ends)
+def sampler(
+    prompt: tuple[int, ...] = (), choice: int = 0, ends: tuple = (), vocab: int = 5, **params: Any
+) -> Sampler:
+    return Sampler(SamplingParams(**params), prompt, choice, ends, vocab)
+
+
+def choose(source: Sampler, logits: np.ndarray | None, best_id: int) -> int:
+    """The next token of one sequence, which goes on after it."""
+    source.update_mask()
+    rows = None if logits is None else logits[None]
+    ((token, _),) = choose_tokens([source], rows, [0], [best_id])
+    source.accept(token)
+    return token
+
+
+def token_logprob(logits: np.ndarray, token: int, top: int) -> TokenLogprob:
+    return describe_tokens(logits[None], [0], [token], [top])[0]
 
 
 def draws(count: int = 4000, **params: Any) -> list[float]:
     """Shares of each token; penalties aside, one sampler draws them all."""
     source = sampler(**params)
-    chosen = Counter(source.choose(LOGITS, int(LOGITS.argmax())) for _ in range(count))
+    chosen = Counter(choose(source, LOGITS, int(LOGITS.argmax())) for _ in range(count))
     return [chosen[token] / count for token in range(5)]
 
 
 def test_temperature_zero_takes_the_likeliest() -> None:
     greedy = sampler()
     assert greedy.logits_mode == "best"
-    assert greedy.choose(None, 1) == 1
+    assert choose(greedy, None, 1) == 1
     assert sampler(logprobs=0).logits_mode == "last"
-    assert sampler(temperature=0.0, logit_bias={3: 5.0}).choose(LOGITS, 1) == 3
+    assert choose(sampler(temperature=0.0, logit_bias={3: 5.0}), LOGITS, 1) == 3
 
 
 def test_draws_follow_the_probabilities() -> None:
@@ -90,7 +112,7 @@ def test_candidates_are_those_of_sorting_everything(
     logits = np.round(rng.normal(0, spread, vocab), 1).astype(np.float32)
     p = np.exp(logits.astype(np.float64) - logits.max())
     order = sorted(range(vocab), key=lambda i: (-p[i], i))
-    order = [i for i in order if p[i] >= min_p]
+    order = [i for i in order if p[i] >= max(min_p, 2**-40)]  # less is never drawn
     order = order[: top_k or None]
     total = sum(p[i] for i in order)
 
@@ -104,36 +126,37 @@ def test_candidates_are_those_of_sorting_everything(
             reached += p[i]
         return set(found)
 
-    params = SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)
-    ids, weights = _candidates(logits.astype(np.float64) - logits.max(), params)
-    # Sums in another order may decide otherwise at the very edge of top_p.
-    least, most = kept(top_p * total * (1 - 1e-12)), kept(top_p * total * (1 + 1e-12))
+    weights = token_weights(logits, 1.0, min_p)
+    ids = kept_tokens(weights, top_k, top_p)
+    # Weights of float32 may decide otherwise at the very edge of top_p.
+    least, most = kept(top_p * total * (1 - 3e-6)), kept(top_p * total * (1 + 1e-6))
     assert least <= set(ids.tolist()) <= most
-    assert weights == pytest.approx(p[ids])
+    assert weights[ids] == pytest.approx(p[ids], rel=1e-6)
+    assert integer_weights(weights)[ids] / 2**40 == pytest.approx(p[ids], rel=1e-6, abs=2**-40)
 
 
 def test_penalties_are_taken_from_what_came() -> None:
     logits = np.array([1.0, 2.0, -1.0, 0.5], dtype=np.float32)
     source = sampler(frequency_penalty=0.5, presence_penalty=0.25)
     # 1: 2.0, then 1.25, 0.75: below token 0's 1.0; then 0: 0.25; 1 again at 0.75.
-    assert [source.choose(logits, 1) for _ in range(4)] == [1, 1, 0, 1]
+    assert [choose(source, logits, 1) for _ in range(4)] == [1, 1, 0, 1]
 
 
 def test_repetition_penalty_divides_positive_logits_and_multiplies_negative_ones() -> None:
     positive = np.array([1.0, 1.5, 0.9], dtype=np.float32)
-    assert sampler(prompt=(1,), repetition_penalty=2.0).choose(positive, 1) == 0
-    assert sampler(prompt=(), repetition_penalty=2.0).choose(positive, 1) == 1
+    assert choose(sampler(prompt=(1,), repetition_penalty=2.0), positive, 1) == 0
+    assert choose(sampler(prompt=(), repetition_penalty=2.0), positive, 1) == 1
     negative = np.array([-1.0, -0.6], dtype=np.float32)
-    assert sampler(prompt=(1,), repetition_penalty=2.0).choose(negative, 1) == 0
+    assert choose(sampler(prompt=(1,), repetition_penalty=2.0), negative, 1) == 0
     source = sampler(repetition_penalty=2.0)
-    assert [source.choose(positive, 1) for _ in range(4)] == [1, 0, 2, 1]
+    assert [choose(source, positive, 1) for _ in range(4)] == [1, 0, 2, 1]
 
 
 @pytest.mark.parametrize("penalty", [5e-324, 1e-300])
 def test_a_penalty_beyond_all_numbers_still_leaves_a_choice(penalty: float) -> None:
     logits = np.array([1.0, 2.0, -1.0], dtype=np.float32)
     source = sampler(prompt=(0,), repetition_penalty=penalty, temperature=1.0)
-    assert [source.choose(logits, 1) for _ in range(3)] == [0, 0, 0]
+    assert [choose(source, logits, 1) for _ in range(3)] == [0, 0, 0]
 
 
 def test_a_bias_is_added_and_can_forbid() -> None:
@@ -143,22 +166,26 @@ def test_a_bias_is_added_and_can_forbid() -> None:
 
 def test_no_end_comes_before_min_tokens() -> None:
     source = sampler(ends=(1, 3), min_tokens=3)
-    assert [source.choose(LOGITS, 1) for _ in range(5)] == [0, 0, 0, 1, 1]
+    assert [choose(source, LOGITS, 1) for _ in range(5)] == [0, 0, 0, 1, 1]
 
 
 def test_a_draw_depends_on_seed_choice_and_position_alone() -> None:
+    def uniform(seed: int, choice: int, position: int) -> tuple[float, ...]:
+        return tuple(word / 2**64 for word in random_words(seed, choice, position))
+
     numbers = {(s, c, p): uniform(s, c, p) for s in range(10) for c in range(4) for p in range(10)}
-    assert len(set(numbers.values())) == 400
-    assert all(0 <= number < 1 for number in numbers.values())
+    every = [number for pair in numbers.values() for number in pair]
+    assert len(set(every)) == 800
+    assert all(0 <= number <= 1 for number in every)
     assert all(uniform(*key) == number for key, number in reversed(numbers.items()))
-    assert sum(numbers.values()) / 400 == pytest.approx(0.5, abs=0.05)
+    assert sum(every) / 800 == pytest.approx(0.5, abs=0.05)
     assert uniform(2**64 - 1, 0, 0) != uniform(0, 0, 0)
 
 
 def test_choices_of_a_seed_differ_and_repeat() -> None:
     def texts(seed: int) -> list[list[int]]:
         sources = [sampler(choice=c, temperature=1.0, seed=seed) for c in range(3)]
-        return [[source.choose(LOGITS, 1) for _ in range(40)] for source in sources]
+        return [[choose(source, LOGITS, 1) for _ in range(40)] for source in sources]
 
     first = texts(1)
     assert first == texts(1)

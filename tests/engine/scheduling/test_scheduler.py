@@ -34,7 +34,7 @@ def sequence_of(number: int, prompt: list[int], subnet: Subnet, new_tokens: int)
 
 def choice_of(request: Request) -> Sequence:
     detokenizer: Any = None  # no text is made here
-    return request.add_sequence(Sampler(request.params, (), 0, ()), detokenizer)
+    return request.add_sequence(Sampler(request.params, (), 0, (), 1), detokenizer)
 
 
 class World:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from elastic_moe_kernels import ops
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.kv_blocks import KVBlocks, new_blocks
+from elastic_moe_kernels.ops.sample_reference import LOGIT_CHANGE, Changes, Masks, new_rows
 from elastic_moe_kernels.packing import pack_matrix
 
 from tests.kernels.ops import test_arguments as route
@@ -49,13 +51,23 @@ def attention() -> dict[str, Any]:
     }
 
 
-# A call of each op that works; the first argument may want gradients.
+def sample() -> dict[str, Any]:
+    return {"logits": np.zeros((3, 40), np.float32), "rows": new_rows(3)}
+
+
+def token_logprobs() -> dict[str, Any]:
+    return {"logits": np.zeros((3, 40), np.float32), "token_ids": np.zeros(3, np.int32)}
+
+
+# A call of each op that works; the first argument may want gradients if it is a tensor.
 GOOD = {
     "linear": linear,
     "rms_norm": rms_norm,
     "experts": experts,
     "attention": attention,
     "route": route.arguments,
+    "sample": sample,
+    "token_logprobs": token_logprobs,
 }
 
 
@@ -82,6 +94,22 @@ def test_argument_of_a_wrong_kind(op: str, name: str, wrong: Any, implementation
 
 def ids(*values: int) -> torch.Tensor:
     return ints(*values).view(3, 2)
+
+
+def changes(tokens: list[int], ends: list[int], bias: float = 0.0) -> Changes:
+    entries = np.zeros(len(tokens), LOGIT_CHANGE)
+    entries["token"], entries["bias"] = tokens, bias
+    return Changes(entries, np.array(ends, np.int64))
+
+
+def masks(words: int, rows: list[int]) -> Masks:
+    return Masks(np.full((1, words), 2**32 - 1, np.uint32), np.array(rows, np.int32))
+
+
+def changed_row(field: str, value: float) -> np.ndarray:
+    rows = new_rows(3)
+    rows[field][1] = value
+    return rows
 
 
 # op -> what is wrong with a call -> the change and the message
@@ -167,6 +195,60 @@ BAD: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
         ),
     },
     "route": route.BAD_ARGUMENTS,
+    "sample": {
+        "no-columns": ({"logits": np.zeros((3, 0), np.float32)}, "at least one column"),
+        "logits-double": ({"logits": np.zeros((3, 40))}, "logits must be float32, got float64"),
+        "logits-strided": ({"logits": np.zeros((40, 3), np.float32).T}, "logits must be contig"),
+        "rows-no-record": ({"rows": np.zeros(3)}, "rows must be .*temperature.*got float64"),
+        "rows-other-count": ({"rows": new_rows(2)}, "a row for each of 2, got 3"),
+        "logits_rows-short": ({"logits_rows": np.zeros(2, np.int32)}, "each of the 3 rows, got 2"),
+        "logits_rows-above": (
+            {"logits_rows": np.array([0, 3, 1], np.int32)},
+            r"logits_rows\[1\] must be in \[0, 2\], a row of logits, got 3",
+        ),
+        "logits_rows-below": ({"logits_rows": np.array([0, 1, -1], np.int32)}, r"\[2\].*got -1"),
+        "changes-short": ({"changes": changes([0], [1, 1])}, "changes.ends must have one entry"),
+        "changes-descend": ({"changes": changes([0], [1, 0, 1])}, "changes.ends must ascend"),
+        "changes-left": ({"changes": changes([0, 1], [1, 1, 1])}, "ascend to the 2 entries"),
+        "change-above": (
+            {"changes": changes([0, 40], [1, 2, 2])},
+            r"changes of row 1 must be of tokens in \[0, 39\] .*got token 40",
+        ),
+        "change-below": ({"changes": changes([-1], [0, 0, 1])}, "changes of row 2 .*got token -1"),
+        "change-nan": ({"changes": changes([7], [1, 1, 1], np.nan)}, "finite bias, got token 7"),
+        "mask-short": ({"masks": masks(1, [0, 0, 0])}, "a bit for each of the 40 tokens, got 1"),
+        "mask-above": ({"masks": masks(2, [0, 0, 1])}, r"masks.rows\[2\] must be in \[-1, 0\]"),
+        "mask-below": ({"masks": masks(2, [-2, 0, 0])}, r"masks.rows\[0\] .*got -2"),
+        "no-threads": ({"threads": 0}, "threads must be at least 1, got 0"),
+        **{
+            f"{field}-{value}": ({"rows": changed_row(field, value)}, r"rows\[1\] must have temp")
+            for field, values in {
+                "temperature": (-1, np.nan, np.inf),
+                "top_p": (0, 1.1, np.nan),
+                "min_p": (-0.1, 1.1, np.nan),
+                "repetition_penalty": (0, np.inf, np.nan),
+                "frequency_penalty": (np.inf, np.nan),
+                "presence_penalty": (np.inf, np.nan),
+                "top_k": (-1,),
+            }.items()
+            for value in values
+        },
+    },
+    "token_logprobs": {
+        "top-above": ({"top": 41}, r"top must be an integer in \[0, 40\], the tokens, got 41"),
+        "top-below": ({"top": -1}, "got -1"),
+        "token-above": (
+            {"token_ids": np.array([0, 40, 0], np.int32)},
+            r"token_ids\[1\] must be in \[0, 39\], got 40",
+        ),
+        "token-below": ({"token_ids": np.array([-1, 0, 0], np.int32)}, r"\[0\].*got -1"),
+        "tokens-int64": ({"token_ids": np.zeros(3, np.int64)}, "token_ids must be int32"),
+        "logits_rows-above": (
+            {"logits_rows": np.array([0, 3, 1], np.int32)},
+            r"logits_rows\[1\] must be in \[0, 2\], a row of logits, got 3",
+        ),
+        "no-threads": ({"threads": True}, "threads must be at least 1, got True"),
+    },
 }
 
 
@@ -198,6 +280,8 @@ def test_good_arguments_are_taken(op: str) -> None:
     with pytest.raises(KernelError, match="'auto', 'reference' or 'cpu', got 'cuda'"):
         getattr(ops, op)(**call, implementation="cuda")
     name = next(iter(call))
+    if not isinstance(call[name], torch.Tensor):
+        return
     call[name] = call[name].clone().requires_grad_()
     with pytest.raises(KernelError, match="no backward pass"):
         getattr(ops, op)(**call, implementation="cpu")

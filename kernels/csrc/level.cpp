@@ -83,12 +83,13 @@ void rms_norm_rows(NormArgs& args) {
 }
 
 void sample(SampleArgs& args) {
-    const int threads = args.count * args.vocab <= kAlone ? 1 : args.threads;
+    // Below this a second thread, which has to fetch logits and code first, made a step longer.
+    const int threads = args.count * args.vocab <= 16 * kAlone ? 1 : args.threads;
     run_team(threads, args, [](Member& member, SampleArgs& a) { sample_rows(member, a); });
 }
 
 void token_logprobs_of_rows(LogprobArgs& args) {
-    const int threads = args.count * args.vocab <= kAlone ? 1 : args.threads;
+    const int threads = args.count * args.vocab <= 16 * kAlone ? 1 : args.threads;
     run_team(threads, args, [](Member& member, LogprobArgs& a) { token_logprobs(member, a); });
 }
 

@@ -12,6 +12,7 @@ takes torch's and numpy's too.
 from __future__ import annotations
 
 import sys
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -43,7 +44,7 @@ def is_tensor(value: object) -> bool:
 def array(values: Array) -> NDArray[Any]:
     """The memory of an array on the CPU; bfloat16 as its bits. Gradients are not tracked."""
     if isinstance(values, np.ndarray):
-        return values.view(np.uint16) if values.dtype.name == "bfloat16" else values
+        return values.view(np.uint16) if _numpy_name(values.dtype) == "bfloat16" else values
     if is_tensor(values):
         if values.requires_grad:
             values = values.detach()
@@ -92,10 +93,16 @@ def dtype_name(dtype: object) -> str:
     if isinstance(dtype, str):
         name = dtype
     elif isinstance(dtype, (np.dtype, type)):
-        name = np.dtype(dtype).name
+        name = _numpy_name(np.dtype(dtype))
     else:
         name = str(dtype).removeprefix("torch.")
     return "bfloat16" if name == "uint16" else name
+
+
+@cache
+def _numpy_name(dtype: np.dtype[Any]) -> str:
+    """The name of a dtype, for which numpy itself takes microseconds."""
+    return str(dtype.name)
 
 
 def value_dtype(dtype: object, what: str) -> DType:

@@ -10,8 +10,16 @@ from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from elastic_moe_kernels import native
 from elastic_moe_kernels.ops import sample, token_logprobs
-from elastic_moe_kernels.ops.sample_reference import LOGIT_CHANGE, Changes, Masks, new_rows
+from elastic_moe_kernels.ops.sample import sample_native
+from elastic_moe_kernels.ops.sample_reference import (
+    LOGIT_CHANGE,
+    SAMPLING_ROW,
+    Changes,
+    Masks,
+    new_rows,
+)
 from numpy.typing import NDArray
 
 from elastic_moe.engine.outputs import TokenLogprob
@@ -54,7 +62,7 @@ class Sampler:
 
     Attributes:
         logits_mode: what it needs of the model: 'best' or 'last'.
-        row: (1,) its `SAMPLING_ROW`, but for the position.
+        row: the bytes of its `SAMPLING_ROW`, but for the position.
         position: tokens that were accepted.
         changes: what penalties and biases do to logits; None if nothing.
         mask: which tokens may come next; None for all.
@@ -75,15 +83,16 @@ class Sampler:
         self._grammar, self._forced = grammar, forced
         self._min_tokens, self.logprobs = params.min_tokens, params.logprobs
         self.position = 0
-        self.row = new_rows(1)
-        self.row["temperature"] = params.temperature
-        self.row["top_p"] = max(float(params.top_p), _LEAST)
-        self.row["min_p"] = params.min_p
-        self.row["repetition_penalty"] = max(float(params.repetition_penalty), _LEAST)
-        self.row["frequency_penalty"] = params.frequency_penalty
-        self.row["presence_penalty"] = params.presence_penalty
-        self.row["top_k"] = min(params.top_k, _MOST_TOP_K)
-        self.row["seed"], self.row["choice"] = params.seed, choice
+        row = new_rows(1)
+        row["temperature"] = params.temperature
+        row["top_p"] = max(float(params.top_p), _LEAST)
+        row["min_p"] = params.min_p
+        row["repetition_penalty"] = max(float(params.repetition_penalty), _LEAST)
+        row["frequency_penalty"] = params.frequency_penalty
+        row["presence_penalty"] = params.presence_penalty
+        row["top_k"] = min(params.top_k, _MOST_TOP_K)
+        row["seed"], row["choice"] = params.seed, choice
+        self.row = row.tobytes()
         repeated = params.repetition_penalty != 1
         self._penalised = repeated or bool(params.frequency_penalty or params.presence_penalty)
         self.changes: LogitChanges | None = None
@@ -217,16 +226,14 @@ def _draw(
     drawn: list[int] = []
     if places:
         drawing = [samplers[i] for i in places]
-        rows = np.concatenate([sampler.row for sampler in drawing])
+        rows = _join([sampler.row for sampler in drawing], SAMPLING_ROW)
         rows["position"] = [sampler.position for sampler in drawing]
-        drawn = sample(
-            logits,
-            rows,
-            logits_rows=np.array([logits_rows[i] for i in places], np.int32),
-            changes=_changes_of(drawing),
-            masks=_masks_of(drawing),
-            threads=threads,
-        ).tolist()
+        own = np.array([logits_rows[i] for i in places], np.int32)
+        changes, masks = _changes_of(drawing), _masks_of(drawing)
+        if native.missing():
+            drawn = sample(logits, rows, logits_rows=own, changes=changes, masks=masks).tolist()
+        else:  # without the op's own checks, which would take as long as to draw
+            drawn = sample_native(logits, rows, own, changes, masks, threads=threads).tolist()
     missing = iter(drawn)
     return [next(missing) if token is None else token for token in known]
 
@@ -271,9 +278,15 @@ def describe_tokens(
 def _changes_of(samplers: Sequence[Sampler]) -> Changes | None:
     if all(sampler.changes is None for sampler in samplers):
         return None
-    none = np.empty(0, LOGIT_CHANGE)
-    own = [none if sampler.changes is None else sampler.changes.entries for sampler in samplers]
-    return Changes(np.concatenate(own), np.cumsum([len(one) for one in own], dtype=np.int64))
+    own = [b"" if s.changes is None else s.changes.entries.tobytes() for s in samplers]
+    ends = np.cumsum([len(one) // LOGIT_CHANGE.itemsize for one in own], dtype=np.int64)
+    return Changes(_join(own, LOGIT_CHANGE), ends)
+
+
+def _join(records: Sequence[bytes], dtype: np.dtype[Any]) -> NDArray[np.void]:
+    """Records one after the other. numpy's concatenate takes long to compare their fields."""
+    joined: NDArray[np.void] = np.frombuffer(bytearray(b"".join(records)), dtype)
+    return joined
 
 
 def _masks_of(samplers: Sequence[Sampler]) -> Masks | None:

@@ -74,22 +74,41 @@ def sample(
     if chosen == "reference":
         _check_values(x, rows, places, changes, masks)
         return like(logits, sample_reference.sample(x, rows, places, changes, masks))
+    token_ids = sample_native(x, rows, places, changes, masks, level=level, threads=count)
+    return like(logits, token_ids)
+
+
+def sample_native(
+    logits: Logits,
+    rows: NDArray[np.void],
+    logits_rows: Ints,
+    changes: Changes | None = None,
+    masks: Masks | None = None,
+    *,
+    level: str | None = None,
+    threads: int,
+) -> Ints:
+    """The C++ kernel of `sample`, on arrays whose dtypes and shapes were checked.
+
+    Raises:
+        KernelError: a value is out of its range, or the kernels are missing.
+    """
     token_ids: Ints = np.empty(len(rows), np.int32)
     answer = native.extension().sample(
         native.level_index(level),
-        logits=x,
-        logits_rows=places,
+        logits=logits,
+        logits_rows=logits_rows,
         rows=_as_bytes(rows),
         changes=None if changes is None else _as_bytes(changes.entries),
         change_ends=None if changes is None else changes.ends,
         masks=None if masks is None else masks.bits,
         mask_rows=None if masks is None else masks.rows,
         token_ids=token_ids,
-        threads=count,
+        threads=threads,
     )
     if answer[0]:
-        _refuse(answer, x, rows, masks)
-    return like(logits, token_ids)
+        _refuse(answer, logits, rows, masks)
+    return token_ids
 
 
 def token_logprobs(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from elastic_moe_kernels import native
 from elastic_moe_kernels.ops.sample_reference import (
     integer_weights,
     kept_tokens,
@@ -191,6 +192,33 @@ def test_choices_of_a_seed_differ_and_repeat() -> None:
     assert first == texts(1)
     assert first[0] != first[1] != first[2]
     assert first != texts(2)
+
+
+def test_without_the_extension_the_same_tokens_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mixed() -> list[int]:
+        """Rows of one call, some of which have changes, a mask or nothing to draw."""
+        samplers = [
+            sampler(temperature=1.0, top_p=0.7, seed=1),
+            sampler(temperature=1.0, frequency_penalty=1.0, prompt=(1,), repetition_penalty=2.0),
+            sampler(logprobs=0),
+            sampler(temperature=2.0, min_tokens=20, ends=(1, 3), logit_bias={0: -1.0}),
+        ]
+        found = []
+        logits = np.stack([LOGITS, LOGITS[::-1]])
+        for _ in range(20):
+            for source in samplers:
+                source.update_mask()
+            for source, (token, _) in zip(
+                samplers, choose_tokens(samplers, logits, [0, 1, 0, 1], [1, 3, 1, 3]), strict=True
+            ):
+                source.accept(token)
+                found.append(token)
+        return found
+
+    native_tokens = mixed()
+    monkeypatch.setattr(native, "missing", lambda: "it is not there")
+    assert mixed() == native_tokens
+    assert set(native_tokens[3::4]) <= {0, 2, 4}
 
 
 def test_logprobs_are_natural_logarithms_before_temperature() -> None:

@@ -91,7 +91,8 @@ static void multiply_rows(Member& member, const Matrix& matrix, int rows, Input 
 
 // out[0..count-1] = sums
 static inline void store_panel(float* out, const float* sums, int count) {
-    std::memcpy(out, sums, sizeof(float) * static_cast<size_t>(count));
+    if (count == kPanel) std::memcpy(out, sums, sizeof(float) * kPanel);  // no call
+    else std::memcpy(out, sums, sizeof(float) * static_cast<size_t>(count));
 }
 
 // out[0..count-1] += sums

@@ -417,7 +417,7 @@ static void attend(const AttentionArgs& args, const AttentionPiece& piece,
     }
     if (shared) {
         int32_t* const done = args.runs_done + piece.partial;
-        if (__atomic_add_fetch(done, 1, __ATOMIC_ACQ_REL) < args.shares.runs) return;
+        if (__atomic_add_fetch(done, 1, __ATOMIC_ACQ_REL) != args.shares.runs) return;
         *done = 0;  // for the next layer
         merge_partials(args, piece, merged);
     }

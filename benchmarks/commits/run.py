@@ -41,19 +41,26 @@ LEAST, LEAST_MEAN = 0.95, 0.98
 
 
 def compare(
-    old: Path, new: Path, rounds: int, script: Sequence[str | Path], slices: Sequence[str]
+    old: Path,
+    new: Path,
+    rounds: int,
+    script: Sequence[str | Path],
+    slices: Sequence[str],
+    levels: tuple[str, str] = ("", ""),
 ) -> dict[str, Any]:
     """Ratios of old to new by slice: above 1, new is faster.
 
     Args:
         script: a worker and its arguments.
         slices: what it is asked for.
+        levels: instruction-set levels of old and new; "" for the best one.
     """
     environment = {**os.environ, "GOMP_SPINCOUNT": "3000"}
-    with (
-        CheckoutWorker(old, script, environment) as a,
-        CheckoutWorker(new, script, environment) as b,
-    ):
+    sides = [
+        CheckoutWorker(checkout, script, {**environment, "ELASTIC_MOE_ISA": level})
+        for checkout, level in zip((old, new), levels, strict=True)
+    ]
+    with sides[0] as a, sides[1] as b:
         seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in slices}
         for number in range(rounds + 2):
             for name in slices:
@@ -101,6 +108,12 @@ def main() -> int:
         default=",".join(CONTEXTS),
         help="of --model: kind (decode or prefill), sequences, position; default: %(default)s",
     )
+    parser.add_argument(
+        "--levels",
+        type=lambda text: tuple(text.split(",")),
+        default=("", ""),
+        help="instruction-set levels of OLD and NEW, such as avx2,avx512f; default: the best one",
+    )
     parser.add_argument("--only-new", action="store_true", help="skip OLD against itself")
     args = parser.parse_args()
     script: list[str | Path] = [WORKER]
@@ -109,10 +122,12 @@ def main() -> int:
     if args.model is not None:
         script, slices = [CONTEXT_WORKER, args.model], args.contexts.split(",")
         case = f"contexts, {Path(args.model).name}"
+    if any(args.levels):
+        case += f", {' and '.join(args.levels)}"
     same = {} if args.only_new else compare(args.old, args.old, args.slices, script, slices)
     if same:
         show(same)
-    found = compare(args.old, args.new, args.slices, script, slices)
+    found = compare(args.old, args.new, args.slices, script, slices, args.levels)
     show(found)
     record = {
         "case": case,

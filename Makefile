@@ -12,7 +12,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sweep test explore test-sanitize check soak soak-server bench bench-serving \
+.PHONY: help sweep test test-without-torch explore test-sanitize check soak soak-server bench bench-serving \
 	interop interop-llama-cpp peers clean
 
 help:  ## list the targets
@@ -47,6 +47,22 @@ sweep: .venv/.installed  ## measure quality against cost on the bundled model, i
 test: .venv/.installed  ## run the tests in up to 4 processes; ARGS="-m 'not slow'" for the quick ones
 	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 		--durations 15 $(ARGS)
+
+# What the CPU runs, in an install without torch.
+NO_TORCH := build/no-torch/bin/python
+build/no-torch/.installed: constraints.txt pyproject.toml kernels/CMakeLists.txt \
+		kernels/build_info.py.in $(wildcard kernels/csrc/*.* kernels/csrc/*/*.*) \
+		$(wildcard kernels/elastic_moe_kernels/*.py kernels/elastic_moe_kernels/*/*.py)
+	test -x $(NO_TORCH) || $(PYTHON) -m venv build/no-torch
+	$(NO_TORCH) -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		. httpx2 hypothesis openai pytest pytest-xdist
+	! $(NO_TORCH) -c 'import torch' 2>/dev/null
+	touch $@
+
+test-without-torch: build/no-torch/.installed  ## run what needs no torch in an install that has none
+	$(NO_TORCH) -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not slow' \
+		tests/test_without_torch.py tests/test_pytest_plugin.py tests/engine tests/server \
+		tests/testing tests/lab/sweeps tests/model/checkpoints $(ARGS)
 
 explore: .venv/.installed  ## run the property tests on other examples than those of `make test`
 	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m hypothesis \

@@ -16,7 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from elastic_moe_kernels.arrays import array
+from numpy.typing import NDArray
 
 from elastic_moe.lab.provenance import describe_provenance
 from elastic_moe.model.checkpoints.saving import Item, write_config_json, write_tensors
@@ -43,7 +46,7 @@ def write_checkpoint(folder: Path, gigabytes: float, shards: int, fused: bool) -
     }
     config["num_hidden_layers"] = round(gigabytes * 1e9 / 211e6)
     parsed = read_config(config, "synthetic")
-    noise = torch.randn(1 << 22).mul_(0.02).bfloat16()
+    noise = array(torch.randn(1 << 22).mul_(0.02).bfloat16())
     items: list[Item] = []
     seen = set()
     for name, shape in parameter_shapes(parsed):
@@ -51,17 +54,16 @@ def write_checkpoint(folder: Path, gigabytes: float, shards: int, fused: bool) -
         for source in ways[-1] if fused and ".experts." in name else ways[0]:
             if source.tensor not in seen:
                 seen.add(source.tensor)
-                items.append(Item(source.tensor, source.shape, torch.bfloat16, fill(noise, source)))
+                items.append(Item(source.tensor, source.shape, "bfloat16", fill(noise, source)))
     total = sum(item.nbytes for item in items)
     write_tensors(folder, items, total // shards + 1)
     write_config_json(folder, config)
     return total
 
 
-def fill(noise: torch.Tensor, source: Any) -> Any:
-    def values() -> torch.Tensor:
-        count = int(torch.tensor(source.shape).prod())
-        return noise.repeat(-(-count // len(noise)))[:count].view(source.shape)
+def fill(noise: NDArray[Any], source: Any) -> Any:
+    def values() -> NDArray[Any]:
+        return np.resize(noise, source.shape)
 
     return values
 

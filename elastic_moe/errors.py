@@ -7,7 +7,8 @@
     ├── RequestError        a prompt or sampling setting that cannot be served (also ValueError)
     │   └── ContextLengthError  prompt and new tokens exceed the model's positions
     ├── EngineError         the engine is closed, or lacks the backend that was named
-    │   └── QueueFullError      too many requests are unfinished; try again later
+    │   ├── QueueFullError      too many requests are unfinished; try again later
+    │   └── MissingTorchError   something needs torch, which is an extra and not installed
     ├── BenchmarkError      what was to be timed computes something else, or cannot run
     ├── ResultExistsError   a measurement would replace the result of another
     ├── ServerError         a server cannot be set up as was asked
@@ -27,6 +28,8 @@ A message says what was wrong, where, what was got, what is allowed, and what to
 """
 
 from __future__ import annotations
+
+import importlib.util
 
 
 class ElasticMoEError(Exception):
@@ -124,3 +127,20 @@ class NotGrownError(TrainingError):
 
 class OptionError(TrainingError):
     """Options of a run do not go together, or are not those of its start."""
+
+
+class MissingTorchError(EngineError):
+    """Torch, an extra of this package, is not installed."""
+
+
+def require_torch(what: str) -> None:
+    """Raise `MissingTorchError` unless torch is installed; `what` needs it. Does not load it."""
+    try:
+        found = importlib.util.find_spec("torch") is not None
+    except (ImportError, ValueError):  # something keeps it from being loaded
+        found = False
+    if not found:
+        raise MissingTorchError(
+            f"{what} needs torch, which is not installed. Install it: "
+            f"pip install 'elastic-moe[torch]'."
+        )

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from elastic_moe_kernels.arrays import tensor
 
 from elastic_moe.errors import CorpusError, ElasticMoEError, TrainingError
 from elastic_moe.files import exchanging_folder, replacing
@@ -154,7 +155,7 @@ def train_mini(
         trainer.parent = load_state(folder / STATE)[1].get("parent")
     elif begins_with.is_dir():
         checkpoint = Checkpoint(begins_with)
-        weights = {name: checkpoint.read(name, torch.float32) for name in checkpoint.shapes}
+        weights = {name: tensor(checkpoint.read(name, "float32")) for name in checkpoint.shapes}
         trainer.adopt(weights, f"sha256:{checkpoint.files.sha256()}")
         keep_parent(folder, begins_with)
     run_steps(trainer, folder, max_seconds=seconds, report=say, report_seconds=30)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,15 +17,16 @@ from hypothesis import settings
 # at once makes them twice as slow on an idle one. Processes that tests start inherit it.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-import torch
+import numpy as np
 from elastic_moe_kernels import native
+from elastic_moe_kernels.arrays import has_torch
+from numpy.typing import NDArray
 
 from elastic_moe.engine import Engine
 from elastic_moe.model.checkpoints.folder import BUNDLED
 from elastic_moe.model.checkpoints.saving import save_checkpoint
-from elastic_moe.model.config import ElasticBlock
-from elastic_moe.model.families import write_config
-from elastic_moe.model.reference.transformer import ElasticTransformer
+from elastic_moe.model.config import ElasticBlock, ModelConfig
+from elastic_moe.model.families import parameter_shapes, write_config
 from elastic_moe.train.models import ELASTIC_MINI
 
 # Property tests take the same examples in every run, so that a change alone turns one red;
@@ -52,29 +53,53 @@ TINY = dataclasses.replace(
 )
 
 
+class _WithoutTorch(pytest.Module):
+    """A module of tests in an install without torch: it is skipped if it imports torch."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            if "No module named 'torch'" in str(error) or "needs torch" in str(error):
+                pytest.skip("needs torch, which is not installed", allow_module_level=True)
+            raise
+
+
+def pytest_pycollect_makemodule(
+    module_path: Path, parent: pytest.Collector
+) -> pytest.Module | None:
+    if has_torch():
+        return None
+    module: pytest.Module = _WithoutTorch.from_parent(parent, path=module_path)
+    return module
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not has_torch():
+        for item in items:
+            if item.get_closest_marker("needs_torch"):
+                item.add_marker(pytest.mark.skip("needs torch, which is not installed"))
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     """For tests that set the number of threads: kernels use them, however busy the machine is."""
-    before = torch.get_num_threads()
     if not native.missing():
         native.extension().assume_free_cores(64)
     yield
-    torch.set_num_threads(before)
     if not native.missing():
         native.extension().assume_free_cores(0)
 
 
-def random_model(config: object = TINY, seed: int = 0) -> ElasticTransformer:
-    """A tiny model whose routing is not flat and whose layers all matter."""
-    model = ElasticTransformer(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim == 1:
-                p.uniform_(0.5, 1.5, generator=generator)
-            else:
-                p.normal_(std=0.2, generator=generator)
-    return model
+def random_weights(config: ModelConfig = TINY, seed: int = 3) -> dict[str, NDArray[np.float32]]:
+    """Parameters of a tiny model whose routing is not flat and whose layers all matter."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: (
+            rng.uniform(0.5, 1.5, shape) if len(shape) == 1 else rng.normal(0, 0.2, shape)
+        ).astype(np.float32)
+        for name, shape in parameter_shapes(config)
+    }
 
 
 def make_tiny_folder(folder: Path) -> Path:
@@ -87,7 +112,7 @@ def make_tiny_folder(folder: Path) -> Path:
         eos_ids=special["eos_token_id"],
         pad_id=special["pad_token_id"],
     )
-    save_checkpoint(folder, dict(random_model().named_parameters()), config)
+    save_checkpoint(folder, random_weights(), config)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(bundled / name, folder / name)
     return folder
@@ -96,7 +121,10 @@ def make_tiny_folder(folder: Path) -> Path:
 @pytest.fixture(autouse=True)
 def fixed_draws() -> None:
     """What a test draws depends neither on the tests before it nor on the process it runs in."""
-    torch.manual_seed(0)
+    if has_torch():
+        import torch
+
+        torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

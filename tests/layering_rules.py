@@ -36,6 +36,16 @@ LEVELS = {
 FREE = {"", "bundled"}  # "" is elastic_moe/__init__.py, whose names load on first use
 WITHOUT_TORCH = 3  # the highest level that must import without torch
 ALSO_WITHOUT_TORCH = {"client", "testing"}
+# Modules that import torch, and folders of such.
+WITH_TORCH = (
+    "elastic_moe.engine.running.reference.",
+    "elastic_moe.lab.bench.kernels.",
+    "elastic_moe.lab.bench.layer.",
+    "elastic_moe.model.reference.",
+    "elastic_moe.train.",
+    "elastic_moe_kernels.reference.",
+    "elastic_moe_kernels.training.",
+)
 LIGHT = ("model", "train")  # run from a bare checkout, with these alone:
 OUTSIDE_LIGHT = {"torch", "numpy", "safetensors", "tokenizers"}
 ALLOWED_IN_LIGHT = sys.stdlib_module_names | OUTSIDE_LIGHT | {"elastic_moe", "elastic_moe_kernels"}
@@ -238,7 +248,7 @@ def _sibling_folders(known: dict[str, Path], *pair: str) -> tuple[str, str] | No
 
 
 def no_torch_below_the_model(root: Path) -> list[str]:
-    """Nor the kernels, which load torch; not even inside a function."""
+    """Nor the kernels; not even inside a function."""
     return [
         f"{module}:{item.line} imports {item.target}"
         for module in ours(root)
@@ -247,6 +257,17 @@ def no_torch_below_the_model(root: Path) -> list[str]:
         or part(module) in ALSO_WITHOUT_TORCH
         for item in imports(root, module)
         if item.top in {"torch", "elastic_moe_kernels"} and not item.typing_only
+    ]
+
+
+def torch_is_imported_where_it_is_needed(root: Path) -> list[str]:
+    """Loading another module loads no torch; a function may import it."""
+    return [
+        f"{module}:{item.line} imports {item.target}"
+        for module in modules(root)
+        if not f"{module}.".startswith(WITH_TORCH)
+        for item in imports(root, module)
+        if item.top == "torch" and not item.typing_only and not item.deferred
     ]
 
 
@@ -390,6 +411,7 @@ RULES: tuple[Rule, ...] = (
     no_cycles,
     siblings_import_one_way,
     no_torch_below_the_model,
+    torch_is_imported_where_it_is_needed,
     light_model_and_training,
     standard_library_alone_for_testing,
     run_time_needs_no_reference,

@@ -32,6 +32,7 @@ from tests.layering_rules import (
     small_folders,
     sources,
     standard_library_alone_for_testing,
+    torch_is_imported_where_it_is_needed,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,7 +72,8 @@ GOOD = {
     ),
     "elastic_moe/model/__init__.py": "",
     "elastic_moe/model/moe.py": (
-        "import torch\nfrom elastic_moe_kernels import ops\ndef render():\n    import jinja2\n"
+        "import numpy\nfrom elastic_moe_kernels import ops\n"
+        "def render():\n    import jinja2, torch\n"
     ),
     "elastic_moe/engine/__init__.py": "from elastic_moe.engine.engine import Engine\n",
     "elastic_moe/engine/engine.py": "from elastic_moe.config import Config\n",
@@ -79,8 +81,10 @@ GOOD = {
     "elastic_moe/cli/__init__.py": "from . import info\n",
     "elastic_moe/cli/info.py": "from ..lab.sweep import sweep\n",
     "kernels/elastic_moe_kernels/__init__.py": "",
-    "kernels/elastic_moe_kernels/ops.py": "import torch\n",
-    "elastic_moe/model/reference/moe.py": "from elastic_moe.model.moe import render\n",
+    "kernels/elastic_moe_kernels/ops.py": "import numpy\n",
+    "elastic_moe/model/reference/moe.py": (
+        "import torch\nfrom elastic_moe.model.moe import render\n"
+    ),
     "elastic_moe/model/config.py": "from elastic_moe.model.text.chat import x\n",
     "elastic_moe/model/text/chat.py": "from elastic_moe.model.moe import render\n",
     "elastic_moe/testing/kit.py": "import json\nfrom elastic_moe.errors import EngineError\n",
@@ -218,6 +222,16 @@ BAD: list[tuple[Rule, str, Mapping[str, str]]] = [
         no_torch_below_the_model,
         "elastic_moe:1 imports torch",
         {"elastic_moe/__init__.py": "import torch\n"},
+    ),
+    (
+        torch_is_imported_where_it_is_needed,
+        "elastic_moe.model.moe:2 imports torch.nn",
+        {"elastic_moe/model/moe.py": "import math\nfrom torch.nn import Module\n"},
+    ),
+    (
+        torch_is_imported_where_it_is_needed,
+        "elastic_moe_kernels.ops:1 imports torch",
+        {"kernels/elastic_moe_kernels/ops.py": "import torch\n"},
     ),
     (
         light_model_and_training,

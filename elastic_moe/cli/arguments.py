@@ -135,7 +135,7 @@ def load_engine(args: argparse.Namespace, *, rank: bool = True, **options: Any) 
     Args:
         options: fields of `EngineConfig`.
     """
-    from elastic_moe.engine import Engine  # deferred: loads torch
+    from elastic_moe.engine import Engine  # deferred: slow to load
 
     engine = Engine.from_pretrained(
         args.model,

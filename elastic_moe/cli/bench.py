@@ -23,7 +23,6 @@ from elastic_moe.cli.arguments import add_execution, add_model_name, read_name
 
 if TYPE_CHECKING:
     from elastic_moe.lab.bench.limits import Limits
-    from elastic_moe.model.reference.transformer import ElasticTransformer
 
 EXAMPLES = """examples:
   elastic-moe bench
@@ -54,35 +53,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
-    import torch  # deferred: slow to load
-
     from elastic_moe.config import resolve_routing
     from elastic_moe.engine.running.loading import load_runner
-    from elastic_moe.engine.running.reference import ReferenceRunner
+    from elastic_moe.engine.running.native import NativeRunner
     from elastic_moe.lab.bench.batch import Batch
     from elastic_moe.lab.bench.bench import bench, check_batch, describe_run
-    from elastic_moe.lab.bench.kernels import load_kernel
     from elastic_moe.model.checkpoints.folder import checkpoint_name, find_checkpoint
-    from elastic_moe.model.reference.loading import load_model
 
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    kernel = None
     if args.kernel is not None:
-        sys.path.insert(0, str(Path.cwd()))
-        kernel = load_kernel(args.kernel)
+        return _run_kernel(args)
     folder = find_checkpoint(args.model, download=args.download)
-    if kernel is not None:
-        return _run_kernel(args, load_model(folder, dtype=args.dtype), kernel)
     # No engine: a checkpoint can be timed without a tokenizer.
     runner = load_runner(folder, backend=args.backend, dtype=args.dtype)
     subnet = resolve_routing(runner.config.shape, read_name(args.routing))
-    dtype: Any = "bfloat16" if runner.dtype == torch.bfloat16 else "float32"
+    if args.threads is not None:
+        runner.set_threads(args.threads)
     ids, source = _ids(folder, runner.config.vocab_size)
     batch, error = Batch(runner), 0.0
     if runner.backend != "reference":
-        reference = Batch(ReferenceRunner(load_model(folder, dtype=dtype)))
-        error = check_batch(batch, reference, subnet, ids, dtype)
+        reference = Batch(NativeRunner(folder, "float32", level="portable"))
+        error = check_batch(batch, reference, subnet, ids, runner.dtype)
         del reference  # and its weights
     result = bench(
         batch,
@@ -90,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         ids,
         max_positions=runner.config.max_positions,
         quick=args.quick,
-        dtype=dtype,
+        dtype=runner.dtype,
         started=None if args.json else _show_limits,
         progress=_progress,
     )
@@ -98,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         "benchmark": "elastic-moe bench",
         "model": checkpoint_name(folder),
         "routing": subnet.name,
-        "dtype": dtype,
+        "dtype": runner.dtype,
         "ids": source,
         "error_to_reference": error,
         **result,
@@ -108,14 +98,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_kernel(args: argparse.Namespace, model: ElasticTransformer, kernel: Any) -> int:
-    from elastic_moe.lab.bench.kernels import bench_kernel
+def _run_kernel(args: argparse.Namespace) -> int:
+    from elastic_moe.errors import require_torch
+
+    require_torch("--kernel")
+    import torch  # deferred: slow to load
+
+    from elastic_moe.lab.bench.kernels import bench_kernel, load_kernel
     from elastic_moe.lab.load import LoadMonitor
     from elastic_moe.lab.provenance import describe_provenance
+    from elastic_moe.model.checkpoints.folder import find_checkpoint
+    from elastic_moe.model.reference.loading import load_model
 
+    sys.path.insert(0, str(Path.cwd()))
+    kernel = load_kernel(args.kernel)
+    model = load_model(find_checkpoint(args.model, download=args.download), dtype=args.dtype)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     load = LoadMonitor()
-    records = bench_kernel(model, kernel, quick=args.quick, load=load, progress=_progress)
-    provenance = describe_provenance()
+    records = bench_kernel(
+        model, kernel, quick=args.quick, threads=args.threads, load=load, progress=_progress
+    )
+    provenance = describe_provenance(args.threads)
     line = {
         "benchmark": "elastic-moe bench --kernel",
         "model": args.model,

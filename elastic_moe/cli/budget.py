@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
     from elastic_moe.config import resolve_routing  # deferred: loads pydantic
-    from elastic_moe.lab.cost.budget import make_budget  # deferred: loads torch
+    from elastic_moe.lab.cost.budget import make_budget  # deferred: slow to load
     from elastic_moe.lab.cost.training import read_training
 
     training = read_training(args.trained, download=args.download)
@@ -273,7 +273,7 @@ def _percent(ratio: float) -> str:
 
 
 def _networks(text: str) -> int:
-    from elastic_moe.lab.cost.budget import MOST_NETWORKS  # deferred: loads torch
+    from elastic_moe.lab.cost.budget import MOST_NETWORKS  # deferred: slow to load
 
     short = len(text) <= 20  # Python reads no integer of more than 4300 digits
     number = int(text) if short and text.isdecimal() else 0

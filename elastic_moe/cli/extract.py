@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
         raise RoutingError("name the sub-network: NAME or --routing-config FILE, one of the two.")
     routing: Any = read_routing(args)
-    from elastic_moe.model.checkpoints.checkpoint import load_config  # deferred: loads torch
+    from elastic_moe.model.checkpoints.checkpoint import load_config  # deferred: slow to load
     from elastic_moe.model.checkpoints.extract import extract
     from elastic_moe.model.checkpoints.folder import find_checkpoint
 

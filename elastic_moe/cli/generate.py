@@ -66,7 +66,7 @@ def read_schema(path: Path) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
-    from elastic_moe.engine import SamplingParams  # deferred: loads torch
+    from elastic_moe.engine import SamplingParams  # deferred: slow to load
 
     sampling = SamplingParams(
         max_tokens=args.max_tokens,

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
 def collect(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that is shown, from config.json alone: no weights are read."""
-    from elastic_moe_kernels import ops  # deferred: loads torch
+    from elastic_moe_kernels import ops  # deferred: slow to load
 
     from elastic_moe.config import resolve_routing
     from elastic_moe.lab.provenance import describe_machine, describe_versions

@@ -222,7 +222,7 @@ def read_keys(path: Path | None, variable: str = KEYS, flag: str = "--api-keys")
 def run(args: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
     from elastic_moe.server.observe import logs
-    from elastic_moe.server.run import Server, listen, url_of  # deferred: loads torch, FastAPI
+    from elastic_moe.server.run import Server, listen, url_of  # deferred: loads FastAPI
     from elastic_moe.server.settings import ServerSettings
 
     if args.end_with_stdin:

@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do it; returns the exit status."""
     from elastic_moe.lab.load import busy_warning
-    from elastic_moe.lab.sweeps.grid import check_values  # deferred: loads torch
+    from elastic_moe.lab.sweeps.grid import check_values  # deferred: slow to load
     from elastic_moe.lab.sweeps.results import prepare_folder
     from elastic_moe.lab.sweeps.sweep import sweep
     from elastic_moe.model.checkpoints.checkpoint import load_config

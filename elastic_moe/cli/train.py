@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from elastic_moe.errors import require_torch
 from elastic_moe.train.machine import keep_freed_memory
 from elastic_moe.train.options import add_arguments as add_options
 from elastic_moe.train.options import to_config
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do it; returns the exit status: 1 if a signal ended the run."""
     started = time.monotonic()
+    require_torch("training")
     from elastic_moe.train.session import run as run_training  # deferred: loads torch
     from elastic_moe.train.session import summary_lines
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-import torch
+from elastic_moe_kernels.native import allowed_cores, default_threads
 
 from elastic_moe.engine.running.runner import ModelRunner
 from elastic_moe.engine.scheduling.block_manager import pages_for
@@ -83,6 +83,11 @@ class EngineConfig:
         """Requests of one list that are in the queue at once: enough to keep every step full."""
         return min(2 * self.max_num_seqs, self.max_queue)
 
+    @property
+    def threads(self) -> int:
+        """Threads that the kernels take."""
+        return self.num_threads or min(default_threads(), allowed_cores())
+
     def num_blocks(self, runner: ModelRunner) -> int:
         """Blocks of keys and values that a runner's cache has."""
         shape = runner.config.shape
@@ -100,9 +105,11 @@ class EngineConfig:
             raise EngineError(f"{name} must be an integer of at least 1, got {shorten(value)}.")
 
 
-def _free_bytes(device: torch.device) -> int:
+def _free_bytes(device: str) -> int:
     """Memory that could be had now."""
-    if device.type == "cuda":
+    if device != "cpu":
+        import torch  # deferred: the CPU does without it
+
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
     with contextlib.suppress(OSError):

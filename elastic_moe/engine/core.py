@@ -18,8 +18,6 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TypeVar
 
-from elastic_moe_kernels.native import allowed_cores, default_threads
-
 from elastic_moe.engine.config import EngineConfig
 from elastic_moe.engine.generation.sampler import Logits, choose_tokens
 from elastic_moe.engine.request import OutputQueue, Request, Sequence, SequenceOutput
@@ -47,13 +45,12 @@ class EngineCore:
     def __init__(self, runner: ModelRunner, config: EngineConfig, num_blocks: int) -> None:
         try:
             runner.reserve(num_blocks)
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, ValueError) as error:
             raise EngineError(
                 f"{num_blocks * runner.block_bytes} bytes for keys and values cannot be had. "
                 f"Choose a smaller kv_cache_bytes."
             ) from error
         self._runner, self._on_step = runner, config.on_step
-        self._num_threads = config.num_threads or min(default_threads(), allowed_cores())
         self._blocks = BlockManager(num_blocks, prefix_caching=config.enable_prefix_caching)
         self._scheduler = Scheduler(
             self._blocks,
@@ -180,7 +177,7 @@ class EngineCore:
     # On the engine's thread
 
     def _work(self) -> None:
-        self._runner.set_threads(self._num_threads)
+        self._runner.set_threads(self._runner.threads)
         error: Exception = EngineError("the engine was closed before the request had ended.")
         try:
             while True:
@@ -315,7 +312,7 @@ class EngineCore:
     ) -> None:
         """Record what ran, and choose the next token of every sequence that is up to date."""
         many = any(chunk.logits in ("last", "all") for chunk in chunks)
-        logits: Logits | None = out.logits.numpy(force=True) if many else None
+        logits: Logits | None = out.logits if many else None
         ready: list[tuple[Sequence, int, int]] = []  # with a row of logits, the best id
         end = 0
         parts = zip(scheduled, chunks, out.experts_run, strict=True)
@@ -339,7 +336,7 @@ class EngineCore:
                     )
                 if not sequence.reads_cache and start + 1 < sequence.num_prompt_tokens:
                     own = None if logits is None else logits[end - rows : end]
-                    request.add_prompt_logits(start, own, self._num_threads)
+                    request.add_prompt_logits(start, own, self._runner.threads)
                 if sequence.num_new_tokens:
                     continue
                 if sequence.wants_token:
@@ -353,7 +350,7 @@ class EngineCore:
             return
         sequences, logits_rows, best_ids = zip(*ready, strict=True)
         samplers = [s.sampler for s in sequences]
-        tokens = choose_tokens(samplers, logits, logits_rows, best_ids, self._num_threads)
+        tokens = choose_tokens(samplers, logits, logits_rows, best_ids, self._runner.threads)
         for sequence, (token, logprob) in zip(sequences, tokens, strict=True):
             if sequence.request.finished:  # by a choice before this one
                 continue

@@ -18,8 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from elastic_moe.config import Routing, resolve_routing
 from elastic_moe.engine.config import EngineConfig
@@ -69,8 +69,9 @@ class Engine:
         self.config, self.shape = runner.config, runner.config.shape
         self.name = checkpoint_name(folder)
         self.backend = runner.backend
-        self.dtype = "bfloat16" if runner.dtype == torch.bfloat16 else "float32"
+        self.dtype = runner.dtype
         self.calibration_sha256: str | None = None
+        runner.set_threads(self.engine_config.threads)
         self._num_blocks = self.engine_config.num_blocks(runner)
         self._inputs = InputProcessor(runner, tokenizer, self._num_blocks)
         self._notifiers = LoopNotifiers()
@@ -86,13 +87,14 @@ class Engine:
         *,
         backend: Backend = "auto",
         dtype: DTypeName = "auto",
-        device: torch.device | str = "cpu",
+        device: object = "cpu",
         download: bool = False,
         **options: Any,
     ) -> Self:
         """Load a bundled model by name ('elastic-mini'), or a Hugging Face folder or id.
 
         Args:
+            device: "cpu", or for the reference "cuda", "cuda:N" or a `torch.device`.
             download: fetch an id that is not in the Hugging Face cache; otherwise nothing is.
             options: fields of `EngineConfig`, such as max_num_seqs or kv_cache_bytes.
 
@@ -133,7 +135,7 @@ class Engine:
         *,
         tokens: int = 8192,
         progress: Callable[[int, int], None] | None = None,
-    ) -> dict[int, Tensor]:
+    ) -> dict[int, NDArray[np.int64]]:
         """Order every expert's channels by what they contribute on a calibration text, in place.
 
         The full network stays the same; width slices of a checkpoint that was not trained for them
@@ -157,7 +159,7 @@ class Engine:
             raise RequestError("the calibration text has no tokens; some thousand are needed.")
         core = self._running_core()
 
-        def rank() -> dict[int, Tensor]:
+        def rank() -> dict[int, NDArray[np.int64]]:
             core.forget_prefixes()
             return self.runner.rank_channels(windows, progress)
 
@@ -167,7 +169,7 @@ class Engine:
 
     # Running
 
-    def score(self, ids: Sequence[int], routing: Routing = None) -> Tensor:
+    def score(self, ids: Sequence[int], routing: Routing = None) -> NDArray[np.float32]:
         """Logits (T, V) float32 of a sequence, teacher-forced: row i predicts token i + 1."""
         subnet = self.resolve(routing)
         tokens = self._inputs.token_ids(ids)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
+from elastic_moe_kernels.arrays import array, is_array
 from elastic_moe_kernels.constants import BLOCK_POSITIONS
-from torch import Tensor
 
 from elastic_moe.config import Routing, resolve_routing
 from elastic_moe.engine.generation.detokenizer import Detokenizer
@@ -131,7 +130,7 @@ def is_batch(prompt: object) -> bool:
     """Whether this is a list of prompts. What begins with a number is one prompt's ids."""
     if not isinstance(prompt, Sequence) or isinstance(prompt, (str, bytes, bytearray)):
         return False
-    return not prompt or isinstance(prompt[0], (str, Sequence, np.ndarray, Tensor))
+    return not prompt or isinstance(prompt[0], (str, Sequence)) or is_array(prompt[0])
 
 
 def check_token_ids(prompt: object, vocab_size: int) -> list[int]:
@@ -140,7 +139,7 @@ def check_token_ids(prompt: object, vocab_size: int) -> list[int]:
     Raises:
         RequestError: it is something else, is empty, or has an id that the model does not know.
     """
-    values = prompt.tolist() if isinstance(prompt, (np.ndarray, Tensor)) else prompt
+    values = array(prompt).tolist() if is_array(prompt) else prompt
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes, bytearray)):
         raise RequestError(
             f"a prompt must be text or a list of token ids, got {type(prompt).__name__} "

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from elastic_moe.routing import Subnet
 
@@ -137,6 +138,6 @@ class Embedding:
         prompt_tokens: how many they were.
     """
 
-    vector: Tensor
+    vector: NDArray[np.float32]
     prompt_tokens: int
     routing: RoutingStats

@@ -8,20 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from elastic_moe.engine.core import EngineCore
 from elastic_moe.engine.outputs import Embedding, RoutingStats
-from elastic_moe.engine.running.runner import Chunk, LogitsMode, ModelRunner, StepOutput
+from elastic_moe.engine.running.runner import Chunk, Floats, LogitsMode, ModelRunner, StepOutput
 from elastic_moe.routing import Subnet
 
 CHUNK_TOKENS = 1024
 
 
-def score(core: EngineCore, runner: ModelRunner, subnet: Subnet, tokens: Sequence[int]) -> Tensor:
+def score(core: EngineCore, runner: ModelRunner, subnet: Subnet, tokens: Sequence[int]) -> Floats:
     """Logits (T, V) float32."""
-    return torch.cat([out.logits for out in _read(core, runner, subnet, tokens, "all")])
+    return np.concatenate([out.logits for out in _read(core, runner, subnet, tokens, "all")])
 
 
 def embed(
@@ -29,11 +28,11 @@ def embed(
 ) -> Embedding:
     """The mean of the states that the head would see, scaled to length 1."""
     last = len(subnet.layers)
-    total, experts = torch.zeros(runner.config.hidden_size, dtype=torch.float64), 0
+    total, experts = np.zeros(runner.config.hidden_size), 0
     for out in _read(core, runner, subnet, tokens, "none", (last,)):
-        total += runner.final_states(out.states[last]).double().sum(dim=0).cpu()  # (D,)
+        total += runner.final_states(out.states[last]).sum(axis=0, dtype=np.float64)  # (D,)
         experts += out.experts_run[0]
-    vector = torch.nn.functional.normalize(total, dim=0).float()
+    vector = (total / max(float(np.linalg.norm(total)), 1e-12)).astype(np.float32)
     routing = RoutingStats.of(subnet, len(tokens), experts, len(tokens) // 2)
     return Embedding(vector, len(tokens), routing)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import shlex
@@ -11,14 +12,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from elastic_moe_kernels import ops
+import numpy as np
+from elastic_moe_kernels import native, ops
 
 from elastic_moe import __version__
 
 
-def describe_provenance() -> dict[str, Any]:
+def describe_provenance(threads: int | None = None) -> dict[str, Any]:
     """What every result states: `date`, `command`, `commit`, `machine` and `versions`.
+
+    Args:
+        threads: that the kernels took; None for their default.
 
     Older records have no date, no command and no numbers of the processor.
     """
@@ -26,13 +30,13 @@ def describe_provenance() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": _command_line(),
         "commit": describe_commit(),
-        "machine": describe_machine(),
+        "machine": describe_machine(threads),
         "versions": describe_versions(),
     }
 
 
-def describe_machine() -> dict[str, Any]:
-    """The `machine` entry of a result: CPU, cores, threads of torch, and the level that runs.
+def describe_machine(threads: int | None = None) -> dict[str, Any]:
+    """The `machine` entry of a result: CPU, cores, threads of the kernels, and the level that runs.
 
     A virtual machine may hide the CPU's name; `cpu_family`, `cpu_model` and `cpu_stepping` tell it.
     None where the system does not say.
@@ -43,19 +47,18 @@ def describe_machine() -> dict[str, Any]:
         "cpu_vendor": cpu.get("vendor_id"),
         **{f"cpu_{key}": _number(cpu.get(name)) for key, name in _CPU_NUMBERS.items()},
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": threads or native.default_threads(),
         "isa": next((b.level for b in ops.backends() if b.level), "none"),
         "system": f"{platform.system()} {platform.machine()}",
     }
 
 
 def describe_versions() -> dict[str, str]:
-    """The `versions` entry of a result: this package, torch and Python."""
-    return {
-        "elastic_moe": __version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-    }
+    """The `versions` entry of a result: this package, numpy, torch if it is there, and Python."""
+    versions = {"elastic_moe": __version__, "numpy": np.__version__}
+    if ops.available("reference"):
+        versions["torch"] = importlib.metadata.version("torch")
+    return {**versions, "python": platform.python_version()}
 
 
 def describe_commit() -> str | None:

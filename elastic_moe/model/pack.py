@@ -8,9 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
+from elastic_moe_kernels.arrays import Array, DType
 from elastic_moe_kernels.step import CpuModel, LayerTensors, ModelDims, packed_bytes
-from torch import Tensor
 
 from elastic_moe.model.checkpoints.checkpoint import (
     Checkpoint,
@@ -37,18 +36,18 @@ class _Weights(ABC):
         self.config, self.names = config, names
 
     @abstractmethod
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> Array:
         """One parameter."""
 
     @abstractmethod
-    def read_expert(self, name: str, expert: int) -> Tensor:
+    def read_expert(self, name: str, expert: int) -> Array:
         """One expert's matrix of a stacked parameter."""
 
     def layer(self, index: int) -> LayerTensors:
         """One layer under the kernels' names; nothing of its experts is read before its turn."""
         prefix = f"layers.{index}."
 
-        def find(name: str) -> Tensor | None:
+        def find(name: str) -> Array | None:
             return self.read(prefix + name) if prefix + name in self.names else None
 
         routes = index in self.config.moe_layers
@@ -75,7 +74,7 @@ class _Weights(ABC):
             else None,
         )
 
-    def _experts(self, prefix: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _experts(self, prefix: str) -> Iterator[tuple[Array, Array, Array]]:
         for e in range(self.config.num_experts):
             yield (
                 self.read_expert(prefix + "gate_proj", e),
@@ -89,28 +88,28 @@ class _Loaded(_Weights):
         self._parameters = {name: p.detach() for name, p in model.named_parameters()}
         super().__init__(model.config, set(self._parameters))
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> Array:
         return self._parameters[name]
 
-    def read_expert(self, name: str, expert: int) -> Tensor:
+    def read_expert(self, name: str, expert: int) -> Array:
         return self._parameters[name][expert]
 
 
 class _Stored(_Weights):
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, progress: Progress) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: DType, progress: Progress) -> None:
         super().__init__(checkpoint.config, set(checkpoint.shapes))
         self._checkpoint, self._dtype = checkpoint, dtype
         self._progress, self._done = progress, 0
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> Array:
         small = is_small(name, self._checkpoint.shapes[name])
         self._report()
-        return self._checkpoint.read(name, torch.float32 if small else self._dtype)
+        return self._checkpoint.read(name, "float32" if small else self._dtype)
 
-    def read_expert(self, name: str, expert: int) -> Tensor:
+    def read_expert(self, name: str, expert: int) -> Array:
         if expert == 0:
             self._report()
-        return self._checkpoint.read_expert(name, expert).to(self._dtype)
+        return self._checkpoint.read_expert(name, expert)
 
     def _report(self) -> None:
         self._done += 1
@@ -120,7 +119,7 @@ class _Stored(_Weights):
 
 def pack_model(model: ElasticTransformer, level: str | None = None) -> CpuModel:
     """Pack a loaded model, which keeps its weights. Rotary angles are the caller's to set."""
-    return _pack(_Loaded(model), model.input_dtype or torch.float32, level)
+    return _pack(_Loaded(model), "float32" if model.input_dtype is None else "bfloat16", level)
 
 
 def load_packed(
@@ -143,12 +142,11 @@ def load_packed(
         KernelError: a size that the kernels do not take, or they are missing.
     """
     checkpoint = Checkpoint(folder)
-    rounded = is_rounded(checkpoint, dtype)
-    wanted = torch.bfloat16 if rounded else torch.float32
+    wanted: DType = "bfloat16" if is_rounded(checkpoint, dtype) else "float32"
     return _pack(_Stored(checkpoint, wanted, progress), wanted, level)
 
 
-def _pack(weights: _Weights, dtype: torch.dtype, level: str | None) -> CpuModel:
+def _pack(weights: _Weights, dtype: DType, level: str | None) -> CpuModel:
     config = weights.config
     dims = model_dims(config)
     packed = CpuModel(dims, dtype, level)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from elastic_moe_kernels.arrays import tensor
 
 from elastic_moe.errors import NotGrownError
 from elastic_moe.files import write_text
@@ -216,7 +216,7 @@ def _adopt(settings: Settings, trainer: Trainer, report: Report) -> None:
         return
     folder = find_checkpoint(start)
     checkpoint = Checkpoint(folder)
-    weights = {name: checkpoint.read(name, torch.float32) for name in checkpoint.shapes}
+    weights = {name: tensor(checkpoint.read(name, "float32")) for name in checkpoint.shapes}
     trainer.adopt(weights, f"{checkpoint_name(folder)} sha256:{checkpoint.files.sha256()}")
     keep_parent(settings.out, folder)
     warmup = trainer.plan.warmup_steps

@@ -120,7 +120,7 @@ def read_sequences(
     out = runner.run(chunks, states_after=depths)
     shape = (len(inputs), len(inputs[0]), -1)
     return {
-        depth: torch.log_softmax(runner.logits(out.states[depth]), dim=-1).view(shape)
+        depth: torch.from_numpy(runner.logits(out.states[depth])).log_softmax(dim=-1).view(shape)
         for depth in depths
     }
 

@@ -1,6 +1,7 @@
 // Compiled once per instruction-set level, with that level's flags and ELASTIC_MOE_LEVEL set to
 // its name: everything but the one table below has internal linkage, so levels cannot mix.
 #include "levels.h"
+#include "ops/divergence.h"
 #include "ops/probe.h"
 #include "ops/sample.h"
 #include "step/step.h"
@@ -16,6 +17,7 @@
 
 namespace {
 
+using elastic_moe::DivergenceArgs;
 using elastic_moe::ExpertsArgs;
 using elastic_moe::LinearArgs;
 using elastic_moe::LogprobArgs;
@@ -93,6 +95,15 @@ void token_logprobs_of_rows(LogprobArgs& args) {
     run_team(threads, args, [](Member& member, LogprobArgs& a) { token_logprobs(member, a); });
 }
 
+void divergence(DivergenceArgs& args) {
+    const int threads = args.rows * args.vocab <= 32 * kAlone ? 1 : args.threads;
+    run_team(threads, args, [](Member& member, DivergenceArgs& a) {
+        member.share(a.rows, 4, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) diverge(a, i);
+        });
+    });
+}
+
 }  // namespace
 
 namespace elastic_moe {
@@ -106,6 +117,7 @@ extern const Kernels ELASTIC_MOE_JOIN(kernels_, ELASTIC_MOE_LEVEL) = {
     &::rms_norm_rows,
     &::sample,
     &::token_logprobs_of_rows,
+    &::divergence,
     &::step,
     ::kReadPatternCount,
     &::probe_read,

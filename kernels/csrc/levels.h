@@ -22,6 +22,7 @@ struct Kernels {
     void (*rms_norm)(NormArgs&);
     void (*sample)(SampleArgs&);
     void (*token_logprobs)(LogprobArgs&);
+    void (*divergence)(DivergenceArgs&);
     void (*step)(StepArgs&);
     int read_patterns;
     void (*probe_read)(const char* data, int64_t bytes, int pattern, int threads);

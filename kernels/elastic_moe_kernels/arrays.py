@@ -5,12 +5,14 @@ place that knows of their kinds, and torch need not be installed: a tensor is re
 torch that its caller has loaded.
 
 numpy has no bfloat16. Its bits in uint16 stand for it throughout: an array of uint16 holds
-bfloat16, and a dtype goes by its name, "bfloat16" or "float32". A function that asks for a dtype
-takes torch's and numpy's too.
+bfloat16, and a dtype goes by its name, such as "bfloat16". A function that asks for a dtype takes
+torch's and numpy's too.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import math
 import sys
 from functools import cache
 from typing import Any, Literal, TypeVar
@@ -24,8 +26,13 @@ Array = Any  # a numpy array, a torch tensor, or what exports DLPack or __array_
 AnyArray = TypeVar("AnyArray")
 DType = Literal["bfloat16", "float32"]  # of weights, matrix inputs, keys and values
 AnyDType = Any  # one of these, by name or as torch or numpy have it
-BITS: dict[str, np.dtype[Any]] = {"bfloat16": np.dtype(np.uint16), "float32": np.dtype(np.float32)}
+BITS: dict[str, np.dtype[Any]] = {  # how numpy holds numbers of a dtype
+    "bfloat16": np.dtype(np.uint16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+}
 NO_TORCH = "the PyTorch reference needs torch. Install it: pip install 'elastic-moe[torch]'."
+ALIGNMENT = 64  # bytes
 ROUNDED_AT_ONCE = 1 << 16  # numbers, whose intermediate results stay in the cache
 
 
@@ -42,12 +49,15 @@ def is_tensor(value: object) -> bool:
 
 
 def array(values: Array) -> NDArray[Any]:
-    """The memory of an array on the CPU; bfloat16 as its bits. Gradients are not tracked."""
+    """The memory of an array, or a copy from another device; bfloat16 as its bits.
+
+    Gradients are not tracked.
+    """
     if isinstance(values, np.ndarray):
         return values.view(np.uint16) if _numpy_name(values.dtype) == "bfloat16" else values
     if is_tensor(values):
-        if values.requires_grad:
-            values = values.detach()
+        if values.requires_grad or values.device.type != "cpu":
+            values = values.detach().cpu()
         torch = sys.modules["torch"]
         found: NDArray[Any] = (
             values.view(torch.uint16) if values.dtype == torch.bfloat16 else values
@@ -73,6 +83,14 @@ def like(given: AnyArray, values: Array) -> AnyArray:
     """`values` as the kind that `given` is: a tensor if that is one, else numpy's."""
     found: AnyArray = tensor(values) if is_tensor(given) else array(values)  # type: ignore[assignment]
     return found
+
+
+def has_torch() -> bool:
+    """Whether torch is installed; does not load it."""
+    try:
+        return importlib.util.find_spec("torch") is not None
+    except (ImportError, ValueError):  # something keeps it from being loaded
+        return False
 
 
 def load_torch() -> Any:
@@ -105,6 +123,16 @@ def _numpy_name(dtype: np.dtype[Any]) -> str:
     return str(dtype.name)
 
 
+def empty(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    """As `np.empty`, from an address on that vectors load in one piece: a multiple of 64."""
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    aligned: NDArray[Any] = memory[start : start + size].view(dtype).reshape(shape)
+    return aligned
+
+
 def value_dtype(dtype: object, what: str) -> DType:
     """A dtype that kernels compute in. Raises: KernelError: it is another; `what` must have it."""
     name = dtype_name(dtype)
@@ -127,17 +155,18 @@ def wants_gradient(values: Array) -> bool:
     )
 
 
-def to_dtype(values: NDArray[Any], dtype: DType) -> NDArray[Any]:
-    """Numbers of bfloat16, float16, float32 or float64 in a dtype; to bfloat16, ties go to even.
+def to_dtype(values: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Numbers of bfloat16, float16, float32 or float64 in a dtype; ties go to even.
 
     The array itself where it has the dtype.
     """
     if values.dtype == BITS[dtype]:
         return values
     if values.dtype == np.uint16:
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    single = values.astype(np.float32, copy=False)
-    return single if dtype == "float32" else _rounded(single)
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    if dtype == "bfloat16":
+        return _rounded(values.astype(np.float32, copy=False))
+    return values.astype(BITS[dtype], copy=False)
 
 
 def _rounded(values: NDArray[np.float32]) -> NDArray[np.uint16]:

@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from elastic_moe_kernels.arrays import BITS, AnyDType, Array, DType, array, to_dtype, value_dtype
+from elastic_moe_kernels.arrays import (
+    BITS,
+    AnyDType,
+    Array,
+    DType,
+    array,
+    empty,
+    to_dtype,
+    value_dtype,
+)
 from elastic_moe_kernels.constants import BLOCK_POSITIONS, PANEL, STEP_BYTES
 from elastic_moe_kernels.errors import KernelError
 
@@ -113,7 +122,7 @@ def block_bytes(kv_heads: int, head_dim: int, dtype: AnyDType) -> int:
 
 def new_blocks(count: int, kv_heads: int, head_dim: int, dtype: AnyDType) -> KVBlocks:
     """`count` blocks, not initialised."""
-    data = np.empty((count, block_bytes(kv_heads, head_dim, dtype)), dtype=np.uint8)
+    data = empty((count, block_bytes(kv_heads, head_dim, dtype)), np.uint8)
     return KVBlocks(data, kv_heads, head_dim, dtype)
 
 

@@ -24,6 +24,7 @@ from elastic_moe_kernels.arrays import (
     DType,
     array,
     dtype_name,
+    empty,
     is_array,
     to_dtype,
     value_dtype,
@@ -134,7 +135,7 @@ def pack_matrix(
             )
     outputs = sum(len(part) for part in rows)
     size = matrix_bytes(outputs, inputs, dtype)
-    data = arena.take(size) if arena is not None else np.empty(size, np.uint8)
+    data = arena.take(size) if arena is not None else empty((size,), np.uint8)
     # Parts need not end on a panel.
     whole = rows[0] if len(rows) == 1 else np.concatenate([to_dtype(p, dtype) for p in rows])
     _pack(whole, data, 0, 1, dtype)
@@ -158,7 +159,7 @@ def pack_experts(
     dtype = value_dtype(dtype, "packed weights")
     each = expert_bytes(hidden, channels, dtype)
     size = count * each
-    data = arena.take(size) if arena is not None else np.empty(size, np.uint8)
+    data = arena.take(size) if arena is not None else empty((size,), np.uint8)
     gate_up = each - matrix_bytes(hidden, channels, dtype)
     panel = -(-hidden // _depth(dtype)) * STEP_BYTES
     packed = 0

@@ -101,6 +101,23 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain
 
 
+def divergence(logits: Tensor, reference: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of every row, KL(softmax(reference) || softmax(logits)), and whether they agree.
+
+    Args:
+        logits, reference: (T, V).
+        targets: (T,) integer in [0, V).
+
+    Returns:
+        (T,) in logits' dtype, in nats; (T,) float64, in nats; (T,) bool, whether the most likely
+        token is the same.
+    """
+    own, other = torch.log_softmax(logits, -1), torch.log_softmax(reference, -1)  # (T, V)
+    losses = -own.gather(1, targets.unsqueeze(1)).squeeze(1)
+    divergences = (other.exp() * (other - own)).double().sum(1)
+    return losses, divergences, logits.argmax(1) == reference.argmax(1)
+
+
 def experts(
     x: Tensor,
     topk_ids: Tensor,

@@ -240,6 +240,7 @@ def test_each_request_is_told_the_experts_that_it_ran(tiny_folder: Path) -> None
     assert 1 < want[1].mean_experts < 3
 
 
+@pytest.mark.needs_torch
 def test_the_reference_serves_the_same_requests(tiny_folder: Path) -> None:
     """Its own logits, so nearly the same ones: greedy tokens, with preemption and prefixes."""
     block = Engine.from_pretrained(tiny_folder, backend="reference").runner.block_bytes

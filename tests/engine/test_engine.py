@@ -20,7 +20,7 @@ from elastic_moe.engine.streams import DeltaStream
 from elastic_moe.errors import ContextLengthError, EngineError, RequestError, RoutingError
 from elastic_moe.model.checkpoints.saving import save_checkpoint
 from elastic_moe.model.reference.loading import load_model
-from tests.conftest import random_model
+from tests.conftest import random_weights
 
 GREEDY = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=2)
 NAMES = ["full", "L3", "L4-k1", "w2", "t0.9", "p4", "L5-k2-w3-t0.5-p6"]
@@ -31,15 +31,21 @@ def test_score_is_the_models_forward_under_the_same_subnet(tiny: Engine) -> None
     ids = tiny.encode("The yield expression is used when defining a generator.")
     for name in NAMES:
         expected = model(torch.tensor([ids]), tiny.resolve(name))[0]
-        assert torch.allclose(tiny.score(ids, name), expected, rtol=1e-5, atol=1e-5)
-    assert not torch.equal(tiny.score(ids), tiny.score(ids, "L5"))
+        assert torch.allclose(
+            torch.from_numpy(tiny.score(ids, name)), expected, rtol=1e-5, atol=1e-5
+        )
+    assert not torch.equal(
+        torch.from_numpy(tiny.score(ids)), torch.from_numpy(tiny.score(ids, "L5"))
+    )
 
 
 def test_generated_tokens_and_logprobs_are_those_of_scoring(tiny: Engine) -> None:
     prompt = tiny.encode("A class definition")
     for name in NAMES:
         done = tiny.generate(prompt, name, GREEDY)
-        logprobs = tiny.score([*prompt, *done.token_ids], name).log_softmax(-1)[len(prompt) - 1 :]
+        logprobs = torch.from_numpy(tiny.score([*prompt, *done.token_ids], name)).log_softmax(-1)[
+            len(prompt) - 1 :
+        ]
         for row, token, reported in zip(logprobs, done.token_ids, done.logprobs, strict=False):
             assert token == int(row.argmax())
             assert reported.token_id == token
@@ -48,12 +54,30 @@ def test_generated_tokens_and_logprobs_are_those_of_scoring(tiny: Engine) -> Non
             assert reported.top[0][1] >= reported.top[1][1]
 
 
+def test_tensors_are_prompts_and_bad_ones_are_named(tiny: Engine) -> None:
+    ids = [5, 6, 7]
+    expected = tiny.generate(ids, None, GREEDY)
+    assert tiny.generate(torch.tensor(ids), None, GREEDY).token_ids == expected.token_ids
+    assert tiny.generate([torch.tensor(ids), "x"], None, GREEDY)[0].token_ids == expected.token_ids
+    for prompt, message in (
+        (torch.tensor([1.0]), r"token 0 of the prompt is 1\.0"),
+        (torch.tensor([True]), "token 0 of the prompt is True"),
+        (torch.tensor([[5, 6]]), r"token 0 of the prompt is \[5, 6\]"),
+        (torch.tensor(5), "must be text or a list of token ids, got Tensor"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            tiny.score(prompt)
+
+
 def test_each_way_to_write_a_routing_runs_the_same_subnet(tiny: Engine) -> None:
     ids = tiny.encode("import this")
     config = ElasticRoutingConfig.full(active_layers=[0, 1, 2], routing_top_k=2)
-    by_name, by_config = tiny.score(ids, "L3-k2"), tiny.score(ids, config)
+    by_name, by_config = (
+        torch.from_numpy(tiny.score(ids, "L3-k2")),
+        torch.from_numpy(tiny.score(ids, config)),
+    )
     assert torch.equal(by_name, by_config)
-    assert torch.equal(by_name, tiny.score(ids, tiny.resolve("L3-k2")))
+    assert torch.equal(by_name, torch.from_numpy(tiny.score(ids, tiny.resolve("L3-k2"))))
 
 
 def test_a_completion_reports_what_ran(tiny: Engine) -> None:
@@ -247,11 +271,10 @@ def test_logits_that_are_no_numbers_end_the_generation(
     temperature: float, backend: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny_folder, tmp_path / "huge")
-    model = random_model()
-    with torch.no_grad():
-        model.layers[2].mlp.experts.down_proj.fill_(3e38)
+    weights = random_weights()
+    weights["layers.2.mlp.experts.down_proj"].fill(3e38)
     config = json.loads((tiny_folder / "config.json").read_text())
-    save_checkpoint(tmp_path / "huge", dict(model.named_parameters()), config)
+    save_checkpoint(tmp_path / "huge", weights, config)
     engine = Engine.from_pretrained(tmp_path / "huge", dtype="float32", backend=backend)
     with pytest.raises(EngineError, match="the logits after 3 tokens are not numbers"):
         engine.generate([1, 2, 3], sampling=SamplingParams(max_tokens=2, temperature=temperature))

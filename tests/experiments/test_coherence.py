@@ -114,7 +114,7 @@ def some_windows(count: int, length: int) -> list[list[int]]:
 def plain(engine: Engine, ids: list[int], name: str) -> torch.Tensor:
     """Log-probabilities of what follows BOS and all ids but the last, by the engine's own call."""
     bos = list(engine.tokenizer.prefix[:1])
-    return engine.score([*bos, *ids][: len(ids)], name).double().log_softmax(-1)
+    return torch.from_numpy(engine.score([*bos, *ids][: len(ids)], name)).double().log_softmax(-1)
 
 
 @pytest.mark.usefixtures("small")

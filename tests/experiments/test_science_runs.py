@@ -281,7 +281,7 @@ def check_lines(by_case: dict[str, Any], out: Path) -> None:
     with Engine.from_pretrained(out / "depth9-0" / CHECKPOINT) as engine:
         losses = []
         for window in evaluation_texts(engine.tokenizer, None, 1024)[REFERENCE].windows:
-            logprobs = engine.score(window.inputs, "L9").log_softmax(-1)
+            logprobs = torch.from_numpy(engine.score(window.inputs, "L9")).log_softmax(-1)
             nats = -logprobs.gather(1, torch.tensor(window.targets)[:, None])
             losses.append(nats[window.first_scored :])
     assert float(torch.cat(losses).mean()) == pytest.approx(nine, abs=1e-4)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import assert_type
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from elastic_moe import Completion, Delta, Engine, SamplingParams
 from elastic_moe.engine import Choice, RoutingStats, TokenLogprob, Usage
@@ -44,7 +45,7 @@ async def awaiting(engine: Engine) -> None:
 def parts(engine: Engine, completion: Completion, delta: Delta) -> None:
     assert_type(engine.encode("a"), list[int])
     assert_type(engine.decode([1]), str)
-    assert_type(engine.score([1], "L3"), Tensor)
+    assert_type(engine.score([1], "L3"), NDArray[np.float32])
     assert_type(engine.resolve("L3"), Subnet)
     assert_type(completion.usage, Usage)
     assert_type(completion.routing, RoutingStats)

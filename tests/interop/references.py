@@ -211,7 +211,7 @@ def _told(engine: Engine, done: Completion) -> dict[str, Any]:
 
 def logprobs_of(engine: Engine, ids: Sequence[int], subnet: str) -> torch.Tensor:
     """(T - 1, V) float64: log-probabilities of the tokens after the first, by `Engine.score`."""
-    return torch.log_softmax(engine.score(ids, subnet)[:-1].double(), dim=-1)
+    return torch.log_softmax(torch.from_numpy(engine.score(ids, subnet)[:-1]).double(), dim=-1)
 
 
 def of_tokens(rows: torch.Tensor, ids: Iterable[int]) -> list[float]:

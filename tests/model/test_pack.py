@@ -50,8 +50,7 @@ def run(
     model: CpuModel, config: object, ids: Tensor, subnet: Subnet, **options: object
 ) -> StepResult:
     """All logits of one sequence in one step."""
-    positions = torch.arange(len(ids))
-    model.set_angles(*rotary_angles(positions, config.head_dim, config.rope_theta))
+    model.set_angles(*rotary_angles(len(ids), config.head_dim, config.rope_theta))
     T, L = len(ids), config.num_layers
     per_layer = -(-T // 16)
     i32 = np.int32

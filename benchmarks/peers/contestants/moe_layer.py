@@ -62,7 +62,7 @@ class Ours:
         for i in range(layers.count):
             gate_up, down = layers.matrices(i)
             parts = LayerWeights(gate_up[:, :F].contiguous(), gate_up[:, F:].contiguous(), down)
-            self.native.append(NativeExperts(parts))
+            self.native.append(NativeExperts(parts, threads=torch.get_num_threads()))
         self.out = torch.empty(0)
         self.inputs: list[Any] = []
 
@@ -192,7 +192,7 @@ def identify() -> dict[str, Any]:
     return {
         "backend": "cpu",
         "level": native.level(),
-        "machine": describe_machine(),
+        "machine": describe_machine(torch.get_num_threads()),
         "commit": describe_commit(),
     }
 

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
-import torch
 from elastic_moe_kernels.step import Counters
 
 from benchmarks.peers.contestants.timed_native import TimedNative
@@ -47,7 +46,7 @@ class Step(NamedTuple):
 class Served:
     """An engine on a checkpoint without a tokenizer, and the steps that it ran."""
 
-    def __init__(self, folder: Path, sequences: int) -> None:
+    def __init__(self, folder: Path, sequences: int, threads: int) -> None:
         runner = load_runner(folder, backend="cpu", dtype="bfloat16")
         if not isinstance(runner, NativeRunner):
             raise SystemExit("the C++ kernels do not run this checkpoint")
@@ -60,7 +59,9 @@ class Served:
         with tempfile.TemporaryDirectory() as words:
             make_tokenizer(Path(words), runner.config.vocab_size)
             self._tokenizer = Tokenizer(Path(words))
-        engine_config = EngineConfig(max_num_seqs=sequences, kv_cache_bytes=2 << 30)
+        engine_config = EngineConfig(
+            max_num_seqs=sequences, kv_cache_bytes=2 << 30, num_threads=threads
+        )
         self.engine = Engine(runner, self._tokenizer, folder, engine_config)
 
     def _watched(self, chunks: Sequence[Any], **options: Any) -> Any:
@@ -144,15 +145,14 @@ def make_tokenizer(folder: Path, vocab_size: int) -> None:
 
 def main() -> None:
     folder, threads = Path(sys.argv[1]), int(sys.argv[2])
-    torch.set_num_threads(threads)
-    served = Served(folder, 64)
+    served = Served(folder, 64, threads)
 
     def logits(contexts: Ids, tokens: Ids, path: str) -> None:
         """As a contestant's: through scoring, which is teacher-forced."""
         every = [
             [*ids, *step] for ids, step in zip(contexts, zip(*tokens, strict=True), strict=True)
         ]
-        rows = [served.engine.score(ids)[len(contexts[0]) - 1 :].numpy() for ids in every]
+        rows = [served.engine.score(ids)[len(contexts[0]) - 1 :] for ids in every]
         np.save(path, np.stack(rows, axis=1))
 
     serve(
@@ -164,7 +164,7 @@ def main() -> None:
             "identify": lambda: {
                 "backend": served.runner.backend,
                 "level": served.level,
-                "machine": describe_machine(),
+                "machine": describe_machine(threads),
                 "commit": describe_commit(),
             },
         },

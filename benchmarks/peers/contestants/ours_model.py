@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from benchmarks.peers.contestants.slowdown import SLOWER, TwiceTheExperts
 from benchmarks.peers.contestants.timed_native import TimedNative
 from benchmarks.peers.contestants.worker import Ids, model_handlers, serve
 from elastic_moe.config import resolve_routing
 from elastic_moe.engine import Engine, SamplingParams
+from elastic_moe.engine.config import EngineConfig
 from elastic_moe.engine.running.loading import Backend, load_runner
 from elastic_moe.engine.running.native import NativeRunner
 from elastic_moe.lab.bench.batch import Batch
@@ -32,20 +34,21 @@ from elastic_moe.routing import Subnet
 class Ours:
     """Sequences on a runner, under the sub-network chosen last."""
 
-    def __init__(self, folder: Path, backend: Backend, slow: str | None) -> None:
+    def __init__(self, folder: Path, backend: Backend, slow: str | None, threads: int) -> None:
         self.folder = folder
         self.runner = load_runner(folder, backend=backend, dtype="bfloat16")
+        self.runner.set_threads(threads)
         if slow is not None and isinstance(self.runner, NativeRunner):
             twice = TwiceTheExperts(self.runner.model, load_model(folder, dtype="bfloat16"))
             self.runner.model.prepare = twice  # type: ignore[method-assign,assignment]
         self.batch = Batch(self.runner)
         self.subnet = Subnet.full(self.runner.config.shape)
 
-    def start(self, contexts: Ids, keep: bool) -> np.ndarray:  # noqa: ARG002  (always keeps)
-        return self.batch.start(contexts, self.subnet).numpy()
+    def start(self, contexts: Ids, keep: bool) -> NDArray[np.float32]:  # noqa: ARG002  (always keeps)
+        return self.batch.start(contexts, self.subnet)
 
-    def decode(self, ids: Sequence[int]) -> np.ndarray:
-        return self.batch.decode(ids).numpy()
+    def decode(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        return self.batch.decode(ids)
 
     def work(self) -> dict[str, Any]:
         """Bytes, FLOPs and experts of the last call; {} where the backend does not count."""
@@ -68,7 +71,8 @@ class Ours:
         """Median seconds per token outside the native call, all of the engine included."""
         if not isinstance(self.runner, NativeRunner):
             raise SystemExit("the reference has no native call")
-        engine = Engine(self.runner, Tokenizer(self.folder), self.folder)
+        config = EngineConfig(num_threads=self.runner.threads)
+        engine = Engine(self.runner, Tokenizer(self.folder), self.folder, config)
         packed = self.runner.model
         sampling = SamplingParams(max_tokens=steps + 2, temperature=0.0, ignore_eos=True)
         deltas = engine.stream(contexts[0], None, sampling)
@@ -93,7 +97,7 @@ def main() -> None:
     parser.add_argument("slow", nargs="?", choices=SLOWER)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    ours = Ours(args.folder, args.backend, args.slow)
+    ours = Ours(args.folder, args.backend, args.slow, args.threads)
     handlers = model_handlers(ours)
 
     def under(routing: str, wanted: str, **request: Any) -> Any:
@@ -111,7 +115,7 @@ def main() -> None:
         return {
             "backend": ours.batch.backend,
             "level": ours.batch.level,
-            "machine": describe_machine(),
+            "machine": describe_machine(args.threads),
             "commit": describe_commit(),
         }
 

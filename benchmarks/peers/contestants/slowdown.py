@@ -31,7 +31,7 @@ class TwiceTheExperts:
             if isinstance(layer, DecoderLayer) and isinstance(layer.mlp, MoE):
                 e = layer.mlp.experts
                 weights = LayerWeights(e.gate_proj, e.up_proj, e.down_proj)
-                self._layers[i] = NativeExperts(weights)
+                self._layers[i] = NativeExperts(weights, threads=torch.get_num_threads())
 
     def __call__(self, *arguments: Any, **options: Any) -> SlowStep:
         """Prepare a batch whose steps run the experts twice."""

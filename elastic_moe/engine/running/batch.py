@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from elastic_moe_kernels.step import BatchArrays, PreparedStep, StepResult
-from torch import Tensor
+from numpy.typing import NDArray
 
 from elastic_moe.engine.running.paged import Ints
 from elastic_moe.engine.running.runner import Chunk
@@ -49,7 +49,7 @@ class Decoding:
         step: PreparedStep,
         chunks: Sequence[Chunk],
         tables: Ints,
-        blocks: Tensor,
+        blocks: NDArray[np.uint8],
         angles: int,
     ) -> None:
         self._step, self._tables, self._blocks, self._angles = step, tables, blocks, angles
@@ -59,7 +59,7 @@ class Decoding:
         self._computed = [chunk.sequence.num_computed_tokens + 1 for chunk in chunks]
         self._versions = [chunk.sequence.block_table.version for chunk in chunks]
 
-    def advance(self, chunks: Sequence[Chunk], blocks: Tensor) -> StepResult | None:
+    def advance(self, chunks: Sequence[Chunk], blocks: NDArray[np.uint8]) -> StepResult | None:
         """Run the next token of every sequence; None, and nothing ran, if it cannot go on so.
 
         It cannot if these chunks are not one token of each of its sequences in their order, if

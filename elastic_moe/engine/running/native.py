@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
+from elastic_moe_kernels.arrays import empty
 from elastic_moe_kernels.step import CpuModel, StepResult
-from torch import Tensor
+from numpy.typing import NDArray
 
 from elastic_moe.engine.running.batch import Decoding, flatten
 from elastic_moe.engine.running.paged import BlockPool, OwnedSequence, PagedSequence
@@ -16,10 +16,12 @@ from elastic_moe.engine.running.runner import (
     NO_STATES,
     Chunk,
     ExpertCounts,
+    Floats,
     ModelRunner,
     Progress,
     StepOutput,
 )
+from elastic_moe.errors import require_torch
 from elastic_moe.model.checkpoints.checkpoint import DTypeName, load_config
 from elastic_moe.model.pack import load_packed, pack_model
 from elastic_moe.model.rotary import rotary_angles
@@ -37,18 +39,18 @@ class NativeRunner(ModelRunner):
         self.folder = folder
         self.config = load_config(folder)
         self.model: CpuModel = load_packed(folder, dtype=dtype, level=level)
-        self.dtype = torch.bfloat16 if self.model.dtype == "bfloat16" else torch.float32
-        self.level = self.model.level
-        self.device = torch.device("cpu")
+        self.dtype = self.model.dtype
+        self.level, self.threads = self.model.level, self.model.threads
+        self.device = "cpu"
         # Not a method of the model: channels that are ranked make it another one.
         size = self.model.block_bytes
-        super().__init__(lambda count: torch.empty(count, size, dtype=torch.uint8))
+        super().__init__(lambda count: empty((count, size), np.uint8))
         self._angles = 0  # positions whose rotary angles the model has
         self._subnets = self.model.new_table(self.config.shape.channels_per_granule)
         self._decoding: Decoding | None = None
 
     def set_threads(self, count: int) -> None:
-        self.model.threads = count
+        self.threads = self.model.threads = count
 
     def open(self, subnet: Subnet, capacity: int) -> OwnedSequence:
         return OwnedSequence(subnet, capacity, self._own_pool, self._subnets)
@@ -67,27 +69,24 @@ class NativeRunner(ModelRunner):
     ) -> StepOutput:
         """As `ModelRunner.execute`; all chunks in one native step."""
         if not chunks:
-            return StepOutput(torch.empty(0, self.config.vocab_size), [], [])
+            return StepOutput(np.empty((0, self.config.vocab_size), np.float32), [], [])
         wanted = sorted(set(states_after))
         result = None
         if self._decoding is not None and not wanted and not trace:
             result = self._decoding.advance(chunks, pool.blocks)
         if result is None:
             result = self._start(chunks, pool, wanted, trace)
-        logits = torch.from_numpy(result.logits)
         if not wanted and not trace:
-            return StepOutput(logits, result.best_ids, result.sequence_experts, result.counters)
+            return StepOutput(
+                result.logits, result.best_ids, result.sequence_experts, result.counters
+            )
         return StepOutput(
-            logits,
+            result.logits,
             result.best_ids,
             result.sequence_experts,
             result.counters,
-            NO_STATES
-            if result.states is None
-            else dict(zip(wanted, torch.from_numpy(result.states), strict=True)),
-            None
-            if result.topk_ids is None
-            else self._expert_counts(chunks, torch.from_numpy(result.topk_ids)),
+            NO_STATES if result.states is None else dict(zip(wanted, result.states, strict=True)),
+            None if result.topk_ids is None else self._expert_counts(chunks, result.topk_ids),
         )
 
     def _start(
@@ -112,37 +111,36 @@ class NativeRunner(ModelRunner):
             self._decoding = Decoding(step, chunks, arrays.block_tables, pool.blocks, self._angles)
         return result
 
-    def _expert_counts(self, chunks: Sequence[Chunk], topk_ids: Tensor) -> ExpertCounts:
+    def _expert_counts(self, chunks: Sequence[Chunk], topk_ids: NDArray[np.int32]) -> ExpertCounts:
         """Which experts ran, from the ids (L, T, K)."""
         expert_counts = ExpertCounts()
         sizes = [len(chunk.token_ids) for chunk in chunks]
         for layer in sorted(self.config.moe_layers):
             ran = [chunk.sequence.subnet.layers[layer].active for chunk in chunks]
             if any(ran):
-                rows = torch.from_numpy(np.repeat(np.array(ran), sizes))
+                rows = np.repeat(np.array(ran), sizes)
                 expert_counts.count(layer, topk_ids[layer][rows], self.config.num_experts)
         return expert_counts
 
-    def logits(self, states: Tensor) -> Tensor:
-        return torch.from_numpy(self.model.logits(states))
+    def logits(self, states: Floats) -> Floats:
+        return self.model.logits(states)
 
-    def final_states(self, states: Tensor) -> Tensor:
-        return torch.from_numpy(self.model.final_states(states))
+    def final_states(self, states: Floats) -> Floats:
+        return self.model.final_states(states)
 
     def rank_channels(
         self, windows: Sequence[Sequence[int]], progress: Progress
-    ) -> dict[int, Tensor]:
+    ) -> dict[int, NDArray[np.int64]]:
         # The reference ranks: this runs once, and packed weights are not for looking at.
-        from elastic_moe.model.reference.expert_ranking import rank_channels, reorder_channels
+        require_torch("ranking channels")
+        from elastic_moe.engine.running.reference import ReferenceRunner
         from elastic_moe.model.reference.loading import load_model
 
-        name: DTypeName = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
-        torch.set_num_threads(self.model.threads)
-        model = load_model(self.folder, dtype=name)
-        order = rank_channels(model, windows, progress)
-        reorder_channels(model, order)
-        threads, self.model = self.model.threads, pack_model(model, self.level)
-        self.model.threads = threads
+        reference = ReferenceRunner(load_model(self.folder, dtype=self.dtype))
+        reference.set_threads(self.threads)
+        order, model = reference.rank_channels(windows, progress), reference.model
+        self.model = pack_model(model, self.level)
+        self.model.threads = self.threads
         self._angles = 0
         self._decoding = None
         return order
@@ -151,7 +149,5 @@ class NativeRunner(ModelRunner):
         """Have rotary angles for so many positions; long contexts need many and are rare."""
         if positions > self._angles:
             self._angles = max(positions, 2 * self._angles, FIRST_ANGLES)
-            every = torch.arange(self._angles)
-            self.model.set_angles(
-                *rotary_angles(every, self.config.head_dim, self.config.rope_theta)
-            )
+            angles = rotary_angles(self._angles, self.config.head_dim, self.config.rope_theta)
+            self.model.set_angles(*angles)

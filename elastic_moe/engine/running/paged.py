@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
+from elastic_moe_kernels.arrays import Array
 from elastic_moe_kernels.table import GrowingTable
 from numpy.typing import NDArray
-from torch import Tensor
 
 from elastic_moe.engine.scheduling.block_manager import BlockTable, Page, pages_for
 from elastic_moe.errors import EngineError
@@ -26,10 +27,10 @@ class BlockPool:
         new_blocks: makes room for so many blocks; the first dimension counts them.
 
     Attributes:
-        blocks: all of them; another tensor after the pool has grown.
+        blocks: all of them; another array after the pool has grown.
     """
 
-    def __init__(self, new_blocks: Callable[[int], Tensor]) -> None:
+    def __init__(self, new_blocks: Callable[[int], Array]) -> None:
         self.blocks = new_blocks(0)
         self.free: list[int] = []
         self._new_blocks = new_blocks
@@ -37,7 +38,7 @@ class BlockPool:
     @property
     def block_bytes(self) -> int:
         """Bytes of one block."""
-        return self.blocks[:0].element_size() * self.blocks.shape[1:].numel()
+        return int(self.blocks.itemsize * math.prod(self.blocks.shape[1:]))
 
     def reserve(self, count: int) -> None:
         """Have so many blocks, whose numbers, from 0 on, a block manager gives out."""

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
+from elastic_moe_kernels.arrays import tensor
 from elastic_moe_kernels.constants import BLOCK_POSITIONS
+from numpy.typing import NDArray
 from torch import Tensor
 
 from elastic_moe.engine.running.paged import BlockPool, PagedSequence
-from elastic_moe.engine.running.runner import Chunk, ExpertCounts, ModelRunner, Progress, StepOutput
+from elastic_moe.engine.running.runner import (
+    Chunk,
+    ExpertCounts,
+    Floats,
+    ModelRunner,
+    Progress,
+    StepOutput,
+)
 from elastic_moe.model.reference.expert_ranking import rank_channels, reorder_channels
 from elastic_moe.model.reference.transformer import ElasticTransformer, Trace
 
@@ -22,21 +32,24 @@ class ReferenceRunner(ModelRunner):
     def __init__(self, model: ElasticTransformer) -> None:
         self.model = model
         self.config = model.config
-        self.dtype = model.input_dtype or torch.float32
-        self.device = model.embed_tokens.weight.device
+        self.dtype = "float32" if model.input_dtype is None else "bfloat16"
+        self._device = model.embed_tokens.weight.device
+        self.device = str(self._device)
+        self.threads = torch.get_num_threads()
         # A block: keys or values, 16 positions, key/value heads, channels.
         shape = (2, BLOCK_POSITIONS, self.config.num_kv_heads, self.config.head_dim)
-        dtype, device = self.dtype, self.device
+        dtype, device = model.input_dtype or torch.float32, self._device
         super().__init__(lambda count: torch.empty((count, *shape), dtype=dtype, device=device))
 
     def set_threads(self, count: int) -> None:
+        self.threads = count
         torch.set_num_threads(count)
 
     def execute(
         self, chunks: Sequence[Chunk], pool: BlockPool, states_after: Iterable[int], trace: bool
     ) -> StepOutput:
         states: dict[int, list[Tensor]] = {layers: [] for layers in sorted(set(states_after))}
-        logits = [torch.empty(0, self.config.vocab_size, device=self.device)]
+        logits = [torch.empty(0, self.config.vocab_size, device=self._device)]
         expert_counts = ExpertCounts() if trace else None
         experts_run = [0] * len(chunks)
         with torch.inference_mode():
@@ -48,39 +61,42 @@ class ReferenceRunner(ModelRunner):
                 for layer in seen.layers:
                     experts_run[number] += int((layer.topk_ids >= 0).sum())
                     if expert_counts is not None:
-                        expert_counts.count(layer.layer, layer.topk_ids, self.config.num_experts)
+                        ids = layer.topk_ids.numpy(force=True)
+                        expert_counts.count(layer.layer, ids, self.config.num_experts)
             every = torch.cat(logits)
             best = every.argmax(-1).where(every.isfinite().all(-1), -1)
+            wanted = any(chunk.logits in ("last", "all") for chunk in chunks)
             return StepOutput(
-                every if any(chunk.logits in ("last", "all") for chunk in chunks) else every[:0],
+                (every if wanted else every[:0]).numpy(force=True),
                 best.tolist(),
                 experts_run,
-                states={layers: torch.cat(parts) for layers, parts in states.items()},
+                states={n: torch.cat(parts).numpy(force=True) for n, parts in states.items()},
                 expert_counts=expert_counts,
             )
 
-    def logits(self, states: Tensor) -> Tensor:
+    def logits(self, states: Floats) -> Floats:
         with torch.inference_mode():
-            return self.model.logits(states)
+            logits: Floats = self.model.logits(tensor(states, self._device)).numpy(force=True)
+            return logits
 
-    def final_states(self, states: Tensor) -> Tensor:
+    def final_states(self, states: Floats) -> Floats:
         with torch.inference_mode():
-            normed: Tensor = self.model.norm(states)
+            normed: Floats = self.model.norm(tensor(states, self._device)).numpy(force=True)
             return normed
 
     def rank_channels(
         self, windows: Sequence[Sequence[int]], progress: Progress
-    ) -> dict[int, Tensor]:
+    ) -> dict[int, NDArray[np.int64]]:
         order = rank_channels(self.model, windows, progress)
         reorder_channels(self.model, order)
-        return order
+        return {layer: channels.numpy(force=True) for layer, channels in order.items()}
 
     def _run_chunk(
         self, chunk: Chunk, pool: BlockPool, states: dict[int, list[Tensor]], trace: Trace
     ) -> Tensor:
         """The stream (t, D) after the last layer; also kept after the layer counts of `states`."""
         sequence = chunk.sequence
-        ids = torch.tensor(list(map(int, chunk.token_ids)), device=self.device)
+        ids = torch.tensor(list(map(int, chunk.token_ids)), device=self._device)
         cache = _BlockCache(sequence, pool)
         x = torch.empty(0)
         for layers, state in self.model.states(

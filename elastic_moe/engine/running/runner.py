@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-import torch
+import numpy as np
+from elastic_moe_kernels.arrays import Array, DType
 from elastic_moe_kernels.step import Counters
-from torch import Tensor
+from numpy.typing import NDArray
 
 from elastic_moe.engine.running.paged import BlockPool, Ints, OwnedSequence, PagedSequence
 from elastic_moe.errors import EngineError
@@ -22,7 +23,8 @@ from elastic_moe.model.config import ModelConfig
 from elastic_moe.routing import Subnet
 
 LogitsMode = Literal["none", "best", "last", "all"]
-NO_STATES: Mapping[int, Tensor] = MappingProxyType({})
+Floats = NDArray[np.float32]
+NO_STATES: Mapping[int, Floats] = MappingProxyType({})
 Progress = Callable[[int, int], None] | None
 
 
@@ -48,18 +50,18 @@ class ExpertCounts:
         rows: layer -> tokens that it routed.
     """
 
-    tokens_per_expert: dict[int, Tensor] = field(default_factory=dict)
+    tokens_per_expert: dict[int, NDArray[np.int64]] = field(default_factory=dict)
     rows: dict[int, int] = field(default_factory=dict)
 
-    def add(self, layer: int, tokens: Tensor, rows: int) -> None:
+    def add(self, layer: int, tokens: NDArray[np.int64], rows: int) -> None:
         """Add what one layer's router chose for some rows."""
         self.tokens_per_expert[layer] = self.tokens_per_expert.get(layer, 0) + tokens
         self.rows[layer] = self.rows.get(layer, 0) + rows
 
-    def count(self, layer: int, topk_ids: Tensor, num_experts: int) -> None:
+    def count(self, layer: int, topk_ids: NDArray[np.int32], num_experts: int) -> None:
         """Add the choices (n, K) of one layer's router, -1 where nothing ran."""
-        ids = topk_ids[topk_ids >= 0].long()
-        self.add(layer, torch.bincount(ids, minlength=num_experts).cpu(), len(topk_ids))
+        ids = topk_ids[topk_ids >= 0]
+        self.add(layer, np.bincount(ids, minlength=num_experts), len(topk_ids))
 
 
 class StepOutput(NamedTuple):  # a tuple, as Chunk
@@ -76,11 +78,11 @@ class StepOutput(NamedTuple):  # a tuple, as Chunk
         expert_counts: what the routers chose; if asked for.
     """
 
-    logits: Tensor
+    logits: Floats
     best_ids: list[int]
     experts_run: list[int]
     counters: Counters | None = None
-    states: Mapping[int, Tensor] = NO_STATES
+    states: Mapping[int, Floats] = NO_STATES
     expert_counts: ExpertCounts | None = None
 
 
@@ -91,24 +93,26 @@ class ModelRunner(ABC):
         backend: 'reference' or 'cpu'.
         config: of the model.
         dtype: what matrix inputs, keys and values are rounded to; float32 is not rounded.
-        device: where logits come out.
+        device: where the model is.
         level: the instruction-set level of the C++ kernels; None where others run.
+        threads: that a call takes, at most.
     """
 
     backend: Literal["reference", "cpu"]
     config: ModelConfig
-    dtype: torch.dtype
-    device: torch.device
+    dtype: DType
+    device: str
     level: str | None = None
+    threads: int
 
-    def __init__(self, new_blocks: Callable[[int], Tensor]) -> None:
+    def __init__(self, new_blocks: Callable[[int], Array]) -> None:
         """`new_blocks` allocates so many blocks."""
         self._own_pool = BlockPool(new_blocks)
         self._managed_pool = BlockPool(new_blocks)
 
     @abstractmethod
     def set_threads(self, count: int) -> None:
-        """How many threads the runner's calls of this thread take, at most."""
+        """Have the calls of this thread take so many threads, at most."""
 
     @property
     def block_bytes(self) -> int:
@@ -163,17 +167,17 @@ class ModelRunner(ABC):
         """Run chunks whose blocks, of `pool`, are allocated; sequences are only read."""
 
     @abstractmethod
-    def logits(self, states: Tensor) -> Tensor:
+    def logits(self, states: Floats) -> Floats:
         """Final norm and head: residual stream (n, D) -> (n, V) float32."""
 
     @abstractmethod
-    def final_states(self, states: Tensor) -> Tensor:
+    def final_states(self, states: Floats) -> Floats:
         """Final norm: residual stream (n, D) -> (n, D) float32, which the head reads."""
 
     @abstractmethod
     def rank_channels(
         self, windows: Sequence[Sequence[int]], progress: Progress
-    ) -> dict[int, Tensor]:
+    ) -> dict[int, NDArray[np.int64]]:
         """Order every expert's channels by what they contribute on a text, in place.
 
         Returns:

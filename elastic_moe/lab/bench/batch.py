@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from elastic_moe_kernels.step import Counters
-from torch import Tensor
+from numpy.typing import NDArray
 
 from elastic_moe.engine.running.paged import PagedSequence
 from elastic_moe.engine.running.runner import Chunk, ModelRunner
@@ -55,7 +56,7 @@ class Batch:
         self._sequences: list[PagedSequence] = []
         self._counters: Counters | None = None
 
-    def start(self, contexts: Ids, subnet: Subnet) -> Tensor:
+    def start(self, contexts: Ids, subnet: Subnet) -> NDArray[np.float32]:
         """Forget all sequences and read these; last rows' logits (S, V)."""
         self._sequences.clear()  # their blocks are free again
         self._sequences = [
@@ -63,7 +64,7 @@ class Batch:
         ]
         return self._run(contexts)
 
-    def decode(self, ids: Sequence[int]) -> Tensor:
+    def decode(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """One more token for every sequence; logits (S, V).
 
         Raises:
@@ -81,7 +82,7 @@ class Batch:
         c = self._counters
         return None if c is None else Work(c.weight_bytes, c.kv_bytes, c.flops, c.mean_experts)
 
-    def _run(self, ids: Ids) -> Tensor:
+    def _run(self, ids: Ids) -> NDArray[np.float32]:
         chunks = [Chunk(s, part) for s, part in zip(self._sequences, ids, strict=True)]
         out = self.runner.run(chunks)
         self._counters = out.counters

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from elastic_moe.errors import BenchmarkError
 from elastic_moe.lab.bench.batch import Batch, Work
 from elastic_moe.lab.bench.limits import READ_BYTES, Limits, LimitsProbe
@@ -73,7 +75,7 @@ def cases(max_positions: int, *, quick: bool) -> list[Case]:
 def check_batch(
     batch: Batch, reference: Batch, subnet: Subnet, ids: Sequence[int], dtype: str
 ) -> float:
-    """How far the logits are from the reference's: root mean square of the difference.
+    """How far the logits are from those of a reference: root mean square of the difference.
 
     Returns:
         The error over the root mean square of the logits.
@@ -87,7 +89,7 @@ def check_batch(
         (batch.start(context, subnet), reference.start(context, subnet)),
         (batch.decode(token), reference.decode(token)),
     ):
-        error = float((got - exact).square().mean().div(exact.square().mean()).sqrt())
+        error = float(np.sqrt(np.square(got - exact).mean() / np.square(exact).mean()))
         worst = max(worst, error) if error == error else error  # NaN stays
         if not worst <= MAX_ERROR[dtype]:
             raise BenchmarkError(
@@ -126,7 +128,8 @@ def bench(
     """
     todo = cases(max_positions, quick=quick)
     rounds = QUICK_ROUNDS if quick else ROUNDS
-    probe = LimitsProbe(dtype, read_bytes=QUICK_READ_BYTES if quick else READ_BYTES)
+    size = QUICK_READ_BYTES if quick else READ_BYTES
+    probe = LimitsProbe(dtype, read_bytes=size, threads=batch.runner.threads)
     if started is not None:
         started(probe.measure())
     load = LoadMonitor()
@@ -159,7 +162,7 @@ def describe_run(batch: Batch) -> dict[str, Any]:
     return {
         "backend": batch.backend,
         "level": batch.level,
-        **describe_provenance(),
+        **describe_provenance(batch.runner.threads),
     }
 
 

@@ -73,6 +73,7 @@ def bench_kernel(
     kernel: ExpertKernel,
     *,
     quick: bool = False,
+    threads: int | None = None,
     load: LoadMonitor | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -81,6 +82,7 @@ def bench_kernel(
     Everybody computes the same routing of the same random inputs, in turns.
 
     Args:
+        threads: of ours; those of PyTorch are the caller's to set.
         load: read before each measurement.
         progress: called with (numbers of rows done, all).
 
@@ -100,9 +102,10 @@ def bench_kernel(
         ),
     }
     if not native.missing():
-        ours = NativeExperts(weights)
+        ours = NativeExperts(weights, threads=threads)
         contestants["ours"] = lambda i: ours(i, torch.zeros(i.x.shape))
-    probe = LimitsProbe(str(weights.gate.dtype).removeprefix("torch."), read_bytes=1 << 27)
+    dtype = str(weights.gate.dtype).removeprefix("torch.")
+    probe = LimitsProbe(dtype, read_bytes=1 << 27, threads=threads)
     rows_to_do = QUICK_ROWS if quick else ROWS
     records = []
     for done, rows in enumerate(rows_to_do):

@@ -43,7 +43,9 @@ class NativeExperts:
         weight_bytes, flops: that the last call touched and did.
     """
 
-    def __init__(self, weights: LayerWeights, level: str | None = None) -> None:
+    def __init__(
+        self, weights: LayerWeights, level: str | None = None, threads: int | None = None
+    ) -> None:
         experts, channels, hidden = weights.gate.shape
         dtype = weights.gate.dtype
         arena = Arena(experts * expert_bytes(hidden, channels, dtype) + 64)
@@ -55,7 +57,7 @@ class NativeExperts:
             dtype=dtype,
             arena=arena,
         )
-        self._level = level
+        self._level, self._threads = level, threads
         self.weight_bytes = self.flops = 0
 
     def __call__(self, inputs: LayerInputs, out: Tensor) -> Tensor:
@@ -71,6 +73,7 @@ class NativeExperts:
             inputs.channels,
             self._packed,
             level=self._level,
+            threads=self._threads,
         )
         return out
 

@@ -7,8 +7,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-import torch
-
 from elastic_moe.engine.running.runner import Chunk, ModelRunner
 from elastic_moe.lab.load import LoadMonitor
 from elastic_moe.routing import Subnet
@@ -58,15 +56,12 @@ def measure_speed(
     prompt = list(ids[:PREFILL_TOKENS])
     seconds: list[list[tuple[float, float]]] = [[] for _ in subnets]
     done = 0
-    with torch.inference_mode():
-        _time_once(runner, subnets[0], prompt, 1)  # warms up
+    _time_once(runner, subnets[0], prompt, 1)  # warms up
     for _ in range(rounds):
         for subnet, kept in zip(subnets, seconds, strict=True):
             if load is not None:
                 load.read()
-            with torch.inference_mode():
-                measured = _time_once(runner, subnet, prompt, decode_tokens)
-            kept.append(measured)
+            kept.append(_time_once(runner, subnet, prompt, decode_tokens))
             done += 1
             yield done, []
     speeds = [

@@ -12,9 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+from elastic_moe_kernels import ops
 from numpy.typing import NDArray
-from torch import Tensor
 
 from elastic_moe.engine.running.runner import Chunk, ExpertCounts, ModelRunner, StepOutput
 from elastic_moe.errors import ElasticMoEError
@@ -22,7 +21,7 @@ from elastic_moe.lab.sweeps.text import EvaluationSet
 from elastic_moe.routing import Subnet
 
 BATCH_WINDOWS = 8
-# Log-probabilities that are in memory at once, for each of a few tensors: 128 MiB. The bundled
+# Logits that are in memory at once, for each of a few tensors: 128 MiB. The bundled
 # model's 4,096 x 4,096 of a batch fit twice; a vocabulary of 152,000 takes 220 rows at a time.
 CHUNK_NUMBERS = 1 << 25
 Floats = NDArray[np.float32]
@@ -97,7 +96,7 @@ def weighted_mean(
 
 
 class FullNetwork:
-    """Log-probabilities of the full network on the whole evaluation set, kept for comparison.
+    """Logits of the full network on the whole evaluation set, kept for comparison.
 
     (N, V) float32 in a temporary file that the system may page out; it has no name and goes with
     the process.
@@ -113,19 +112,19 @@ class FullNetwork:
         if needed > free:
             raise ElasticMoEError(
                 f"comparing with the full network needs {needed / 1e9:.1f} GB in {folder} "
-                f"({scored_tokens:,} tokens x {vocab_size:,} log-probabilities), and "
+                f"({scored_tokens:,} tokens x {vocab_size:,} logits), and "
                 f"{free / 1e9:.1f} GB are free. Lower --tokens, or set TMPDIR to a larger disk."
             )
         with tempfile.TemporaryFile(prefix="elastic-moe-") as file:  # the mapping outlives it
-            self._logprobs: NDArray[np.float32] = np.memmap(
+            self._logits: NDArray[np.float32] = np.memmap(
                 file, dtype=np.float32, mode="w+", shape=(scored_tokens, vocab_size)
             )
 
-    def store(self, start: int, logprobs: Tensor) -> None:
-        self._logprobs[start : start + len(logprobs)] = logprobs.cpu().numpy()
+    def store(self, start: int, logits: Floats) -> None:
+        self._logits[start : start + len(logits)] = logits
 
-    def read(self, start: int, count: int, device: torch.device) -> Tensor:
-        return torch.from_numpy(self._logprobs[start : start + count]).to(device)
+    def read(self, start: int, count: int) -> Floats:
+        return self._logits[start : start + count]
 
 
 def measure_depths(
@@ -153,31 +152,29 @@ def measure_depths(
     done = start = 0
     vocab_size = runner.config.vocab_size
     for batch in text.batches(BATCH_WINDOWS):
-        device = runner.device
-        targets = torch.tensor([window.targets for window in batch], device=device)
-        firsts = torch.tensor([window.first_scored for window in batch], device=device)
-        scored = torch.arange(targets.shape[1], device=device) >= firsts.unsqueeze(1)  # (B, T)
+        targets = np.array([window.targets for window in batch], dtype=np.int64)  # (B, T)
+        firsts = np.array([window.first_scored for window in batch])
+        scored = np.arange(targets.shape[1]) >= firsts[:, None]  # (B, T)
         wanted = targets[scored]  # (n,)
-        with torch.inference_mode():
-            out = runner.run(
-                [
-                    Chunk(runner.open(deepest, len(window.inputs)), window.inputs, "none")
-                    for window in batch
-                ],
-                states_after=depths,
-                trace=True,
-            )
-            states = {depth: x[scored.flatten()] for depth, x in out.states.items()}  # (n, D)
-            rows = max(1, CHUNK_NUMBERS // vocab_size)
-            for first in range(0, len(wanted), rows):
-                part = slice(first, first + rows)
-                if is_full:
-                    full.store(start + first, _logprobs(runner, states[deepest.depth][part]))
-                reference = full.read(start + first, len(wanted[part]), device)
-                for depth, x in states.items():
-                    itself = is_full and depth == deepest.depth
-                    predicted = reference if itself else _logprobs(runner, x[part])
-                    sums[depth].add(predicted, wanted[part], reference)
+        out = runner.run(
+            [
+                Chunk(runner.open(deepest, len(window.inputs)), window.inputs, "none")
+                for window in batch
+            ],
+            states_after=depths,
+            trace=True,
+        )
+        states = {depth: x[scored.flatten()] for depth, x in out.states.items()}  # (n, D)
+        rows = max(1, CHUNK_NUMBERS // vocab_size)
+        for first in range(0, len(wanted), rows):
+            part = slice(first, first + rows)
+            if is_full:
+                full.store(start + first, runner.logits(states[deepest.depth][part]))
+            reference = full.read(start + first, len(wanted[part]))
+            for depth, x in states.items():
+                itself = is_full and depth == deepest.depth
+                predicted = reference if itself else runner.logits(x[part])
+                sums[depth].add(predicted, wanted[part], reference)
         use.add(out)
         start += len(wanted)
         done += len(batch)
@@ -185,27 +182,23 @@ def measure_depths(
     yield done, {depth: total.quality(use, depth) for depth, total in sums.items()}
 
 
-def _logprobs(runner: ModelRunner, x: Tensor) -> Tensor:
-    """Residual stream (n, D) -> log-probabilities (n, V)."""
-    return torch.log_softmax(runner.logits(x), dim=-1)
-
-
 class _Sums:
     """Running sums of one sub-network's quality."""
 
     def __init__(self) -> None:
-        self.losses: list[Tensor] = []
+        self.losses: list[Floats] = []
         self.kl = 0.0
         self.agreed = 0
 
-    def add(self, predicted: Tensor, wanted: Tensor, full: Tensor) -> None:
-        """predicted, full (n, V) log-probabilities; wanted (n,) ids."""
-        self.losses.append(-predicted.gather(1, wanted.unsqueeze(1)).squeeze(1).cpu())
-        self.kl += float((full.exp() * (full - predicted)).sum(dim=1).double().sum())
-        self.agreed += int((predicted.argmax(1) == full.argmax(1)).sum())
+    def add(self, predicted: Floats, wanted: NDArray[np.int64], full: Floats) -> None:
+        """predicted, full (n, V) logits; wanted (n,) ids."""
+        losses, divergences, agreed = ops.divergence(predicted, full, wanted)
+        self.losses.append(losses)
+        self.kl += float(divergences.sum())
+        self.agreed += int(agreed.sum())
 
     def quality(self, use: _ExpertUse, depth: int) -> Quality:
-        losses = torch.cat(self.losses).numpy()
+        losses = np.concatenate(self.losses)
         return Quality(
             losses=losses,
             kl_to_full=self.kl / len(losses),

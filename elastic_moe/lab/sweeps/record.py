@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any, cast
-
-import torch
 
 from elastic_moe.engine import Engine
 from elastic_moe.lab.bench.speed import Spread
@@ -50,7 +49,7 @@ def describe_point(
         "mean_experts": round(experts, 4),
         "bits_per_byte": quality.bits_per_byte(text.scored_bytes),
         "nats_per_token": quality.nats_per_token,
-        "perplexity": float(torch.tensor(quality.nats_per_token, dtype=torch.float64).exp()),
+        "perplexity": math.exp(quality.nats_per_token),
         "delta_nats": delta,
         "standard_error": error,
         "window_deviations": window_deviations(quality, text),

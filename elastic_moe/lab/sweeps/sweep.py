@@ -156,7 +156,7 @@ class _Run:
     ) -> None:
         self.engine, self.text, self.grid = engine, text, grid
         self.folder, self.progress = folder, progress
-        about = describe_provenance()
+        about = describe_provenance(engine.runner.threads)
         self.result: SweepResult = {
             "schema_version": SCHEMA_VERSION,
             "model": record.describe_model(engine),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
+from elastic_moe_kernels.arrays import BITS, to_dtype
+from numpy.typing import NDArray
 
 from elastic_moe.errors import CheckpointError
 from elastic_moe.model.checkpoints.folder import CONFIG, read_json
@@ -53,7 +54,7 @@ class Checkpoint:
         self._check_rest(used)
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> str:
         """The dtype of the file: that of its matrices."""
         return self.files.dtype(self._sources["embed_tokens.weight"][0].tensor)
 
@@ -61,27 +62,25 @@ class Checkpoint:
         """The stored tensors that make up one of our parameters."""
         return self._sources[name]
 
-    def read(
-        self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-    ) -> Tensor:
-        """One of our parameters, copied out of its files.
+    def read(self, name: str, dtype: str | None = None) -> NDArray[Any]:
+        """One of our parameters, copied out of its files; bfloat16 as its bits.
 
         Args:
-            dtype: to convert the values to; None keeps that of the file.
+            dtype: name of that to convert the values to; None keeps that of the file.
 
         Raises:
             CheckpointError: a value is NaN or infinite, or of no supported dtype.
         """
         sources, shape = self.sources(name), self.shapes[name]
         dtype = dtype or self.files.dtype(sources[0].tensor)
-        whole = torch.empty(shape, dtype=dtype, device=device)
-        parts = whole.unbind(0) if self._is_stacked(name) else [whole]
+        whole = np.empty(shape, BITS[dtype])
+        parts = whole if self._is_stacked(name) else [whole]
         for part, source in zip(parts, sources, strict=True):
             with self.files.mapped(source.tensor) as values:
-                part.copy_(values[source.index])
+                part[...] = to_dtype(values[source.index], dtype)
         return whole
 
-    def read_expert(self, name: str, expert: int) -> Tensor:
+    def read_expert(self, name: str, expert: int) -> NDArray[Any]:
         """One expert's matrix of a stacked parameter such as `layers.0.mlp.experts.up_proj`.
 
         Raises:
@@ -91,7 +90,7 @@ class Checkpoint:
         source = sources[expert] if self._is_stacked(name) else sources[0]
         with self.files.mapped(source.tensor) as values:
             part = values[source.index] if self._is_stacked(name) else values[source.index][expert]
-            return part.clone()
+            return np.array(part)
 
     def _is_stacked(self, name: str) -> bool:
         """Whether every expert is a tensor of its own."""
@@ -128,7 +127,7 @@ class Checkpoint:
         head, embeddings = "lm_head.weight", "model.embed_tokens.weight"
         if self.config.tied_embeddings and head in extra:
             with self.files.mapped(head) as a, self.files.mapped(embeddings) as b:
-                if not torch.equal(a, b):
+                if a.dtype != b.dtype or not np.array_equal(a, b):
                     raise CheckpointError(
                         f"{self.files.entry(head).path}: tensor {head!r} differs from "
                         f"{embeddings!r}, but config.json ties them (tie_word_embeddings)."
@@ -144,7 +143,7 @@ class Checkpoint:
 
 def is_rounded(checkpoint: Checkpoint, dtype: DTypeName) -> bool:
     """Whether a dtype that was asked for means that matrix inputs are rounded to bf16."""
-    return checkpoint.dtype == torch.bfloat16 if dtype == "auto" else dtype == "bfloat16"
+    return checkpoint.dtype == "bfloat16" if dtype == "auto" else dtype == "bfloat16"
 
 
 def is_small(name: str, shape: tuple[int, ...]) -> bool:

@@ -14,8 +14,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
+from elastic_moe_kernels.arrays import Array, array, to_dtype
+from numpy.typing import NDArray
 
 from elastic_moe.errors import CheckpointWarning, ExtractError
 from elastic_moe.files import replacing_folder, write_text
@@ -68,7 +69,7 @@ COMPANIONS = (
 CARD = "README.md"
 # Added to a score in [0, 1], it keeps an expert from ever being chosen; finite, as weights must be.
 EXCLUDED = -1e9
-ChannelOrder = Mapping[int, Tensor]  # layer -> (E, F): which channel comes first, second, ...
+ChannelOrder = Mapping[int, Array]  # layer -> (E, F): which channel comes first, second, ...
 
 
 class Resolvable(Protocol):
@@ -205,7 +206,7 @@ class _Cut:
         unequal = []
         for layer, pool in self.pools.items():
             biases = self.parent.read(f"layers.{layer}.mlp.correction_bias")[list(pool)]
-            if len(pool) < self.old.num_experts and bool((biases != biases[0]).any()):
+            if len(pool) < self.old.num_experts and (biases != biases[0]).any():
                 unequal.append(layer)
         if unequal:
             warnings.warn(
@@ -295,7 +296,7 @@ class _Cut:
             else:
                 (source,) = sources
                 biased = self.pool_as_bias and name.endswith("correction_bias")
-                dtype = torch.float32 if biased else dtype  # bf16 would round what it adds to
+                dtype = "float32" if biased else dtype  # bf16 would round what it adds to
                 reader = _Reader(self, old_name, layer, source.shape, None)
                 items.append(Item(source.tensor, source.shape, dtype, reader))
         return items
@@ -318,10 +319,10 @@ class _Reader:
         self.cut, self.name, self.layer = cut, name, layer
         self.shape, self.expert = shape, expert
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> NDArray[Any]:
         return self._values().reshape(self.shape)
 
-    def _values(self) -> Tensor:
+    def _values(self) -> NDArray[Any]:
         cut, name = self.cut, self.name
         pool = () if cut.pool_as_bias else cut.pools.get(self.layer, ())
         if self.expert is not None:
@@ -332,22 +333,22 @@ class _Reader:
             return whole[list(pool)]
         if name.endswith("mlp.correction_bias"):
             if cut.pool_as_bias:
-                whole = whole.float()
-                inside = torch.zeros(len(whole), dtype=torch.bool)
-                inside[list(cut.pools[self.layer])] = True
-                return whole.masked_fill(~inside, EXCLUDED)
+                biases = np.full(len(whole), EXCLUDED, np.float32)
+                inside = list(cut.pools[self.layer])
+                biases[inside] = to_dtype(whole, "float32")[inside]
+                return biases
             return whole[list(pool)]
         if ".shared_experts." in name and whole.shape != self.shape:
-            padded = whole.new_zeros(self.shape)
+            padded = np.zeros(self.shape, whole.dtype)
             padded[: whole.shape[0], : whole.shape[1]] = whole
             return padded
         return whole
 
-    def _channels(self, weight: Tensor, expert: int) -> Tensor:
+    def _channels(self, weight: NDArray[Any], expert: int) -> NDArray[Any]:
         """The channels that stay, in the order in which they count."""
         channels = self.cut.new.expert_hidden
         order = self.cut.order.get(self.layer)
-        kept = torch.arange(channels) if order is None else order[expert, :channels]
+        kept = np.arange(channels) if order is None else array(order)[expert, :channels]
         return weight[:, kept] if self.name.endswith("down_proj") else weight[kept]
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from elastic_moe_kernels.arrays import BITS, Array, array, dtype_name, to_dtype
+from numpy.typing import NDArray
 
 from elastic_moe.errors import CheckpointError
 from elastic_moe.files import replacing, write_text
@@ -27,40 +28,41 @@ class Item:
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
+    dtype: str
+    read: Callable[[], NDArray[Any]]
 
     @property
     def nbytes(self) -> int:
         count = 1
         for size in self.shape:
             count *= size
-        return count * self.dtype.itemsize
+        return count * BITS[self.dtype].itemsize
 
 
 def save_checkpoint(
     folder: Path,
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Array],
     config: Mapping[str, Any],
     *,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: Any = "bfloat16",
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write config.json and the weights of a model; each file appears whole or not at all.
 
     Args:
-        weights: parameters of an `ElasticTransformer`, by name.
+        weights: parameters of an `ElasticTransformer`, by name; arrays of any kind.
         config: the config.json to write; read back first, so that only a valid one is written.
         max_shard_bytes: weights beyond it are written as several files.
     """
     parsed = read_config(config, str(folder / CONFIG))
     family = FAMILIES[parsed.model_type]
     items: list[Item] = []
+    dtype = dtype_name(dtype)
     for name, weight in weights.items():
-        stored = weight.detach().to(dtype)
+        stored = to_dtype(array(weight), dtype)
         sources = next(family.sources(parsed, name, tuple(weight.shape)))
         stacked = name.endswith(EXPERT_PARTS)
-        for source, part in zip(sources, stored.unbind(0) if stacked else [stored], strict=True):
+        for source, part in zip(sources, stored if stacked else [stored], strict=True):
             items.append(Item(source.tensor, source.shape, dtype, _shaped(part, source)))
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder, items, max_shard_bytes)
@@ -99,7 +101,7 @@ def write_tensors(
 def write_file(path: Path, items: Iterable[Item]) -> None:
     """Write one safetensors file; it appears whole or not at all."""
     # By falling item size, as the format's library does, so that every tensor is aligned.
-    ordered = sorted(items, key=lambda item: (-item.dtype.itemsize, item.name))
+    ordered = sorted(items, key=lambda item: (-BITS[item.dtype].itemsize, item.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for item in ordered:
@@ -115,13 +117,13 @@ def write_file(path: Path, items: Iterable[Item]) -> None:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for item in ordered:
-            values = item.read().detach().cpu().contiguous()
-            if values.dtype != item.dtype or tuple(values.shape) != item.shape:
+            values = np.ascontiguousarray(item.read())
+            if values.dtype != BITS[item.dtype] or values.shape != item.shape:
                 raise CheckpointError(
                     f"{path}: tensor {item.name!r} should be {item.dtype} {item.shape}, "
-                    f"got {values.dtype} {tuple(values.shape)}."
+                    f"got {dtype_name(values.dtype)} {values.shape}."
                 )
-            file.write(values.flatten().view(torch.uint8).numpy().data)
+            file.write(values.reshape(-1).view(np.uint8).data)
 
 
 def _share_out(items: list[Item], limit: int) -> list[list[Item]]:
@@ -137,5 +139,5 @@ def _share_out(items: list[Item], limit: int) -> list[list[Item]]:
     return shards
 
 
-def _shaped(part: Tensor, source: Source) -> Callable[[], Tensor]:
+def _shaped(part: NDArray[Any], source: Source) -> Callable[[], NDArray[Any]]:
     return lambda: part.reshape(source.shape)

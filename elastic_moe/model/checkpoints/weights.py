@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from elastic_moe_kernels.arrays import BITS
+from numpy.typing import NDArray
 
 from elastic_moe.errors import CheckpointError
 from elastic_moe.model.checkpoints.folder import file_in, read_json
@@ -31,7 +32,9 @@ INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 16 << 20  # over 100,000 tensors
 MAX_DIMENSIONS = 8
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+EXPONENTS = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
+CHECKED_AT_ONCE = 1 << 16  # values, which stay in the cache
 # Dtypes of the format that hold no weights which we can run.
 _OTHER_BYTES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
 _OTHER_BYTES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1)
@@ -101,8 +104,8 @@ class TensorFiles:
             raise CheckpointError(f"{self.path}: tensor {name!r} is missing.")
         return self.entries[name]
 
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor's values.
+    def dtype(self, name: str) -> str:
+        """The dtype of a tensor's values, by name: "bfloat16".
 
         Raises:
             CheckpointError: there is no such tensor, or it holds no floating-point weights.
@@ -116,34 +119,34 @@ class TensorFiles:
         return DTYPES[entry.dtype]
 
     @contextmanager
-    def mapped(self, name: str) -> Iterator[Tensor]:
+    def mapped(self, name: str) -> Iterator[NDArray[Any]]:
         """The values of a tensor, mapped from its file; they must not be used after the block.
+
+        bfloat16 comes as its bits, see `elastic_moe_kernels.arrays`.
 
         Raises:
             CheckpointError: as `dtype`, or a value is NaN or infinite.
         """
         dtype, entry = self.dtype(name), self.entry(name)
         if entry.begin == entry.end:
-            yield torch.empty(entry.shape, dtype=dtype)
+            yield np.empty(entry.shape, BITS[dtype])
             return
         page = mmap.ALLOCATIONGRANULARITY
         start = entry.begin // page * page
         with entry.path.open("rb") as file:
-            # Private and writable, only because torch warns about memory that it may not write.
-            pages = mmap.mmap(
-                file.fileno(), entry.end - start, access=mmap.ACCESS_COPY, offset=start
-            )
+            length = entry.end - start
+            pages = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start)
         buffer: Any = memoryview(pages)[entry.begin - start :]
-        if entry.begin % dtype.itemsize:
-            buffer = bytearray(buffer)  # the format does not promise alignment
-        values = torch.frombuffer(buffer, dtype=dtype).view(entry.shape)
-        if name not in self._finite and not all(map(math.isfinite, torch.aminmax(values))):
+        if entry.begin % BITS[dtype].itemsize:
+            buffer = bytes(buffer)  # the format does not promise alignment
+        flat = np.frombuffer(buffer, BITS[dtype])
+        if name not in self._finite and not _is_finite(flat, dtype):
             raise CheckpointError(
                 f"{entry.path}: tensor {name!r} holds NaN or infinite values. "
                 f"Fetch or convert the file again."
             )
         self._finite.add(name)
-        yield values
+        yield flat.reshape(entry.shape)
         # The mapping ends with the last reference to `values`; its pages leave memory with it.
 
     def sha256(self) -> str:
@@ -153,6 +156,14 @@ class TensorFiles:
             return digests[WEIGHTS]
         lines = "".join(f"{shard} {digest}\n" for shard, digest in digests.items())
         return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _is_finite(flat: NDArray[Any], dtype: str) -> bool:
+    """Whether no value is NaN or infinite, by their exponents."""
+    bits = flat.view(f"u{flat.itemsize}")
+    parts = (bits[i : i + CHECKED_AT_ONCE] for i in range(0, bits.size, CHECKED_AT_ONCE))
+    exponent = bits.dtype.type(EXPONENTS[dtype])
+    return all(bool((part & exponent).max() < exponent) for part in parts)
 
 
 def file_sha256(path: Path) -> str:
@@ -212,7 +223,7 @@ def _entry(path: Path, name: str, item: Any, start: int) -> Entry:
         f"{where} must have dtype, shape and data_offsets",
     )
     dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
-    itemsize = DTYPES[dtype].itemsize if _is_in(dtype, DTYPES) else None
+    itemsize = BITS[DTYPES[dtype]].itemsize if _is_in(dtype, DTYPES) else None
     itemsize = _OTHER_BYTES[dtype] if _is_in(dtype, _OTHER_BYTES) else itemsize
     _require(itemsize is not None, path, f"{where} has the unknown dtype {str(dtype)[:40]!r}")
     _require(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from elastic_moe_kernels.arrays import tensor
 from torch import Tensor
 
 from elastic_moe.model.checkpoints.checkpoint import (
@@ -45,9 +46,9 @@ def load_model(
     rounded = is_rounded(checkpoint, dtype)
     state: dict[str, Tensor] = {}
     for name in _in_order_of_files(checkpoint):
-        kept = torch.bfloat16 if rounded else None
-        wanted = torch.float32 if is_small(name, checkpoint.shapes[name]) else kept
-        state[name] = checkpoint.read(name, wanted, device)
+        kept = "bfloat16" if rounded else None
+        wanted = "float32" if is_small(name, checkpoint.shapes[name]) else kept
+        state[name] = tensor(checkpoint.read(name, wanted), device)
         if progress is not None:
             progress(len(state), len(checkpoint.shapes))
     model.load_state_dict(state, assign=True)

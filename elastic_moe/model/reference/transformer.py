@@ -183,8 +183,8 @@ class ElasticTransformer(nn.Module):
         index = {subnet: i for i, subnet in enumerate(distinct)}
         subnet_of = torch.tensor([index[subnet] for subnet in per_sequence], device=device)  # (B,)
         start = cache.length if cache is not None else 0
-        positions = torch.arange(start, start + T, device=device)
-        cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        angles = rotary_angles(start + T, self.config.head_dim, self.config.rope_theta)
+        cos, sin = (torch.tensor(part[start:], device=device) for part in angles)
 
         embedded = self.embed_tokens(input_ids)
         x = embedded.to(torch.promote_types(embedded.dtype, torch.float32))  # (B, T, D)

@@ -83,4 +83,4 @@ def _encode_vector(embedding: Embedding, body: EmbeddingRequest) -> list[float] 
     if body.encoding_format == "float":
         numbers: list[float] = embedding.vector.tolist()
         return numbers
-    return base64.b64encode(embedding.vector.numpy().astype("<f4").tobytes()).decode()
+    return base64.b64encode(embedding.vector.astype("<f4").tobytes()).decode()

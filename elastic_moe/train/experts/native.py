@@ -103,7 +103,7 @@ def last_state(
     """
     config = model.config
     B, T = inputs.shape
-    cos, sin = rotary_angles(torch.arange(T), config.head_dim, config.rope_theta)
+    cos, sin = map(torch.tensor, rotary_angles(T, config.head_dim, config.rope_theta))
     shape = training.AttentionShape(
         config.num_heads,
         config.num_kv_heads,

@@ -163,6 +163,32 @@ void rms_norm(int level, const Array<const float, 2>& x, const Floats& gain, flo
     kernels_of(level)->rms_norm(args);
 }
 
+void divergence(int level, const Array<const float, 2>& logits,
+                const Array<const float, 2>& reference, const Array<const int64_t, 1>& targets,
+                const Array<float, 1>& losses, const Array<double, 1>& divergences,
+                const Array<bool, 1>& agreed, int threads) {
+    const size_t rows = logits.shape(0), vocab = logits.shape(1);
+    require(reference.shape(0) == rows && reference.shape(1) == vocab && vocab > 0,
+            "reference must have the shape of logits, of at least one column.");
+    require(targets.shape(0) == rows && losses.shape(0) == rows && divergences.shape(0) == rows &&
+                agreed.shape(0) == rows,
+            "targets, losses, divergences and agreed must have one entry for each row.");
+    for (size_t row = 0; row < rows; ++row)
+        require(targets.data()[row] >= 0 && targets.data()[row] < static_cast<int64_t>(vocab),
+                "targets must be columns of logits.");
+    nb::gil_scoped_release release;
+    DivergenceArgs args = {logits.data(),
+                           reference.data(),
+                           targets.data(),
+                           static_cast<int64_t>(rows),
+                           static_cast<int>(vocab),
+                           losses.data(),
+                           divergences.data(),
+                           agreed.data(),
+                           threads};
+    kernels_of(level)->divergence(args);
+}
+
 // (weight bytes, FLOPs). Python has checked that ids are in [-1, num_experts) and row_channels in
 // [1, channels].
 std::tuple<int64_t, int64_t> experts(int level, const Bytes& weights, int num_experts, int channels,
@@ -282,6 +308,9 @@ void define_ops(nb::module_& m) {
           arg("x").noconvert(), arg("out").noconvert(), arg("inputs"), arg("threads"));
     m.def("rms_norm", &rms_norm, arg("level"), nb::kw_only(), arg("x").noconvert(),
           arg("gain").noconvert(), arg("eps"), arg("out").noconvert(), arg("threads"));
+    m.def("divergence", &divergence, arg("level"), nb::kw_only(), arg("logits").noconvert(),
+          arg("reference").noconvert(), arg("targets").noconvert(), arg("losses").noconvert(),
+          arg("divergences").noconvert(), arg("agreed").noconvert(), arg("threads"));
     m.def("experts", &experts, arg("level"), nb::kw_only(), arg("weights").noconvert(),
           arg("num_experts"), arg("channels"), arg("x").noconvert(), arg("topk_ids").noconvert(),
           arg("topk_weights").noconvert(), arg("row_channels").noconvert(), arg("out").noconvert(),

@@ -125,6 +125,19 @@ struct LinearArgs {
     bool bf16;
 };
 
+// Arrays of rows x vocab, and of rows.
+struct DivergenceArgs {
+    const float* logits;
+    const float* reference;
+    const int64_t* targets;
+    int64_t rows;
+    int vocab;
+    float* losses;
+    double* divergences;
+    bool* agreed;
+    int threads;
+};
+
 struct NormArgs {
     const float* x;     // (rows, columns)
     const float* gain;  // (columns,)

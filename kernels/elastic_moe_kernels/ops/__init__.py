@@ -24,6 +24,7 @@ from elastic_moe_kernels.ops.dispatch import (
     require,
     warn_if_degraded,
 )
+from elastic_moe_kernels.ops.divergence import divergence
 from elastic_moe_kernels.ops.experts import ExpertsResult, experts
 from elastic_moe_kernels.ops.linear import linear
 from elastic_moe_kernels.ops.norm import rms_norm
@@ -38,6 +39,7 @@ __all__ = [
     "attention",
     "available",
     "backends",
+    "divergence",
     "experts",
     "linear",
     "reference",

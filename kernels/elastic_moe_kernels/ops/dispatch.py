@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import warnings
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
 from elastic_moe_kernels import native
-from elastic_moe_kernels.arrays import NO_TORCH
+from elastic_moe_kernels.arrays import NO_TORCH, has_torch
 from elastic_moe_kernels.errors import KernelError
 
 Implementation = Literal["auto", "reference", "cpu"]
@@ -68,7 +67,7 @@ def require(name: str) -> None:
 
 def _why_no_reference() -> str:
     """Why the PyTorch reference cannot run; "" if it can. Does not load torch."""
-    return "" if importlib.util.find_spec("torch") else NO_TORCH
+    return "" if has_torch() else NO_TORCH
 
 
 def _why_not_cpu() -> str:

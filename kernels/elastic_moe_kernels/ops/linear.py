@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_moe_kernels import native
-from elastic_moe_kernels.arrays import BITS, AnyArray, DType, array, like, tensor, to_dtype
+from elastic_moe_kernels.arrays import BITS, AnyArray, DType, array, empty, like, tensor, to_dtype
 from elastic_moe_kernels.constants import VECTOR_VALUES
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.ops.checks import check_array, check_shape, no_backward
@@ -73,6 +73,7 @@ def as_inputs(x: NDArray[np.float32], dtype: DType) -> NDArray[Any]:
     padded = size + -size % VECTOR_VALUES
     if padded == size:
         return np.ascontiguousarray(to_dtype(x, dtype))
-    inputs = np.zeros((rows, padded), BITS[dtype])
+    inputs = empty((rows, padded), BITS[dtype])
     inputs[:, :size] = to_dtype(x, dtype)
+    inputs[:, size:] = 0
     return inputs

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_moe_kernels import native
-from elastic_moe_kernels.arrays import AnyDType, Array, array, to_dtype, value_dtype
+from elastic_moe_kernels.arrays import AnyDType, Array, array, empty, to_dtype, value_dtype
 from elastic_moe_kernels.columns import SUBNET_COLUMNS, SubnetColumns
 from elastic_moe_kernels.errors import KernelError
 from elastic_moe_kernels.kv_blocks import block_bytes, check_blocks
@@ -180,7 +180,7 @@ class CpuModel:
 
     def new_blocks(self, count: int) -> NDArray[np.uint8]:
         """`count` blocks of keys and values, not initialised: (count, block_bytes) uint8."""
-        return np.empty((count, self.block_bytes), np.uint8)
+        return empty((count, self.block_bytes), np.uint8)
 
     # Running
 

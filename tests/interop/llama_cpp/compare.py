@@ -109,7 +109,7 @@ def compare(model: str | Path, subnet: str, python: str, source: str, work: Path
     run(python, HERE / "convert.py", source, child, gguf)
     with Engine.from_pretrained(child) as engine:
         ids = engine.encode(language_reference().text)[:TOKENS]
-        ours = torch.log_softmax(engine.score(ids).double(), dim=-1)  # (T, V)
+        ours = torch.log_softmax(torch.from_numpy(engine.score(ids)).double(), dim=-1)  # (T, V)
         dtype = engine.dtype
     np.save(ids_path, np.array(ids, dtype=np.int32))
     run(python, HERE / "score.py", gguf, ids_path, logits_path)

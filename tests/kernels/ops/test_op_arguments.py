@@ -59,12 +59,22 @@ def token_logprobs() -> dict[str, Any]:
     return {"logits": np.zeros((3, 40), np.float32), "token_ids": np.zeros(3, np.int32)}
 
 
+def divergence() -> dict[str, Any]:
+    logits = torch.arange(15.0).view(3, 5)
+    return {
+        "logits": logits,
+        "reference": logits.flip(1).contiguous(),
+        "targets": torch.tensor([4, 0, 2]),
+    }
+
+
 # A call of each op that works; the first argument may want gradients if it is a tensor.
 GOOD = {
     "linear": linear,
     "rms_norm": rms_norm,
     "experts": experts,
     "attention": attention,
+    "divergence": divergence,
     "route": route.arguments,
     "sample": sample,
     "token_logprobs": token_logprobs,
@@ -193,6 +203,22 @@ BAD: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
             },
             "at least one block",
         ),
+    },
+    "divergence": {
+        "reference-other-V": (
+            {"reference": torch.zeros(3, 4)},
+            r"reference must have shape \(3, 5",
+        ),
+        "reference-double": ({"reference": torch.zeros(3, 5).double()}, "must be float32"),
+        "logits-strided": ({"logits": torch.zeros(5, 3).T}, "logits must be contiguous"),
+        "no-columns": (
+            {"logits": torch.zeros(3, 0), "reference": torch.zeros(3, 0)},
+            "at least one column",
+        ),
+        "targets-short": ({"targets": torch.tensor([0])}, r"targets must have shape \(3,\)"),
+        "targets-int32": ({"targets": ints(0, 1, 2)}, "targets must be int64"),
+        "target-above": ({"targets": torch.tensor([0, 5, 0])}, r"targets\[1\] .*\[0, 4\].* got 5"),
+        "target-negative": ({"targets": torch.tensor([0, 0, -1])}, r"targets\[2\] .* got -1"),
     },
     "route": route.BAD_ARGUMENTS,
     "sample": {

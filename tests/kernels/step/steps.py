@@ -101,8 +101,8 @@ def runner_of(
     positions: int = 64,
 ) -> Runner:
     packed = pack_model(model, level)
-    angles = torch.arange(model.config.max_positions)
-    packed.set_angles(*rotary_angles(angles, model.config.head_dim, model.config.rope_theta))
+    config = model.config
+    packed.set_angles(*rotary_angles(config.max_positions, config.head_dim, config.rope_theta))
     return Runner(packed, table_of(subnets), sequences, positions)
 
 

@@ -66,7 +66,7 @@ def attention_by(
     layer.to(dtype)
     layer.zero_grad()
     x = x.to(dtype).detach().requires_grad_()
-    angles = rotary_angles(torch.arange(x.shape[1]), config.head_dim, config.rope_theta)
+    angles = map(torch.tensor, rotary_angles(x.shape[1], config.head_dim, config.rope_theta))
     cos, sin = (angle.to(dtype) for angle in angles)
     out = x + layer.self_attn(layer.input_layernorm(x), cos, sin)
     out.backward(grad.to(dtype))
@@ -109,7 +109,7 @@ def test_attention_and_its_gradients_are_those_of_the_module(
     known = dict(layer.named_parameters())
     names = {short: name for short, name in names.items() if name in known}
     given = single({"x": x} | {short: known[name] for short, name in names.items()})
-    angles = rotary_angles(torch.arange(length), config.head_dim, config.rope_theta)
+    angles = list(map(torch.tensor, rotary_angles(length, config.head_dim, config.rope_theta)))
     norms = {"q_norm": None, "k_norm": None} if config.qk_norm == "none" else {}
     out = training.attention_block(
         **given,
@@ -265,7 +265,7 @@ def test_gradients_have_the_same_bits_on_any_number_of_threads(level: str) -> No
     given = block_inputs()
     choice = choice_of(CONFIG, resolve(CONFIG.shape), 3)
     layer = single(dict(make_layer(CONFIG).self_attn.named_parameters()))
-    cos, sin = rotary_angles(torch.arange(100), CONFIG.head_dim, 1e4)
+    cos, sin = map(torch.tensor, rotary_angles(100, CONFIG.head_dim, 1e4))
     shape = training.AttentionShape(6, 3, 16, 1e-6)
 
     def once() -> list[Tensor]:
@@ -381,7 +381,7 @@ def differentiable(
 
         return experts, [x, *(inputs[name] for name in names)]
     layer = single(dict(make_layer(CONFIG).self_attn.named_parameters()))
-    cos, sin = rotary_angles(torch.arange(100), CONFIG.head_dim, 1e4)
+    cos, sin = map(torch.tensor, rotary_angles(100, CONFIG.head_dim, 1e4))
     shape = training.AttentionShape(6, 3, 16, 1e-6)
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 

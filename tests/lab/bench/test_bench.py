@@ -6,9 +6,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
-from torch import Tensor
+from elastic_moe_kernels import native
+from numpy.typing import NDArray
 
 from elastic_moe.engine import Engine
 from elastic_moe.errors import BenchmarkError, EngineError
@@ -33,10 +34,10 @@ def test_batches_give_the_same_logits_on_every_runner(
     for _ in range(2):  # a second start forgets the first
         got, want = native.start(contexts, subnet), reference.start(contexts, subnet)
         assert got.shape == (3, tiny.config.vocab_size)
-        assert torch.allclose(got, want, atol=1e-4, rtol=1e-4)
+        assert np.allclose(got, want, atol=1e-4, rtol=1e-4)
         for token in (7, 8):
             got, want = native.decode([token] * 3), reference.decode([token] * 3)
-            assert torch.allclose(got, want, atol=1e-4, rtol=1e-4)
+            assert np.allclose(got, want, atol=1e-4, rtol=1e-4)
     work = native.work()
     assert work is not None
     assert 0 < work.weight_bytes < work.touched_bytes
@@ -54,7 +55,7 @@ def test_what_computes_something_else_is_not_timed(tiny: Engine, tiny_reference:
     assert check_batch(Batch(tiny.runner), reference, full, IDS, "float32") < 1e-4
 
     class Broken(Batch):
-        def decode(self, ids: Any) -> Tensor:
+        def decode(self, ids: Any) -> NDArray[np.float32]:
             return super().decode(ids) * float("nan")
 
     with pytest.raises(BenchmarkError, match="Nothing was timed"):
@@ -70,23 +71,24 @@ class FakeBatch:
     """Counts calls; its clock moves by what each call is said to take."""
 
     backend, level = "cpu", "avx512"
+    runner = SimpleNamespace(threads=2)
 
     def __init__(self) -> None:
         self.now = 0.0
         self.calls: list[tuple[int, int]] = []
         self.sequences = 0
 
-    def start(self, contexts: Any, subnet: Subnet) -> Tensor:  # noqa: ARG002
+    def start(self, contexts: Any, subnet: Subnet) -> NDArray[np.float32]:  # noqa: ARG002
         self.sequences = len(contexts)
         self.calls.append((len(contexts), len(contexts[0])))
         self.now += 2.0
-        return torch.zeros(1)
+        return np.zeros(1, np.float32)
 
-    def decode(self, ids: Any) -> Tensor:
+    def decode(self, ids: Any) -> NDArray[np.float32]:
         assert len(ids) == self.sequences
         self.calls.append((len(ids), 1))
         self.now += 0.25 if len(ids) == 1 else 0.5
-        return torch.zeros(1)
+        return np.zeros(1, np.float32)
 
     def work(self) -> Work:
         return Work(weight_bytes=90, kv_bytes=10, flops=1000, mean_experts=2.0)
@@ -146,7 +148,7 @@ def test_limits_are_those_of_reads_and_of_a_multiplication() -> None:
     probe = LimitsProbe("float32", read_bytes=1 << 22, multiply_seconds=0.001)
     limits = probe.measure(reads=2, multiplies=1)
     assert limits.dtype == "float32"
-    assert limits.threads == torch.get_num_threads()
+    assert limits.threads == native.default_threads()
     assert min(limits.read_bytes_per_second, limits.read_huge_bytes_per_second) > 1e8
     assert limits.matmul_flops_per_second > 1e6
     assert set(limits.to_json()) >= {"read_bytes_per_second", "matmul_flops_per_second"}

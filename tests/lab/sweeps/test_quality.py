@@ -37,7 +37,7 @@ def slow_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, wanted = [], []
     for window in text.windows:
-        logits = tiny.score(list(window.inputs), name)[window.first_scored :]
+        logits = torch.from_numpy(tiny.score(list(window.inputs), name))[window.first_scored :]
         rows.append(logits.double().log_softmax(-1))
         wanted += window.targets[window.first_scored :]
     return torch.cat(rows), torch.tensor(wanted)

@@ -203,6 +203,7 @@ def test_points_that_were_not_timed_show_a_dash(
     assert [row[-1] == "-" for row in rows] == [False] + [True] * (len(rows) - 1)
 
 
+@pytest.mark.needs_torch
 def test_channels_are_ranked_before_and_the_text_is_recorded(
     tiny_folder: Path, tiny: Engine, text: Path, tmp_path: Path
 ) -> None:

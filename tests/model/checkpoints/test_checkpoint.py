@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -535,7 +536,7 @@ def test_checkpoint_that_fails_to_save_leaves_the_old_one(
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     other = dict(tiny_model(seed=5, dtype=torch.float32).named_parameters())
-    last = Item("z", (2,), torch.float32, lambda: torch.zeros(3))  # not what it promised
+    last = Item("z", (2,), "float32", lambda: np.zeros(3, np.float32))  # not what it promised
     monkeypatch.setattr(
         "elastic_moe.model.checkpoints.saving.write_tensors",
         lambda folder, items, most: write_tensors(folder, [*items, last], most),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from elastic_moe_kernels import arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -62,7 +63,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 def values_of(folder: Path, name: str) -> Tensor:
     with TensorFiles(folder).mapped(name) as values:
-        return values.clone()
+        return arrays.tensor(values.copy())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

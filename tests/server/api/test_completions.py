@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from elastic_moe import SamplingParams
+from tests.logprobs import log_softmax
 from tests.server.conftest import Running
 
 PATH = "/v1/completions"
@@ -72,7 +73,7 @@ def test_log_probabilities_of_a_prompt_are_those_of_scoring(served: Running) -> 
     """As lm-evaluation-harness reads them."""
     prompt = "The \N{SNOWMAN} of the set"
     ids = served.engine.encode(prompt)
-    rows = served.engine.score(ids, "L3-w4").log_softmax(-1)
+    rows = log_softmax(served.engine.score(ids, "L3-w4"))
     choice = served.complete(
         ids, model="tiny@L3-w4", echo=True, logprobs=1, max_tokens=1, temperature=0
     )["choices"][0]

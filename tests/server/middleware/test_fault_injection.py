@@ -14,6 +14,7 @@ import pytest
 
 from elastic_moe.protocol.admin.faults import FaultPlan
 from elastic_moe.server.middleware.fault_selection import FaultSelector
+from tests.logprobs import log_softmax
 from tests.server.conftest import Running
 from tests.server.raw import leave
 
@@ -168,7 +169,7 @@ def test_a_forced_text_comes_token_by_token_with_the_models_own_numbers(running:
     assert (choice["text"], choice["finish_reason"]) == (text, "stop")
     engine = running.engine
     ids = engine.tokenizer.encode(text, add_special_tokens=False)
-    rows = engine.score([5, 6, *ids]).double().log_softmax(-1)
+    rows = log_softmax(engine.score([5, 6, *ids]))
     reported = choice["logprobs"]["token_logprobs"]
     assert reported == pytest.approx([float(rows[i + 1, t]) for i, t in enumerate(ids)], abs=1e-6)
     assert last(running)["text"] == text

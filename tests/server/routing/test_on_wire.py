@@ -9,6 +9,7 @@ import pytest
 
 from elastic_moe import ElasticRoutingConfig
 from elastic_moe.engine.running.runner import Chunk
+from tests.logprobs import log_softmax
 from tests.server.conftest import Running
 
 LENGTH = {"temperature": 0, "max_tokens": 1}
@@ -40,7 +41,7 @@ def test_knobs_are_executed(served: Running, seed: int) -> None:
     done = served.complete(ids, routing_config=knobs, echo=True, logprobs=0, **LENGTH)
     config = ElasticRoutingConfig.full(**knobs)
     subnet = served.engine.resolve(config)
-    rows = served.engine.score(ids, subnet).double().log_softmax(-1)
+    rows = log_softmax(served.engine.score(ids, subnet))
     reported = done["choices"][0]["logprobs"]["token_logprobs"]
     for i, token in enumerate(ids[1:], 1):
         assert reported[i] == pytest.approx(float(rows[i - 1, token]), abs=1e-6)

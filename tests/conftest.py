@@ -91,7 +91,7 @@ def threads() -> Iterator[None]:
         native.extension().assume_free_cores(0)
 
 
-def random_weights(config: ModelConfig = TINY, seed: int = 3) -> dict[str, NDArray[np.float32]]:
+def random_weights(config: ModelConfig = TINY, seed: int = 7) -> dict[str, NDArray[np.float32]]:
     """Parameters of a tiny model whose routing is not flat and whose layers all matter."""
     rng = np.random.default_rng(seed)
     return {

@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from elastic_moe_kernels import ops
+from elastic_moe_kernels import ops, reference
 from elastic_moe_kernels.packing import PackedMatrix, pack_matrix
 from torch import Tensor
 
@@ -91,6 +91,33 @@ def test_rms_norm(measure: Report, rows: int, implementation: ops.Implementation
         rows=rows,
         moved_bytes=2 * x.nbytes,
         flops=4 * x.numel(),
+        cache="warm",
+        error=error,
+    )
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+@pytest.mark.parametrize("rows", [1, 64])
+def test_divergence(measure: Report, rows: int, implementation: ops.Implementation) -> None:
+    """Of rows of logits from those of another network, as a sweep compares them."""
+    generator = torch.Generator().manual_seed(rows)
+    logits = 3 * torch.randn(rows, VOCAB, generator=generator)
+    other = logits + 0.3 * torch.randn(rows, VOCAB, generator=generator)
+    targets = torch.zeros(rows, dtype=torch.int64)
+
+    def call() -> tuple[Tensor, Tensor, Tensor]:
+        return ops.divergence(logits, other, targets, implementation=implementation)
+
+    exact = reference.divergence(logits.double(), other.double(), targets)[1]
+    error = relative_error(call()[1], exact)
+    assert error < MAX_ERROR[torch.float32]
+    measure(
+        call,
+        kernel="divergence",
+        implementation=implementation,
+        rows=rows,
+        moved_bytes=2 * logits.nbytes,
+        flops=0,
         cache="warm",
         error=error,
     )

@@ -25,9 +25,11 @@ def outputs(result: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "reference"])
-@pytest.mark.parametrize("op", GOOD)
+@pytest.mark.parametrize("op", [op for op in GOOD if op != "token_logprobs"])  # always numpy's
 def test_results_are_of_the_kind_of_the_arguments(op: str, implementation: Any) -> None:
     call = GOOD[op]()
+    first = next(iter(call))  # which the results are like
+    call[first] = tensor(call[first])
     want = outputs(getattr(ops, op)(**call, implementation=implementation))
     assert all(isinstance(found, torch.Tensor) for found in want)
     for kind in (array, lambda given: Foreign(array(given))):

@@ -18,7 +18,7 @@ def expected(served: Running, ids: list[int], name: str) -> torch.Tensor:
     subnet = served.engine.resolve(name)
     last = len(subnet.layers)
     out = runner.run([Chunk(runner.open(subnet, len(ids)), ids, "none")], states_after=[last])
-    x = out.states[last]
+    x = torch.from_numpy(out.states[last])
     normed = x / (x.pow(2).mean(-1, keepdim=True) + served.engine.config.rms_norm_eps).sqrt()
     mean = (normed * final_norm(served)).double().mean(0)
     return (mean / mean.norm()).float()

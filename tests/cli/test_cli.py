@@ -105,9 +105,8 @@ def test_a_checkpoint_of_every_architecture_is_shown_and_runs(
     assert run("info", str(tmp_path)) == 0
     shown = capsys.readouterr().out
     config = load_config(tmp_path)
-    assert (f"; {config.shared_experts} shared, of 80 in all" in shown) is bool(
-        config.shared_experts
-    )
+    shared = f"; {config.shared_experts} shared, of {config.shared_hidden} in all"
+    assert (shared in shown) is bool(config.shared_experts)
     assert ("; dense are " in shown) is bool(config.dense_layers)
     assert run("info", str(tmp_path), "--json") == 0
     model = json.loads(capsys.readouterr().out)["model"]

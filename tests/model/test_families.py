@@ -238,7 +238,8 @@ def test_rounded_files_give_the_logits_of_the_rounded_weights(
         weight.copy_(weight.to(dtype))
     want = their_logits(rounded, IDS)  # in float32: to(dtype) rounds more than the parameters
     rounded.to(dtype).save_pretrained(tmp_path)
-    assert load_file(tmp_path / WEIGHTS)["model.embed_tokens.weight"].dtype == dtype
+    embeddings = f"{FAMILIES[saved.model.config.model_type].prefix('embed_tokens.')}weight"
+    assert load_file(tmp_path / WEIGHTS)[embeddings].dtype == dtype
     ours = assert_same_logits(Saved(rounded, tmp_path, want))
     assert ours.embed_tokens.weight.dtype == dtype, "weights are held as the file has them"
 
@@ -378,3 +379,20 @@ def test_our_checkpoint_gives_our_logits_in_transformers(
     assert not any(loading.values()), loading  # nothing missing, unexpected or misshaped
     ids = tokens(2, 70)
     assert_logits_agree(ours(ids, Subnet.full(ours.shape)), their_logits(theirs, ids))
+
+
+def test_files_may_name_what_stands_before_a_layer_otherwise(saved: Saved) -> None:
+    config = saved.model.config
+    family = FAMILIES[config.model_type]
+    ours = load_config(saved.folder)
+    other = dataclasses.replace(
+        family, prefixes={"layers.": "transformer.h.", "embed_tokens.": "wte."}
+    )
+    for name, shape in parameter_shapes(ours):
+        theirs = [s.tensor for way in other.sources(ours, name, shape) for s in way]
+        usual = [s.tensor for way in family.sources(ours, name, shape) for s in way]
+        renamed = [
+            tensor.replace("model.layers.", "transformer.h.").replace("model.embed_tokens.", "wte.")
+            for tensor in usual
+        ]
+        assert theirs == renamed

@@ -121,10 +121,11 @@ class Checkpoint:
 
     def _check_rest(self, used: set[str]) -> None:
         """Refuse tensors that no parameter uses, unless they repeat one or are known not to run."""
-        ignored = FAMILIES[self.config.model_type].ignored
+        family = FAMILIES[self.config.model_type]
+        ignored = family.ignored
         extra = {name for name in self.files.entries if not name.startswith(ignored or "\0")}
         extra -= used
-        head, embeddings = "lm_head.weight", "model.embed_tokens.weight"
+        head, embeddings = (f"{family.prefix(of)}weight" for of in ("lm_head.", "embed_tokens."))
         if self.config.tied_embeddings and head in extra:
             with self.files.mapped(head) as a, self.files.mapped(embeddings) as b:
                 if a.dtype != b.dtype or not np.array_equal(a, b):

@@ -32,6 +32,14 @@ class Source:
     index: tuple[int | slice, ...] = ()
 
 
+PREFIXES = {  # of our names -> of transformers'
+    "layers.": "model.layers.",
+    "embed_tokens.": "model.embed_tokens.",
+    "norm.": "model.norm.",
+    "lm_head.": "lm_head.",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """One architecture.
@@ -47,9 +55,11 @@ class Family:
         place_experts: the keys of config.json that say which layers route; None in a family in
             which all do.
         names: beginnings of our names after `layers.N.` -> what the hub's files have instead; the
-            longest that fits counts. Names outside of layers are the same in every family.
+            longest that fits counts.
+        prefixes: beginnings of our names -> what the files have instead, where they differ from
+            `PREFIXES`, such as {"layers.": "transformer.h."}.
         parts: what they call an expert's gate_proj, up_proj and down_proj.
-        selection_bias: where they keep the router's bias, after `model.layers.N.`.
+        selection_bias: where they keep the router's bias, after `layers.N.`.
         ignored: beginnings of the names of tensors that inference does not use.
     """
 
@@ -59,6 +69,7 @@ class Family:
     keys: Mapping[str, tuple[str, ...]]
     place_experts: Callable[[ModelConfig], dict[str, Any]] | None = None
     names: Mapping[str, str] = field(default_factory=dict)
+    prefixes: Mapping[str, str] = field(default_factory=dict)
     parts: tuple[str, str, str] = EXPERT_PARTS
     selection_bias: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
@@ -67,6 +78,10 @@ class Family:
     def all_keys(self) -> Mapping[str, tuple[str, ...]]:
         """`keys`, and the common ones of other fields."""
         return {**COMMON_KEYS, **self.keys}
+
+    def prefix(self, ours: str) -> str:
+        """What the hub's files have instead of a beginning of our names, one of `PREFIXES`."""
+        return {**PREFIXES, **self.prefixes}[ours]
 
     def stored_name(self, rest: str) -> str:
         """What the hub's files call one of our parameters; both after `layers.N.`."""
@@ -80,25 +95,29 @@ class Family:
 
         A list of several sources is stacked along a new first axis.
         """
-        layer, _, rest = name.removeprefix("layers.").partition(".")
-        if not name.startswith("layers."):
-            yield [Source(name if name.startswith("lm_head.") else f"model.{name}", shape)]
-        elif rest.startswith("mlp.experts."):
+        ours = next(prefix for prefix in PREFIXES if name.startswith(prefix))
+        rest = name.removeprefix(ours)
+        if ours != "layers.":
+            yield [Source(self.prefix(ours) + rest, shape)]
+            return
+        number, _, rest = rest.partition(".")
+        layer = f"{self.prefix(ours)}{number}."
+        if rest.startswith("mlp.experts."):
             part = rest.removeprefix("mlp.experts.")
             stored = self.parts[EXPERT_PARTS.index(part)]
-            prefix = f"model.layers.{layer}.{self.stored_name('mlp.experts.')}"
+            experts = layer + self.stored_name("mlp.experts.")
             yield [
-                Source(f"{prefix}{expert}.{stored}.weight", shape[1:])
+                Source(f"{experts}{expert}.{stored}.weight", shape[1:])
                 for expert in range(config.num_experts)
             ]
-            yield [self._fused(f"model.layers.{layer}.mlp.experts", part, shape)]
+            yield [self._fused(f"{layer}mlp.experts", part, shape)]
         elif rest == "mlp.correction_bias":
             for stored in self.selection_bias:
-                yield [Source(f"model.layers.{layer}.{stored}", (1, *shape), (0,))]
-                yield [Source(f"model.layers.{layer}.{stored}", shape)]
+                yield [Source(layer + stored, (1, *shape), (0,))]
+                yield [Source(layer + stored, shape)]
         else:
-            yield [Source(f"model.layers.{layer}.{self.stored_name(rest)}", shape)]
-            yield [Source(f"model.layers.{layer}.{rest}", shape)]
+            yield [Source(layer + self.stored_name(rest), shape)]
+            yield [Source(layer + rest, shape)]
 
     @staticmethod
     def _fused(prefix: str, part: str, shape: Shape) -> Source:

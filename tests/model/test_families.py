@@ -15,12 +15,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
 from elastic_moe.errors import CheckpointError, ExtractError
+from elastic_moe.model.checkpoints.checkpoint import load_config
 from elastic_moe.model.checkpoints.extract import extract
 from elastic_moe.model.checkpoints.saving import save_checkpoint
 from elastic_moe.model.checkpoints.weights import INDEX, WEIGHTS
 from elastic_moe.model.config import ModelConfig
 from elastic_moe.model.families import FAMILIES, write_config
 from elastic_moe.model.families.config_keys import ConfigKeys
+from elastic_moe.model.families.family import parameter_shapes
 from elastic_moe.model.reference.loading import load_model
 from elastic_moe.model.reference.moe import MoE
 from elastic_moe.model.reference.transformer import ElasticTransformer, Trace
@@ -385,9 +387,7 @@ def test_files_may_name_what_stands_before_a_layer_otherwise(saved: Saved) -> No
     config = saved.model.config
     family = FAMILIES[config.model_type]
     ours = load_config(saved.folder)
-    other = dataclasses.replace(
-        family, prefixes={"layers.": "transformer.h.", "embed_tokens.": "wte."}
-    )
+    other = replace(family, prefixes={"layers.": "transformer.h.", "embed_tokens.": "wte."})
     for name, shape in parameter_shapes(ours):
         theirs = [s.tensor for way in other.sources(ours, name, shape) for s in way]
         usual = [s.tensor for way in family.sources(ours, name, shape) for s in way]

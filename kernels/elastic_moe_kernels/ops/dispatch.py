@@ -99,7 +99,11 @@ def warn_if_degraded() -> None:
 
 
 def choose(
-    implementation: Implementation, unfit: str, level: str | None = None
+    implementation: Implementation,
+    unfit: str,
+    level: str | None = None,
+    *,
+    reference_needs_torch: bool = True,
 ) -> Literal["reference", "cpu"]:
     """Settle "auto".
 
@@ -127,7 +131,7 @@ def choose(
             f"level {level!r} was named, but this call runs on the reference, which has none. "
             f"Leave level out, or use implementation='cpu'."
         )
-    if implementation == "reference" and _why_no_reference():
+    if implementation == "reference" and reference_needs_torch and _why_no_reference():
         raise KernelError(" ".join(filter(None, (native.missing(), _why_no_reference()))))
     return implementation
 

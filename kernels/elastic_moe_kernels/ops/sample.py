@@ -69,7 +69,7 @@ def sample(
     if masks is not None:
         _check_masks(masks, len(rows), found.shape[1])
     count = native.check_threads(threads)
-    chosen = choose(implementation, no_backward(found), level)
+    chosen = choose(implementation, no_backward(found), level, reference_needs_torch=False)
     x: Logits = array(found)
     if chosen == "reference":
         _check_values(x, rows, places, changes, masks)
@@ -143,7 +143,7 @@ def token_logprobs(
     if not isinstance(top, int) or isinstance(top, bool) or not 0 <= top <= vocab:
         raise KernelError(f"top must be an integer in [0, {vocab}], the tokens, got {top!r:.80}.")
     count = native.check_threads(threads)
-    chosen = choose(implementation, no_backward(given), level)
+    chosen = choose(implementation, no_backward(given), level, reference_needs_torch=False)
     x: Logits = array(given)
     if chosen == "reference":
         _check_ids(x, ids, places)

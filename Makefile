@@ -12,8 +12,8 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sweep test test-without-torch explore test-sanitize check soak soak-server bench bench-serving \
-	interop interop-llama-cpp peers clean
+.PHONY: help sweep test test-without-torch explore test-sanitize check soak soak-server bench \
+	bench-serving interop interop-llama-cpp peers release clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -155,6 +155,9 @@ peers: .venv/.installed build/peers/.checkpoints  ## time ours and its peers in 
 		--zentorch build/peers/zentorch/bin/python --standard build/peers/standard \
 		--gguf build/peers/standard.gguf --awkward build/peers/awkward \
 		--out benchmarks/results/peers.jsonl $(ARGS)
+
+release:  ## build and check the files of a release, in dist/
+	PYTHON=$(PYTHON) .ci/release
 
 clean:  ## remove .venv and everything that was built
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -97,13 +97,13 @@ def answer(completion: Completion) -> Any:
     return completion.choices, completion.prompt_logprobs, completion.finish_reason
 
 
-def cursed_sample(sample: Any) -> Any:
-    """`Sequence.sample` that raises in the middle of some requests."""
+def cursed_append(append: Any) -> Any:
+    """`Sequence.append` that raises in the middle of some requests."""
 
     def faulty(sequence: Sequence, *arguments: Any) -> Any:
         if sequence.request.params.logprobs == CURSED and sequence.num_output_tokens == 5:
             raise RuntimeError("cursed")
-        return sample(sequence, *arguments)
+        return append(sequence, *arguments)
 
     return faulty
 
@@ -145,7 +145,7 @@ def run(folder: Path, count: int, seed: int, dtype: str, threads: int = 12) -> d
     )
     requests = make_requests(engine.shape, count, seed)
     started = time.monotonic()
-    with mock.patch.object(Sequence, "sample", cursed_sample(Sequence.sample)):
+    with mock.patch.object(Sequence, "append", cursed_append(Sequence.append)):
         with ThreadPoolExecutor(threads) as pool:
             found = list(pool.map(lambda request: ask(engine, request), requests))
         seconds = time.monotonic() - started

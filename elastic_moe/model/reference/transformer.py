@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from elastic_moe_kernels.table import LayerTable, build_table
@@ -184,7 +185,7 @@ class ElasticTransformer(nn.Module):
         subnet_of = torch.tensor([index[subnet] for subnet in per_sequence], device=device)  # (B,)
         start = cache.length if cache is not None else 0
         angles = rotary_angles(start + T, self.config.head_dim, self.config.rope_theta)
-        cos, sin = (torch.tensor(part[start:], device=device) for part in angles)
+        cos, sin = torch.tensor(np.stack([part[start:] for part in angles]), device=device)
 
         embedded = self.embed_tokens(input_ids)
         x = embedded.to(torch.promote_types(embedded.dtype, torch.float32))  # (B, T, D)

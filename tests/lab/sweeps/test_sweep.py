@@ -178,8 +178,13 @@ def test_a_bfloat16_weight_has_two_bytes(tiny_folder: Path, text: Path, tmp_path
 
 
 def test_one_window_has_no_standard_error_and_everything_copes(
-    tiny: Engine, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Engine,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # every column fits, however fast the machine is
     result = quick(tiny, text, tmp_path, tokens=700, top_k=None)
     assert [p["standard_error"] for p in result["points"]] == [None] * 3
     report = (tmp_path / "report.html").read_text()

@@ -63,7 +63,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     items = []
     for name, entry in files.entries.items():
         with files.mapped(name) as values:
-            items.append(Item(name, entry.shape, values.dtype, values.clone))
+            items.append(Item(name, entry.shape, files.dtype(name), values.copy))
     assert len(write_tensors(sharded, items, max_shard_bytes=files.nbytes // 3)) > 2
     write_config_json(sharded, raw)
     for folder in (good, sharded):

@@ -194,7 +194,14 @@ POOL = Axis(
     hint="It counts experts.",
 )
 
-AXES: tuple[Axis, ...] = (DEPTH, TOP_K, MIN_EXPERTS, WIDTH, THRESHOLD, POOL)  # a name's order
+AXES: tuple[Axis, ...] = (
+    DEPTH,
+    TOP_K,
+    MIN_EXPERTS,
+    WIDTH,
+    THRESHOLD,
+    POOL,
+)  # a name's order
 
 
 @dataclass(frozen=True, slots=True)

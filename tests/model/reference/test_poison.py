@@ -94,7 +94,7 @@ BATCHES = {
         resolve(SHAPE, expert_pool=[1, 2, 3, 4, 5], expert_width=1, top_k=2),
     ],
     "another-axis-each": [MIXED[2], MIXED[3].at_depth(2), MIXED[4], MIXED[5].at_depth(2)],
-    "twice-the-same": [MIXED[6], MIXED[6]],
+    "twice-the-same": [MIXED[-1], MIXED[-1]],
 }
 
 

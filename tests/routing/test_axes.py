@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from elastic_moe.lab.schema import with_every_axis
+from elastic_moe.lab.schema import with_every_field
 from elastic_moe.lab.view.frontier import changed_axes, full_point
 from elastic_moe.routing import ModelShape
 from elastic_moe.routing.axes import AXES, KEYS, Axis
@@ -300,7 +300,7 @@ def test_a_new_axis_changes_no_draw_of_a_plan_that_does_not_know_it(
 
 
 def test_a_new_axis_is_full_in_a_sweep_that_does_not_know_it(seventh: dict[str, Any]) -> None:
-    points = with_every_axis(json.loads(OLD_SWEEP.read_bytes()))["points"]
+    points = with_every_field(json.loads(OLD_SWEEP.read_bytes()))["points"]
     assert [value for value, _ in seventh["old sweep"]] == [16] * len(points)
     full = full_point(points)
     assert full is not None

@@ -33,6 +33,8 @@ from elastic_moe_kernels.constants import PANEL, STEP_BYTES
 from elastic_moe_kernels.errors import KernelError
 
 HUGE_PAGE_BYTES = 1 << 21
+EXPONENTS = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}  # of NaN and infinity
+CHECKED_AT_ONCE = 1 << 16  # values, which stay in the cache
 UNIT_BYTES = STEP_BYTES // PANEL
 
 
@@ -179,6 +181,27 @@ def pack_experts(
     if packed != count:
         raise KernelError(f"there must be {count} experts, got {packed}.")
     return PackedExperts(data, count, hidden, channels, dtype)
+
+
+def all_finite(values: NDArray[Any], dtype: str) -> bool:
+    """Whether no value is NaN or infinite; on all threads where the kernels are installed.
+
+    Args:
+        values: contiguous, with one axis; bfloat16 as its bits.
+        dtype: "bfloat16", "float16" or "float32".
+    """
+    exponent = EXPONENTS[dtype]
+    if not native.missing():
+        found: bool = native.extension().are_finite(
+            values.view(np.uint8),
+            value_bytes=values.itemsize,
+            exponent=exponent,
+            threads=native.default_threads(),
+        )
+        return found
+    bits = values.view(f"u{values.itemsize}")
+    parts = (bits[i : i + CHECKED_AT_ONCE] for i in range(0, bits.size, CHECKED_AT_ONCE))
+    return all(int((part & exponent).max()) < exponent for part in parts)
 
 
 def unpack_matrix(matrix: PackedMatrix) -> NDArray[Any]:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from elastic_moe_kernels import native
-from elastic_moe_kernels.packing import Arena, matrix_bytes, pack_matrix, unpack_matrix
+from elastic_moe_kernels.packing import (
+    Arena,
+    all_finite,
+    matrix_bytes,
+    pack_matrix,
+    unpack_matrix,
+)
 
 pytestmark = pytest.mark.skipif(bool(native.missing()), reason="the C++ kernels are not installed")
 
@@ -16,7 +22,6 @@ SHAPES = {
     "three-steps-left": (33, 14),
     "several-pieces": (1000, 300),
 }
-EXPONENTS = {"bfloat16": 0x7F80, "float32": 0x7F800000}
 BITS = {"bfloat16": np.uint16, "float32": np.uint32}
 
 
@@ -56,8 +61,9 @@ def test_rows_may_lie_apart() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("place", [0, 65535, 65536, 299_999])
 def test_a_number_that_is_not_finite_is_found_wherever_it_lies(
-    place: int, dtype: str, bad: float
+    place: int, dtype: str, bad: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(native, "default_threads", lambda: 3)
     largest = np.full(300_000, np.finfo(np.float32).max, np.float32)
     largest.view(np.uint32)[:] &= 0xFFFF0000  # the largest of bfloat16
     largest[::2] *= -1
@@ -66,13 +72,10 @@ def test_a_number_that_is_not_finite_is_found_wherever_it_lies(
     for values, expected in ((largest, True), (broken, False)):
         half = (values.view(np.uint32) >> 16).astype(np.uint16)
         numbers = values if dtype == "float32" else half
-        finite = native.extension().are_finite(
-            numbers.view(np.uint8),
-            value_bytes=numbers.itemsize,
-            exponent=EXPONENTS[dtype],
-            threads=3,
-        )
-        assert finite is expected
+        assert all_finite(numbers, dtype) is expected
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "missing", lambda: "no compiler")
+            assert all_finite(numbers, dtype) is expected
 
 
 def test_an_arena_holds_what_is_packed_after_it_was_populated() -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from elastic_moe_kernels.arrays import BITS
+from elastic_moe_kernels.packing import all_finite
 from numpy.typing import NDArray
 
 from elastic_moe.errors import CheckpointError
@@ -33,8 +34,6 @@ MAX_HEADER_BYTES = 16 << 20  # over 100,000 tensors
 MAX_DIMENSIONS = 8
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-EXPONENTS = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
-CHECKED_AT_ONCE = 1 << 16  # values, which stay in the cache
 # Dtypes of the format that hold no weights which we can run.
 _OTHER_BYTES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
 _OTHER_BYTES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1)
@@ -140,7 +139,7 @@ class TensorFiles:
         if entry.begin % BITS[dtype].itemsize:
             buffer = bytes(buffer)  # the format does not promise alignment
         flat = np.frombuffer(buffer, BITS[dtype])
-        if name not in self._finite and not _is_finite(flat, dtype):
+        if name not in self._finite and not all_finite(flat, dtype):
             raise CheckpointError(
                 f"{entry.path}: tensor {name!r} holds NaN or infinite values. "
                 f"Fetch or convert the file again."
@@ -156,14 +155,6 @@ class TensorFiles:
             return digests[WEIGHTS]
         lines = "".join(f"{shard} {digest}\n" for shard, digest in digests.items())
         return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _is_finite(flat: NDArray[Any], dtype: str) -> bool:
-    """Whether no value is NaN or infinite, by their exponents."""
-    bits = flat.view(f"u{flat.itemsize}")
-    parts = (bits[i : i + CHECKED_AT_ONCE] for i in range(0, bits.size, CHECKED_AT_ONCE))
-    exponent = bits.dtype.type(EXPONENTS[dtype])
-    return all(bool((part & exponent).max() < exponent) for part in parts)
 
 
 def file_sha256(path: Path) -> str:

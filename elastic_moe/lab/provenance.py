@@ -95,6 +95,11 @@ def _number(text: str | None) -> int | None:
 
 
 def _command_line() -> str:
-    """The command of this process, as typed in its working directory."""
+    """The command of this process, as typed in its working directory.
+
+    A path elsewhere is its last name alone: results are published, and folders are private.
+    """
     program, *rest = sys.orig_argv or [sys.executable]
-    return shlex.join([Path(program).name, *(arg.replace(f"{Path.cwd()}/", "") for arg in rest)])
+    here = [argument.replace(f"{Path.cwd()}/", "") for argument in rest]
+    named = [Path(each).name if Path(each).is_absolute() else each for each in here]
+    return shlex.join([Path(program).name, *named])

@@ -23,14 +23,14 @@ def test_a_record_states_date_command_commit_machine_and_versions(tmp_path: Path
     path = tmp_path / "measure.py"
     path.write_text(script + "print(json.dumps(f()))\n")
     before = datetime.now(UTC).replace(microsecond=0)
-    command = [sys.executable, str(path), "--model", "two words"]
+    command = [sys.executable, str(path), "--model", "two words", "/home/me/out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert list(found) == ["date", "command", "commit", "machine", "versions"]
     date = datetime.fromisoformat(found["date"])
     assert date.utcoffset() == UTC.utcoffset(None)
     assert before <= date <= datetime.now(UTC)
-    assert found["command"] == f"{Path(sys.executable).name} measure.py --model 'two words'"
+    assert found["command"] == f"{Path(sys.executable).name} measure.py --model 'two words' out"
     assert found["commit"] == provenance.describe_commit()
 
 
